@@ -1,0 +1,156 @@
+"""timm models as frozen backbones: by name, with timm's weights, a local checkpoint's, or none."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import load_checkpoint, load_state_dict
+from torch import nn
+
+from fedpeft_dist.backbones.glyph_vit import build_glyph_vit
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import BackboneConfig
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".npz")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A timm model in eval mode, and how its images are to be normalised."""
+
+    model: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Per channel, for images scaled to 0 .. 1."""
+    image_size: int
+    num_parameters: int
+    """Of the whole model with its head, before any method changes it: what full fine-tuning would send."""
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+def build_backbone(
+    config: BackboneConfig, num_classes: int, image_size: int, seed: int, device: str = "cpu"
+) -> Backbone:
+    """Makes the model with a classifier for num_classes and loads its weights.
+
+    It is made on the CPU under a seed of its own, so that every rank gets the same head and the global generator is left
+    alone. Batch-norm layers stay in eval mode: clients share the backbone's statistics and none changes them.
+
+    Args:
+        image_size: side of the input in pixels, handed to the models whose input size is fixed (ViT, Swin).
+        device: "meta" makes the shapes alone, and loads nothing.
+
+    Raises:
+        ConfigError: an unknown name, arguments the model does not take, a checkpoint that is missing or does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _create(config, num_classes, image_size, device)
+    if config.checkpoint is not None and device != "meta":
+        _load_checkpoint(model, Path(config.checkpoint))
+    channels = getattr(model, "in_chans", None) or _first_convolution(model).in_channels
+    mean, std = (_per_channel(model.pretrained_cfg[key], channels) for key in ("mean", "std"))
+    return Backbone(model.eval(), mean, std, image_size, sum(p.numel() for p in model.parameters()))
+
+
+def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -> None:
+    """Moves a model to its device, without gradients, matrix weights in the compute type and the rest in float32."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and compute_dtype != torch.float32:
+            module.weight.data = module.weight.data.to(compute_dtype)
+    model.to(device)
+
+
+def _create(config: BackboneConfig, num_classes: int, image_size: int, device: str) -> nn.Module:
+    arguments = dict(config.model_args)
+    load_own = config.pretrained and config.checkpoint is None and device != "meta"
+    try:
+        if config.name == "glyph_vit":
+            if image_size != 32:
+                arguments.setdefault("img_size", image_size)
+            return build_glyph_vit(num_classes, pretrained=load_own, device=device, **arguments)
+        if not timm.is_model(config.name):
+            names = [*timm.list_models(), "glyph_vit"]
+            near = difflib.get_close_matches(config.name.split(".")[0], names, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+            raise ConfigError(f"backbone.name: {config.name!r} is no timm model; {hint}")
+        default = timm.models.get_pretrained_cfg(config.name, allow_unregistered=True)
+        if default is not None and default.fixed_input_size and default.input_size[-1] != image_size:
+            arguments.setdefault("img_size", image_size)
+        with torch.device(device):
+            return timm.create_model(config.name, pretrained=load_own, num_classes=num_classes, **arguments)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"backbone: {config.name} cannot be made with {arguments}: {_one_line(error)}") from error
+    except Exception as error:  # a download fails in many ways (no network, no such tag, no cache)
+        if not load_own:
+            raise
+        raise ConfigError(
+            f"backbone.pretrained: the weights of {config.name!r} cannot be had ({_one_line(error)}); "
+            "give backbone.checkpoint a local file, or pretrained: false"
+        ) from error
+
+
+def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Loads a local file; only the classifier may be missing from it or be of another shape."""
+    if path.suffix not in CHECKPOINT_SUFFIXES:
+        raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(CHECKPOINT_SUFFIXES)}")
+    if not path.is_file():
+        raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
+    try:
+        if path.suffix == ".npz":
+            load_checkpoint(model, str(path))
+            return
+        state = load_state_dict(str(path), weights_only=True)
+        adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        state = adapt(state, model) if adapt is not None else state
+        own = model.state_dict()
+        heads = tuple(f"{name}." for name in classifier_names(model))
+        state = {k: v for k, v in state.items() if not k.startswith(heads) or own[k].shape == v.shape}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"backbone.checkpoint: '{path}' cannot be loaded ({_one_line(error)})") from error
+    except Exception as error:  # safetensors raises an exception class of its own, unpickling many
+        raise ConfigError(f"backbone.checkpoint: '{path}' is not a readable checkpoint ({_one_line(error)})") from error
+    missing = [key for key in missing if not key.startswith(heads)]
+    if missing:
+        raise ConfigError(
+            f"backbone.checkpoint: '{path}' lacks {len(missing)} of the model's tensors, {missing[0]!r} among them"
+        )
+    if unexpected:
+        logger.info("%s: %d tensors have no place in the model and are left out", path, len(unexpected))
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier layers, as timm's model config tells them."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _first_convolution(model: nn.Module) -> nn.Conv2d:
+    return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else text[:300] + "..."

@@ -1,0 +1,169 @@
+"""The commands. Each is thin: it reads its arguments, calls one function and prints.
+
+Exit codes: 0 done; 2 the user's mistake, told in one `error:` line; 75 interrupted at a round boundary, run the same
+command to go on; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import default_run_name, load_config, with_values
+
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75
+
+app = typer.Typer(
+    name="fedpeft",
+    help="Federated parameter-efficient fine-tuning: many clients side by side on one frozen backbone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to override.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+# Heavy imports (torch, timm) stand inside the commands: `fedpeft --help` and a mistyped key answer at once.
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run a config, or go on with it where it was interrupted; alone, or under torchrun or srun."""
+    run_config = load_config(config, overrides or ())
+    if run_config.output.name is None:
+        run_config = with_values(run_config, "output", name=default_run_name(config, run_config))
+
+    from fedpeft_dist.federation.rounds import run_federation
+    from fedpeft_dist.runtime import process
+
+    with process.start(run_config.runtime) as runtime:
+        choices = {"device": runtime.device.type, "precision": runtime.precision}
+        state = run_federation(with_values(run_config, "runtime", **choices), runtime)
+    if state == "interrupted":
+        if runtime.is_main:
+            print("interrupted; run the same command to go on", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED)
+
+
+@app.command()
+def cost(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print what a config trains and sends, without data or weights."""
+    run_config = load_config(config, overrides or ())
+
+    from fedpeft_dist.tracking.cost import MIB, compute_cost
+
+    result = compute_cost(run_config)
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    federation = run_config.federation
+    print(f"{config}: {run_config.method.name} on {run_config.backbone.name}")
+    print(f"  trained parameters   {result.trainable_parameters:>14,} of {result.backbone_parameters:,}")
+    for label, size in (
+        ("a client", result.uplink_bytes_per_client),
+        (f"a round of {federation.cohort} clients", result.uplink_bytes_per_round),
+        (f"{federation.rounds} rounds", result.uplink_bytes_total),
+    ):
+        print(f"  uplink, {label:<24} {size / MIB:>14,.3f} MiB")
+    print(f"  share of full fine-tuning's bytes {100 * result.share_of_full:.3f} %")
+
+
+@app.command()
+def partition(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    picture: Annotated[Path, typer.Option(help="Where the picture is written.")] = Path("partition.png"),
+) -> None:
+    """Show which client holds which classes: a table here and a picture in a file."""
+    run_config = load_config(config, overrides or ())
+
+    from fedpeft_dist.data import load_dataset
+    from fedpeft_dist.data.partition import class_counts
+    from fedpeft_dist.federation.simulation import make_clients
+    from fedpeft_dist.lanes.random import derive_seed
+    from fedpeft_dist.runtime.files import write_atomically
+    from fedpeft_dist.tracking.partition_view import MAX_CLIENTS, partition_figure, partition_table
+
+    dataset = load_dataset(run_config.data, derive_seed(run_config.seed, "data"))
+    clients, _ = make_clients(run_config, dataset.train)
+    counts = class_counts(clients, dataset.train.labels, dataset.num_classes, MAX_CLIENTS)
+    Console().print(partition_table(counts, clients.num_clients))
+    figure = partition_figure(counts, clients.num_clients)
+    write_atomically(picture, lambda path: figure.savefig(path, dpi=120))
+    print(f"picture: {picture}")
+
+
+@app.command()
+def evaluate(run: Annotated[Path, typer.Argument(help="A run's directory.")], as_json: AsJson = False) -> None:
+    """Evaluate what a run has trained, on what its config evaluates on."""
+    from fedpeft_dist.federation.simulation import evaluate_run
+    from fedpeft_dist.runtime import process
+    from fedpeft_dist.tracking.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    config = directory.stored_config()
+    if config is None:
+        raise ConfigError(f"{run}: no run's directory, it has no config.yaml")
+    with process.start(config.runtime) as runtime:
+        metrics = evaluate_run(config, directory.read_trainable(), runtime)
+    if runtime.is_main:
+        print(json.dumps(metrics) if as_json else "\n".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where runs are; searched recursively.")],
+    as_json: AsJson = False,
+) -> None:
+    """Tabulate the runs below a directory, and write the same as markdown with a plot."""
+    from fedpeft_dist.tracking.report import markdown_table, read_runs, rich_table, table_rows, write_report
+
+    runs = read_runs(directory)
+    rows = table_rows(runs)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    Console().print(rich_table(rows))
+    for path in write_report(directory, runs, markdown_table(rows)):
+        print(f"written: {path}")
+
+
+@app.command()
+def pretrain(
+    output: Annotated[Path | None, typer.Option(help="Where the weights go.", show_default=False)] = None,
+) -> None:
+    """Rebuild the embedded backbone, glyph_vit, from its recipe."""
+    from fedpeft_dist.pretrain import pretrain as run_recipe
+
+    result = run_recipe(output or Path("glyph_vit.safetensors"))
+    print("\n".join(f"{name} {value}" for name, value in result.items()))
+
+
+def main() -> None:
+    """The console script: runs a command and turns what goes wrong into an exit code."""
+    try:
+        app(standalone_mode=False)
+    except ConfigError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        raise SystemExit(1) from None
+
+
+def _fail(message: str) -> None:
+    from fedpeft_dist.runtime.process import find_launch
+
+    # Every rank makes the same mistake; one rank a machine tells it.
+    if find_launch().local_rank == 0:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(EXIT_MISTAKE)

@@ -1,0 +1,253 @@
+"""YAML files to a validated RunConfig: `extends`, dotted overrides, and errors that help.
+
+Merging is by key, child over parent. A section that names another choice than its parent's (`method: {name: lora}` over
+a prompt method) replaces the parent's section whole: the old choice's fields mean nothing to the new one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import RunConfig
+
+# These change how a run is carried out or watched, never what it computes.
+RESULT_NEUTRAL = ("output", "runtime.compile", "federation.evaluate_every", "federation.evaluate_clients")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config file, applies its parents and then `key=value` overrides, and validates the whole.
+
+    Raises:
+        ConfigError: a missing or unreadable file, an unknown key, a wrong value; the message is one line.
+    """
+    tree = _merge(_read_tree(Path(path), ()), _parse_overrides(overrides))
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
+    """Validates a tree of keys over the defaults; `source` names it in errors."""
+    tree = _merge(json.loads(RunConfig().model_dump_json()), tree)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {'; '.join(_explain(tree, item) for item in error.errors())}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML with every default filled in; loading it gives the same config."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def with_values(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    """The config with other values in one section; they are not validated again."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def default_run_name(path: str | Path, config: RunConfig) -> str:
+    """`<folder>-<file>-<hash>`, from the config's path and its result-affecting keys."""
+    path = Path(path).resolve()
+    text = json.dumps(result_keys(config), sort_keys=True)
+    return f"{path.parent.name}-{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def result_keys(config: RunConfig) -> dict[str, Any]:
+    """Dotted key to value for every leaf that can change a run's result."""
+    flat = dict(_flatten(json.loads(config.model_dump_json())))
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == neutral or key.startswith(neutral + ".") for neutral in RESULT_NEUTRAL)
+    }
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(f"{path}: extends itself, through {' -> '.join(str(p) for p in seen)}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(f"{path}: no such config file{_did_you_mean(near)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a config file ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)})") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, not a {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends: {parent!r} is not a path relative to this file")
+    return _merge(_read_tree(path.parent / parent, (*seen, resolved)), tree)
+
+
+def _merge(parent: Mapping[str, Any], child: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    merged = dict(parent)
+    for key, value in child.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and not _names_another(prefix + key, old, value):
+            merged[key] = _merge(old, value, f"{prefix}{key}.")
+        else:
+            merged[key] = value
+    return merged
+
+
+def _names_another(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a section is a choice (of a method, a data set, ...) and its new value chooses something else."""
+    return key in _choice_keys() and new.get("name", old.get("name")) != old.get("name")
+
+
+@cache
+def _choice_keys() -> frozenset[str]:
+    """Dotted keys of the sections whose `name` is one of a fixed list."""
+
+    def walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            for section in _sections(field):
+                tag = section.model_fields.get("name")
+                if tag is not None and get_origin(tag.annotation) is Literal:
+                    yield prefix + name
+                yield from walk(section, f"{prefix}{name}.")
+
+    return frozenset(walk(RunConfig, ""))
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"{override!r} is not an override; give key=value, such as client.optimizer.lr=0.1")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {text!r} is not a YAML value ({_one_line(error)})") from None
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}: {parent} is already given a value by another override")
+        node[leaf] = value
+    return tree
+
+
+def _explain(tree: Mapping[str, Any], item: Mapping[str, Any]) -> str:
+    """One pydantic error as `key: value, what is wrong and what would be valid`."""
+    path = _key_path(tree, item["loc"])
+    key, value = ".".join(path), item["input"]
+    match item["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key{_nearest_key(path, tree)}"
+        case "union_tag_invalid":
+            choices = [choice.strip().strip("'") for choice in item["ctx"]["expected_tags"].split(",")]
+            given = str(item["ctx"]["tag"])
+            near = difflib.get_close_matches(given, choices, n=1)
+            return f"{key}.name: {given!r} is none of {', '.join(choices)}{_did_you_mean(near)}"
+        case "union_tag_not_found":
+            return f"{key}.name: missing; give the name of a {key}"
+        case "value_error":
+            message = str(item["ctx"]["error"])
+            return f"{key}: {message}" if path else message
+        case "missing":
+            return f"{key}: missing"
+    return f"{key}: {value!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _key_path(tree: Any, location: Sequence[Any]) -> list[str]:
+    """pydantic's location without the union tags that it interleaves with the keys."""
+    path, node = [], tree
+    for i, part in enumerate(location):
+        if isinstance(node, Mapping) and part in node:
+            node = node[part]
+            path.append(str(part))
+        elif isinstance(part, int) and isinstance(node, Sequence):
+            path.append(str(part))
+        elif isinstance(node, Mapping) and node.get("name") == part:
+            continue
+        elif i == len(location) - 1 and isinstance(node, Mapping):
+            path.append(str(part))
+    return path
+
+
+def _nearest_key(path: Sequence[str], tree: Mapping[str, Any]) -> str:
+    """Suggests a sibling that is spelt alike, or else the place where the same leaf does exist."""
+    known = list(_known_keys(RunConfig, tree, ""))
+    prefix = ".".join(path[:-1])
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == prefix}
+    near = difflib.get_close_matches(path[-1], list(siblings), n=1)
+    if near:
+        return _did_you_mean([siblings[near[0]]])
+    elsewhere = [k for k in known if k.rpartition(".")[2] == path[-1]]
+    return _did_you_mean(elsewhere[:1]) or f"; known here: {', '.join(siblings)}"
+
+
+def _known_keys(model: type[BaseModel], tree: Any, prefix: str) -> Iterator[str]:
+    tree = tree if isinstance(tree, Mapping) else {}
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        given = tree.get(name)
+        chosen = given.get("name") if isinstance(given, Mapping) else None
+        sections = _sections(field)
+        default = type(field.default)
+        for section in sections:
+            tag = section.model_fields.get("name")
+            matches = chosen in get_args(tag.annotation) if tag and chosen else section is default
+            if len(sections) == 1 or matches:
+                yield from _known_keys(section, given, f"{prefix}{name}.")
+
+
+def _sections(field: FieldInfo) -> list[type[BaseModel]]:
+    """The section classes that a field can hold."""
+    types = (field.annotation, *get_args(field.annotation))
+    return [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,375 @@
+"""Every configuration key, its type, its default and its meaning. The single home of defaults.
+
+A section is a frozen, strict pydantic model that refuses unknown keys. Choices ("methods", "data sets", ...) are
+discriminated unions on `name`: these unions are the only lists of names in the project.
+Defaults are the paper's CIFAR-100 setting (arXiv 2210.01708) wherever it has one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BackboneConfig(Section):
+    name: str = "vit_base_patch16_224.augreg_in21k"
+    """Any timm model, with its pre-training tag, or `glyph_vit`, the small one that the package carries."""
+    pretrained: bool = True
+    checkpoint: str | None = None
+    """A local .safetensors, .pth or .npz file to take the weights from, in place of timm's own."""
+    model_args: dict[str, Any] = {}
+    """Passed to `timm.create_model` as they are."""
+
+
+# --- methods -----------------------------------------------------------------------------------------------------
+
+
+class FullConfig(Section):
+    name: Literal["full"]
+
+
+class HeadConfig(Section):
+    name: Literal["head"]
+
+
+class BiasConfig(Section):
+    name: Literal["bias"]
+
+
+class NormConfig(Section):
+    name: Literal["norm"]
+
+
+class PromptConfig(Section):
+    name: Literal["prompt"]
+    depth: Literal["shallow", "deep"] = "deep"
+    tokens: Count = 10
+    dropout: Fraction = 0.1
+
+
+class AdapterConfig(Section):
+    name: Literal["adapter"]
+    bottleneck: Count = 96
+    shared: bool = True
+    """One module for all blocks (the paper's), or one per block."""
+
+
+class LoraConfig(Section):
+    name: Literal["lora"]
+    rank: Count = 8
+    alpha: Positive = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    targets: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = Field(("qkv",), strict=False, min_length=1)
+    """Linear layers of a block: qkv and proj are the attention's, fc1 and fc2 the MLP's."""
+
+
+MethodConfig = Annotated[
+    FullConfig | HeadConfig | BiasConfig | NormConfig | PromptConfig | AdapterConfig | LoraConfig,
+    Field(discriminator="name"),
+]
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+class IidPartition(Section):
+    name: Literal["iid"]
+
+
+class DirichletPartition(Section):
+    name: Literal["dirichlet"]
+    alpha: Positive = 0.1
+    min_samples: Annotated[int, Field(ge=0)] = 10
+    """The partition is redrawn until every client has as many."""
+
+
+class ShardsPartition(Section):
+    name: Literal["shards"]
+    classes_per_client: Count = 2
+
+
+class NaturalPartition(Section):
+    name: Literal["natural"]
+
+
+class PoolPartition(Section):
+    """Every client reads a window of one shared pool of samples: a client costs an offset."""
+
+    name: Literal["pool"]
+    samples: Count = 64
+
+
+PartitionConfig = Annotated[
+    IidPartition | DirichletPartition | ShardsPartition | NaturalPartition | PoolPartition,
+    Field(discriminator="name"),
+]
+
+
+class DataSection(Section):
+    """What every data set's section has."""
+
+    root: str = "data"
+    image_size: Count = 224
+    augment: Literal["none", "flip", "crop_flip"] = "none"
+    """flip: mirror with probability 1/2; crop_flip: also a random crop after padding by `crop_padding` pixels."""
+    crop_padding: Count = 4
+    max_train: Count | None = None
+    """Keep a random subset of that many training samples, drawn before partitioning."""
+    clients: Count | None = 64
+    """The population N; null with the natural partition takes every client it has."""
+    validation: Fraction = 0.0
+    """The share of every client's samples that is held out from its training."""
+    partition: PartitionConfig = DirichletPartition(name="dirichlet")
+
+
+class Cifar100Config(DataSection):
+    name: Literal["cifar100"]
+
+
+class Resisc45Config(DataSection):
+    name: Literal["resisc45"]
+
+
+class PcamConfig(DataSection):
+    name: Literal["pcam"]
+
+
+class DigitsConfig(DataSection):
+    """scikit-learn's 1,797 handwritten digits (8 x 8 pixels): 1,297 to train, 500 to test."""
+
+    name: Literal["digits"]
+    image_size: Count = 32
+
+
+class GlyphsConfig(DataSection):
+    """Printed letters rendered from matplotlib's bundled fonts; its natural clients are the fonts."""
+
+    name: Literal["glyphs"]
+    image_size: Count = 32
+    alphabet: Literal["latin", "greek", "cyrillic"] = "greek"
+    images_per_letter: Count = 8
+    """Training images of each letter in each font; a quarter as many (at least one) are rendered for testing."""
+
+
+class SyntheticConfig(DataSection):
+    """Random images with random labels: for measuring speed, never accuracy."""
+
+    name: Literal["synthetic"]
+    num_train: Count = 4096
+    num_test: Count = 512
+    classes: Count = 100
+    channels: Count = 3
+
+
+DataConfig = Annotated[
+    Cifar100Config | Resisc45Config | PcamConfig | DigitsConfig | GlyphsConfig | SyntheticConfig,
+    Field(discriminator="name"),
+]
+
+
+# --- federation --------------------------------------------------------------------------------------------------
+
+
+class UniformParticipation(Section):
+    name: Literal["uniform"]
+
+
+ParticipationConfig = Annotated[UniformParticipation, Field()]
+
+
+class FederationConfig(Section):
+    rounds: Count = 50
+    cohort: Count = 8
+    """M, the number of clients that take part in a round."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 1
+    """In rounds; 0 evaluates at the end only."""
+    evaluate_on: Literal["test", "validation"] = "test"
+    evaluate_clients: bool = False
+    """Also report the mean and the 10th percentile of the clients' own accuracies (needs `data.validation`)."""
+    participation: ParticipationConfig = UniformParticipation(name="uniform")
+
+
+class ConstantSchedule(Section):
+    name: Literal["constant"]
+
+
+class CosineSchedule(Section):
+    name: Literal["cosine"]
+    final: Fraction = 0.0
+    """The factor that the last round ends with."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Rounds over which the factor climbs linearly to 1."""
+
+
+class ExponentialSchedule(Section):
+    name: Literal["exponential"]
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
+
+
+ScheduleConfig = Annotated[ConstantSchedule | CosineSchedule | ExponentialSchedule, Field(discriminator="name")]
+
+
+class SgdConfig(Section):
+    name: Literal["sgd"]
+    lr: Positive = 0.01
+    momentum: Fraction = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = 1.0e-4
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> SgdConfig:
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("nesterov: true needs a momentum above 0; set nesterov: false or momentum: 0.9")
+        return self
+
+
+class AdamWConfig(Section):
+    name: Literal["adamw"]
+    lr: Positive = 1.0e-3
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Positive = 1.0e-8
+    weight_decay: NonNegative = 0.01
+
+
+ClientOptimizerConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
+
+
+class ClientConfig(Section):
+    epochs: Count = 10
+    steps: Count | None = None
+    """Where given, every client takes this many local steps in place of `epochs`."""
+    batch_size: Count = 64
+    proximal: NonNegative = 0.0
+    """FedProx's mu (arXiv 1812.06127): adds mu * (theta - global) to the gradient."""
+    clip_norm: Positive | None = None
+    """Clip each client's gradient to this Euclidean norm at every local step."""
+    schedule: ScheduleConfig = ConstantSchedule(name="constant")
+    """A factor on the client's learning rate, by round."""
+    optimizer: ClientOptimizerConfig = SgdConfig(name="sgd")
+
+    def num_steps(self, num_samples: int) -> int:
+        """Local steps that a client with that many samples takes in a round."""
+        if self.steps is not None:
+            return self.steps if num_samples else 0
+        return self.epochs * math.ceil(num_samples / self.batch_size)
+
+
+class ServerSgdConfig(Section):
+    name: Literal["sgd"]
+    lr: Positive = 1.0
+    momentum: Fraction = 0.0
+
+
+class ServerAdaptiveSection(Section):
+    """FedOpt's adaptive server optimizers (Reddi et al. 2021, arXiv 2003.00295)."""
+
+    lr: Positive = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Positive = 1.0e-3
+
+
+class ServerAdamConfig(ServerAdaptiveSection):
+    name: Literal["adam"]
+
+
+class ServerYogiConfig(ServerAdaptiveSection):
+    name: Literal["yogi"]
+
+
+class ServerAdagradConfig(ServerAdaptiveSection):
+    name: Literal["adagrad"]
+    beta1: Fraction = 0.0
+
+
+ServerOptimizerConfig = Annotated[
+    ServerSgdConfig | ServerAdamConfig | ServerYogiConfig | ServerAdagradConfig, Field(discriminator="name")
+]
+
+
+class ServerConfig(Section):
+    optimizer: ServerOptimizerConfig = ServerSgdConfig(name="sgd")
+
+
+class NoPrivacy(Section):
+    name: Literal["none"]
+
+
+PrivacyConfig = Annotated[NoPrivacy, Field()]
+
+
+# --- the machine and the files -----------------------------------------------------------------------------------
+
+
+class RuntimeConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on the CPU."""
+    lanes: Literal["auto"] | Count = "auto"
+    """Clients that a rank trains side by side; auto takes what its share of the cohort needs and memory allows."""
+    threads: Count = 1
+    """CPU threads of each rank."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    evaluate_batch: Count = 256
+
+
+class OutputConfig(Section):
+    root: str = "runs"
+    name: str | None = None
+    """The run's directory below root; null derives it from the config's path and content."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 1
+    """In rounds; 0 writes one at the end only."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 1
+    backbone: BackboneConfig = BackboneConfig()
+    method: MethodConfig = BiasConfig(name="bias")
+    data: DataConfig = Cifar100Config(name="cifar100")
+    federation: FederationConfig = FederationConfig()
+    client: ClientConfig = ClientConfig()
+    server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = NoPrivacy(name="none")
+    runtime: RuntimeConfig = RuntimeConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        data, federation = self.data, self.federation
+        if data.clients is None and data.partition.name != "natural":
+            raise ValueError(
+                f"data.clients: null goes with the natural partition only; give a number for {data.partition.name!r}"
+            )
+        if data.clients is not None and federation.cohort > data.clients:
+            raise ValueError(
+                f"federation.cohort: {federation.cohort} is larger than the population, data.clients: {data.clients}; "
+                f"give at most {data.clients}"
+            )
+        if data.partition.name == "pool" and data.name != "synthetic":
+            raise ValueError(f"data.partition.name: 'pool' goes with synthetic data only, not {data.name!r}")
+        if data.partition.name == "pool" and data.validation:
+            raise ValueError("data.validation: a pool's clients share their samples, so none can be held out; give 0.0")
+        needs_validation = {
+            "federation.evaluate_on: validation": federation.evaluate_on == "validation",
+            "federation.evaluate_clients: true": federation.evaluate_clients,
+        }
+        for key, needed in needs_validation.items():
+            if needed and data.validation == 0.0:
+                raise ValueError(f"{key} needs data.validation above 0.0 (the share held out from every client)")
+        return self

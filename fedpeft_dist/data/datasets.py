@@ -1,0 +1,110 @@
+"""Images and labels, decoded, as uint8 in memory; every data set is a function from its config section to this.
+
+Shapes: S samples of a set, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import DataConfig, DigitsConfig, GlyphsConfig, SyntheticConfig
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split of a data set."""
+
+    images: torch.Tensor
+    """uint8 [S, C, H, W]."""
+    labels: torch.Tensor
+    """int64 [S]."""
+    groups: torch.Tensor | None = None
+    """int64 [S]: whose sample it is, where the data set knows natural clients."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Both splits of a data set and the names of its classes."""
+
+    train: ImageSet
+    test: ImageSet
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def load_digits(config: DigitsConfig, seed: int) -> Dataset:
+    """scikit-learn's handwritten digits, 8 x 8 in 17 grey levels: the same stratified split for every seed."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    digits = load()
+    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    parts = train_test_split(range(len(labels)), test_size=500, stratify=digits.target, random_state=0)
+    train, test = (ImageSet(images[part], labels[part]) for part in parts)
+    return Dataset(train, test, tuple(str(digit) for digit in range(10)))
+
+
+def load_glyphs(config: GlyphsConfig, seed: int) -> Dataset:
+    """Printed letters; a font is a natural client. The letters' distortions come from the run's seed."""
+    from fedpeft_dist.data.glyphs import render_dataset
+
+    num_test = max(1, config.images_per_letter // 4)
+    train = render_dataset(config.alphabet, config.images_per_letter, config.image_size, seed)
+    test = render_dataset(config.alphabet, num_test, config.image_size, seed + 1)
+    assert train.class_names == test.class_names
+    return Dataset(
+        ImageSet(train.images, train.labels, train.font_ids),
+        ImageSet(test.images, test.labels, test.font_ids),
+        train.class_names,
+    )
+
+
+def load_synthetic(config: SyntheticConfig, seed: int) -> Dataset:
+    """Uniform noise with random labels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_set(size: int) -> ImageSet:
+        shape = (size, config.channels, config.image_size, config.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return ImageSet(images, torch.randint(0, config.classes, (size,), generator=generator))
+
+    return Dataset(
+        random_set(config.num_train), random_set(config.num_test), tuple(str(c) for c in range(config.classes))
+    )
+
+
+def no_loader(config: DataConfig, seed: int) -> Dataset:
+    """Stands for the data sets whose communication cost can be computed, but whose files cannot be read yet.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        f"data.name: {config.name!r} can be used with `fedpeft cost` only, so far; to train, give digits, glyphs or "
+        "synthetic"
+    )
+
+
+def subsample(images: ImageSet, size: int | None, seed: int) -> ImageSet:
+    """A random subset, in the original order; all of it where size is None.
+
+    Raises:
+        ConfigError: fewer samples than asked for.
+    """
+    if size is None:
+        return images
+    if size > len(images):
+        raise ConfigError(f"data.max_train: {size} is more than the {len(images)} training samples there are")
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size].sort().values
+    groups = None if images.groups is None else images.groups[chosen]
+    return ImageSet(images.images[chosen], images.labels[chosen], groups)

@@ -1,0 +1,94 @@
+"""Exact aggregation: deltas are summed as 64-bit integers, so neither order nor the number of ranks can matter.
+
+    q = round_half_even(float64(delta) * 2^s),    s = 62 - 10 - ceil(log2 W)
+
+W bounds the sum of a round's weights, which are integers, and |delta| < 1024 = 2^10: no sum leaves the int64 range.
+The cost is a rounding of each delta to 2^-s, far below float32's own for any delta that is not tiny.
+
+Shapes: P trainable parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedpeft_dist.runtime.collectives import sum_over_ranks
+from fedpeft_dist.training.local_training import ClientUpdate
+
+DELTA_LIMIT = 1024.0
+"""A client with an element of this size, or one that is not finite, is rejected."""
+_RANGE_BITS = 62
+_LIMIT_BITS = 10
+# The tail of the wire vector: what is summed beside the deltas.
+_WEIGHT, _REJECTED, _LOSS, _SAMPLES, _STOP, _TAIL = range(6)  # _TAIL is their number
+
+
+@dataclass(frozen=True)
+class RoundTotal:
+    """What a round's all-reduce brings, the same on every rank."""
+
+    mean_delta: torch.Tensor | None
+    """Weighted mean of the accepted deltas, float32 [P]; None where no client with any weight was accepted."""
+    num_rejected: int
+    train_loss: float
+    """Weighted mean over the accepted clients; nan where there is none."""
+    num_samples: int
+    """Training samples processed, repetitions counted."""
+    stop_requested: bool
+    """Some rank was asked to stop."""
+
+
+def fraction_bits(largest_total_weight: int) -> int:
+    """s, for rounds whose weights sum to at most W = largest_total_weight."""
+    return _RANGE_BITS - _LIMIT_BITS - math.ceil(math.log2(max(largest_total_weight, 1)))
+
+
+def quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """round_half_even(values * 2^bits), computed in float64: int64 of the same shape."""
+    return torch.round(values.double() * 2.0**bits).to(torch.int64)
+
+
+class Aggregator:
+    """Takes this rank's updates one by one, then sums over ranks in one collective of P + a few int64."""
+
+    def __init__(self, num_parameters: int, largest_total_weight: int, device: torch.device):
+        self.bits = fraction_bits(largest_total_weight)
+        self.total = torch.zeros(num_parameters + _TAIL, dtype=torch.int64, device=device)
+        self.accepted: list[tuple[int, torch.Tensor]] = []
+
+    def add(self, update: ClientUpdate, num_samples: int) -> None:
+        """Adds an update, or counts it as rejected; decided on the device, without waiting for it."""
+        accepted = (update.delta.abs() < DELTA_LIMIT).all() & torch.isfinite(update.loss)
+        weight = accepted.long() * update.weight
+        deltas, tail = self.total[:-_TAIL], self.total[-_TAIL:]
+        deltas += torch.where(accepted, quantize(update.delta, self.bits), 0) * weight
+        loss = update.loss.clamp(max=DELTA_LIMIT)
+        tail[_WEIGHT] += weight
+        tail[_REJECTED] += 1 - accepted.long()
+        tail[_LOSS] += torch.where(accepted, quantize(loss, self.bits), 0) * weight
+        tail[_SAMPLES] += num_samples
+        self.accepted.append((update.client, accepted))
+
+    def rejected_clients(self) -> list[int]:
+        """This rank's clients that were rejected."""
+        return [client for client, accepted in self.accepted if not accepted]
+
+    def reduce(self, stop_requested: bool = False) -> RoundTotal:
+        """Sums over ranks and starts over; every rank must call it once a round."""
+        self.total[-_TAIL + _STOP] = int(stop_requested)
+        total = sum_over_ranks(self.total)
+        weight, rejected, loss, samples, stop = total[-_TAIL:].tolist()
+        scale = weight * 2.0**self.bits
+        result = RoundTotal(
+            mean_delta=(total[:-_TAIL].double() / scale).float() if weight else None,
+            num_rejected=rejected,
+            train_loss=loss / scale if weight else math.nan,
+            num_samples=samples,
+            stop_requested=stop > 0,
+        )
+        self.total.zero_()
+        self.accepted.clear()
+        return result

@@ -1,0 +1,73 @@
+"""Accuracy of the global model, sharded over ranks and reduced exactly.
+
+Batches have fixed boundaries and are padded to one size, whatever the number of ranks: every sample is computed in the
+same batch in every run.
+
+Shapes: S samples evaluated, B batch, P trainable parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.lanes.parameters import LaneParameters
+from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.runtime.collectives import sum_over_ranks
+from fedpeft_dist.runtime.process import Runtime
+
+
+class Evaluator:
+    """Evaluates one vector after another on chosen samples of a store.
+
+    Args:
+        samples: int64 [S], which of the store's samples to evaluate on.
+        batch_size: B, a part of the result: another one may round differently.
+    """
+
+    def __init__(
+        self, model: LaneModel, store: DeviceStore, samples: torch.Tensor, batch_size: int, runtime: Runtime
+    ):
+        self.model, self.store, self.runtime = model, store, runtime
+        self.samples, self.batch_size = samples, batch_size
+        self.parameters = LaneParameters(model.layout, 1, runtime.device)
+
+    @torch.no_grad()
+    def correct(self, vector: torch.Tensor) -> torch.Tensor:
+        """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU."""
+        self.parameters.load(0, self.model.layout.pad(vector))
+        self.model.bind(self.parameters)
+        device = self.runtime.device
+        correct = torch.zeros(len(self.samples), dtype=torch.int64, device=device)
+        starts = range(0, len(self.samples), self.batch_size)
+        for start in starts[self.runtime.rank :: self.runtime.world_size]:
+            own = self.samples[start : start + self.batch_size]
+            padded = torch.zeros(1, self.batch_size, dtype=torch.int64)
+            padded[0, : len(own)] = own
+            images, labels = self.store.batch(padded.to(device))
+            with self.runtime.autocast():
+                predictions = self.model.logits(images).argmax(dim=-1)
+            correct[start : start + len(own)] = (predictions == labels)[0, : len(own)].long()
+        return sum_over_ranks(correct).cpu()
+
+    def accuracy(self, vector: torch.Tensor) -> float:
+        """Top-1 accuracy in 0 .. 1."""
+        return float(self.correct(vector).sum()) / len(self.samples)
+
+
+def client_accuracies(correct: torch.Tensor, offsets: np.ndarray) -> dict[str, float]:
+    """Mean and 10th percentile of the clients' own accuracies, over the clients that have samples held out.
+
+    Args:
+        correct: int64 [S], all clients' held-out samples, one client after another.
+        offsets: int64 [N + 1], where each client's begin.
+    """
+    bounds: Sequence[tuple[int, int]] = list(zip(offsets[:-1], offsets[1:]))
+    accuracies = [float(correct[a:b].double().mean()) for a, b in bounds if b > a]
+    return {
+        "client_accuracy_mean": float(np.mean(accuracies)),
+        "client_accuracy_p10": float(np.percentile(accuracies, 10)),
+    }

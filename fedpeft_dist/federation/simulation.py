@@ -1,0 +1,142 @@
+"""Everything a run computes with, built once from its config: data, clients, model, trainer, evaluation.
+
+Shapes: N clients, P trainable parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+
+from fedpeft_dist.backbones.timm_backbone import freeze
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.data import load_dataset
+from fedpeft_dist.data.augment import make_augmentation
+from fedpeft_dist.data.datasets import ImageSet
+from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
+from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
+from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.training.lane_count import choose_lanes
+from fedpeft_dist.training.lane_schedule import ClientTask
+from fedpeft_dist.training.local_training import LocalTrainer
+
+
+class Simulation:
+    """
+    Raises:
+        ConfigError: data that cannot be read, a partition that cannot be, a method that does not fit.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+        self.dataset = load_dataset(config.data, derive_seed(config.seed, "data"))
+        self.partition, self.held_out = make_clients(config, self.dataset.train)
+        if config.federation.cohort > self.partition.num_clients:
+            raise ConfigError(
+                f"federation.cohort: {config.federation.cohort} is larger than the population of "
+                f"{self.partition.num_clients} clients"
+            )
+        self.model = build_lane_model(config, self.dataset.num_classes)
+        self.initial_vector = self.model.initial_vector().to(runtime.device)
+        freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
+        self.train_store = self._store(self.dataset.train)
+
+    @cached_property
+    def lanes(self) -> int:
+        """L, as configured or, for auto, as the shard needs and the memory allows."""
+        if self.config.runtime.lanes != "auto":
+            return self.config.runtime.lanes
+        needed = -(-self.config.federation.cohort // self.runtime.world_size)
+        return choose_lanes(needed, self.config.client.batch_size, self.model, self.train_store, self.runtime)
+
+    @cached_property
+    def trainer(self) -> LocalTrainer:
+        config = self.config
+        return LocalTrainer(
+            self.model,
+            self.train_store,
+            config.client,
+            self.runtime,
+            config.seed,
+            self.lanes,
+            compile_model=config.runtime.compile,
+        )
+
+    @cached_property
+    def test_evaluator(self) -> Evaluator:
+        store = self._store(self.dataset.test)
+        return self._evaluator(store, torch.arange(len(store)))
+
+    @cached_property
+    def validation_evaluator(self) -> Evaluator:
+        """On what the clients hold out of their own samples."""
+        assert self.held_out is not None
+        return self._evaluator(self.train_store, self.held_out.samples)
+
+    def evaluate(self, vector: torch.Tensor) -> dict[str, float]:
+        """Accuracy of a global vector [P] on what `federation.evaluate_on` names, and the clients' own on request."""
+        federation = self.config.federation
+        metrics = {}
+        if federation.evaluate_on == "validation" or federation.evaluate_clients:
+            correct = self.validation_evaluator.correct(vector)
+            metrics["accuracy"] = float(correct.sum()) / len(correct)
+            if federation.evaluate_clients:
+                metrics |= client_accuracies(correct, self.held_out.offsets)
+        if federation.evaluate_on == "test":
+            metrics["accuracy"] = self.test_evaluator.accuracy(vector)
+        return metrics
+
+    def tasks(self, cohort: Sequence[int]) -> list[ClientTask]:
+        """The work of a cohort's clients."""
+        tasks = []
+        for client in cohort:
+            samples = self.partition.indices(client)
+            tasks.append(ClientTask(client, samples, self.config.client.num_steps(len(samples)), len(samples)))
+        return tasks
+
+    def _store(self, images: ImageSet) -> DeviceStore:
+        backbone, data = self.model.backbone, self.config.data
+        return DeviceStore(
+            images,
+            data.image_size,
+            backbone.channels,
+            backbone.mean,
+            backbone.std,
+            self.runtime.device,
+            make_augmentation(data),
+        )
+
+    def _evaluator(self, store: DeviceStore, samples: torch.Tensor) -> Evaluator:
+        return Evaluator(self.model, store, samples, self.config.runtime.evaluate_batch, self.runtime)
+
+
+def make_clients(config: RunConfig, train: ImageSet) -> tuple[Partition, IndexPartition | None]:
+    """The clients' training samples and, where the config holds some out, their validation samples."""
+    partition = make_partition(config.data, train, config.seed)
+    if not config.data.validation:
+        return partition, None
+    assert isinstance(partition, IndexPartition)
+    kept, held_out = hold_out(partition, config.data.validation, config.seed)
+    if not len(held_out.samples):
+        raise ConfigError(f"data.validation: {config.data.validation} holds no sample out of any client; give more")
+    return kept, held_out
+
+
+def evaluate_run(config: RunConfig, tensors: Mapping[str, torch.Tensor], runtime: Runtime) -> dict[str, float]:
+    """Evaluates trained parameters, by name, as the run that trained them does.
+
+    Raises:
+        ConfigError: the parameters are not those of the config's method and backbone.
+    """
+    simulation = Simulation(config, runtime)
+    try:
+        vector = simulation.model.layout.join(tensors)
+    except ValueError as error:
+        raise ConfigError(f"{config.output.name}: {error}") from None
+    return simulation.evaluate(vector.to(runtime.device))

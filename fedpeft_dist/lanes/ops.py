@@ -1,0 +1,82 @@
+"""The functions that know a lane axis exists. Everything else sees an ordinary batch of L * B rows.
+
+Rows are lane-major: row l * B + b is sample b of lane l. Trainable tensors carry the lanes in front.
+
+Shapes: L lanes, B batch, R = L * B rows, D and E channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fedpeft_dist.lanes.parameters import ALIGNMENT
+
+
+def fold(x: torch.Tensor) -> torch.Tensor:
+    """[L, B, ...] to rows [L*B, ...]."""
+    return x.flatten(0, 1)
+
+
+def unfold(x: torch.Tensor, num_lanes: int) -> torch.Tensor:
+    """Rows [L*B, ...] to [L, B, ...]."""
+    return x.unflatten(0, (num_lanes, -1))
+
+
+def lane_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Each lane's own linear layer, as one batched matrix product.
+
+    Args:
+        x: [R, ..., D].
+        weight: [L, E, D].
+        bias: [L, E] or None.
+
+    Returns:
+        [R, ..., E].
+    """
+    num_lanes, out_features, in_features = weight.shape
+    rows = x.reshape(num_lanes, -1, in_features)
+    if bias is None:
+        y = torch.bmm(rows, weight.mT)
+    else:
+        y = torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def lane_bias(x: torch.Tensor, bias: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
+    """Adds each lane's own bias [L, D] to rows [R, ...] that have D channels at `channel_dim`."""
+    return (unfold(x, len(bias)) + _over_channels(x, bias, channel_dim)).flatten(0, 1)
+
+
+def lane_affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
+    """x * scale + bias with each lane's own scale and bias, both [L, D]; x as in `lane_bias`."""
+    scale, bias = (_over_channels(x, t, channel_dim) for t in (scale, bias))
+    return torch.addcmul(bias, unfold(x, scale.shape[0]), scale).flatten(0, 1)
+
+
+def lane_tokens(tokens: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Each lane's own tokens [L, T, D], repeated for each of its samples: [R, T, D]."""
+    num_lanes = tokens.shape[0]
+    return tokens.unsqueeze(1).expand(-1, num_rows // num_lanes, -1, -1).flatten(0, 1)
+
+
+def lane_aligned(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, num_lanes: int) -> torch.Tensor:
+    """An elementwise function of rows [R, ...], with each lane padded to a multiple of ALIGNMENT elements.
+
+    Elementwise kernels may round differently in their vectorised body and their tail (see lanes/parameters.py).
+    """
+    lanes = x.reshape(num_lanes, -1)
+    size = lanes.shape[1]
+    padding = -size % ALIGNMENT
+    if padding == 0:
+        return function(x)
+    return function(torch.nn.functional.pad(lanes, (0, padding)))[:, :size].reshape(x.shape)
+
+
+def _over_channels(x: torch.Tensor, per_lane: torch.Tensor, channel_dim: int) -> torch.Tensor:
+    """[L, D] in x's type, shaped to broadcast over x unfolded to [L, B, ...]."""
+    shape = [1] * (x.dim() + 1)
+    shape[0] = per_lane.shape[0]
+    shape[channel_dim if channel_dim < 0 else channel_dim + 1] = per_lane.shape[1]
+    return per_lane.to(x.dtype).view(shape)

@@ -1,0 +1,129 @@
+"""The matrix that holds every lane's trainable parameters, and the names of its columns.
+
+All of a rank's client state is `theta [L, W]`: a row is a client. Modules compute with plain leaf tensors that are views
+of it, `[L, *shape]`, and their gradients are views of a second matrix, so that loading a client, taking its delta and
+stepping an optimizer are operations on rows.
+
+Shapes: L lanes, P trainable parameters, W = P plus the padding columns that align each tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+# An elementwise kernel may round differently in its vectorised body and in its scalar tail. With every tensor starting
+# at a multiple of 32 elements the tail never falls inside a lane, and no result depends on the lane's number.
+ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Names, shapes and order of the trainable tensors; the wire format is their concatenation, P floats."""
+
+    shapes: Mapping[str, torch.Size]
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """P."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def width(self) -> int:
+        """W."""
+        return sum(_aligned(math.prod(shape)) for shape in self.shapes.values())
+
+    def columns(self) -> list[tuple[str, int, int]]:
+        """(name, first column, number of columns without padding) of each tensor."""
+        columns, start = [], 0
+        for name, shape in self.shapes.items():
+            size = math.prod(shape)
+            columns.append((name, start, size))
+            start += _aligned(size)
+        return columns
+
+    def pad(self, vector: torch.Tensor) -> torch.Tensor:
+        """A wire vector [P] as a row [W], zeros in the padding."""
+        assert vector.shape == (self.num_parameters,)
+        row = vector.new_zeros(self.width)
+        read = 0
+        for _, start, size in self.columns():
+            row[start : start + size] = vector[read : read + size]
+            read += size
+        return row
+
+    def unpad(self, row: torch.Tensor) -> torch.Tensor:
+        """A row [W] as a wire vector [P]."""
+        assert row.shape == (self.width,)
+        return torch.cat([row[start : start + size] for _, start, size in self.columns()])
+
+    def split(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A wire vector [P] as named tensors, which are views of it."""
+        parts = vector.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+
+    def join(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Named tensors as one wire vector [P].
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or of another shape.
+        """
+        if set(tensors) != set(self.shapes):
+            wrong = sorted(set(tensors) ^ set(self.shapes))
+            raise ValueError(f"the tensors do not match the trainable parameters: {', '.join(wrong[:3])}")
+        for name, shape in self.shapes.items():
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
+        return torch.cat([tensors[name].reshape(-1) for name in self.shapes])
+
+
+class LaneParameters:
+    """L rows of trainable parameters and their gradients, with views by name.
+
+    Args:
+        layout: names and shapes of the columns.
+        num_lanes: L.
+        dtype: float32 in a run; tests use float64.
+    """
+
+    def __init__(
+        self,
+        layout: ParameterLayout,
+        num_lanes: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.layout = layout
+        self.theta = torch.zeros(num_lanes, layout.width, device=device, dtype=dtype)
+        self.grad = torch.zeros_like(self.theta)
+        self.views: dict[str, torch.Tensor] = {}
+        for name, start, size in layout.columns():
+            shape = (num_lanes, *layout.shapes[name])
+            view = self.theta[:, start : start + size].view(shape).detach().requires_grad_()
+            view.grad = self.grad[:, start : start + size].view(shape)
+            self.views[name] = view
+
+    @property
+    def num_lanes(self) -> int:
+        return self.theta.shape[0]
+
+    def load(self, lane: int, row: torch.Tensor) -> None:
+        """Puts a client's parameters, a padded row [W], into a lane."""
+        self.theta[lane].copy_(row)
+
+    def assert_views_alive(self) -> None:
+        """Fails if something (`module.to()`, an optimizer that rebinds `.grad`) has cut a view from its matrix."""
+        element = self.theta.element_size()
+        for name, start, _ in self.layout.columns():
+            view = self.views[name]
+            assert view.data_ptr() == self.theta.data_ptr() + start * element, f"{name} left the parameter matrix"
+            assert view.grad is not None, f"{name} lost its gradient"
+            assert view.grad.data_ptr() == self.grad.data_ptr() + start * element, f"{name}.grad left its matrix"
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

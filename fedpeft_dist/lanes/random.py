@@ -1,0 +1,54 @@
+"""Counter-based random numbers: a pure function of who asks, never of who asked before.
+
+A key is an int64. `derive_seed` makes one from names and numbers on the host; `fold_in` derives keys from keys for a
+whole tensor at once. Because nothing carries state, a draw depends on (seed, purpose, round, client, step, sample, site)
+alone: not on the lane, the rank, or what ran earlier.
+
+Shapes: L lanes, B batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+# The golden-ratio increment and the two multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed 64-bit ints.
+_INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def derive_seed(seed: int, purpose: str, *ids: int) -> int:
+    """A 63-bit seed for one purpose, from the run's seed and any number of ids (round, client, ...)."""
+    text = "/".join([str(seed), purpose, *(str(i) for i in ids)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def mix(keys: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finalizer: a bijection of int64 that flips about half of the output bits for any input bit."""
+    x = keys + _INCREMENT
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
+    return x ^ _shift_right(x, 31)
+
+
+def fold_in(keys: torch.Tensor, values: torch.Tensor | int) -> torch.Tensor:
+    """New keys from keys and integers, elementwise with broadcasting; int64 in, int64 out."""
+    return mix(mix(keys) ^ values)
+
+
+def uniform(keys: torch.Tensor) -> torch.Tensor:
+    """Float32 in [0, 1), 24 bits each, one per key."""
+    return _shift_right(mix(keys), 40).to(torch.float32) * 2.0**-24
+
+
+def permutation(key: int, size: int) -> torch.Tensor:
+    """A random order of 0 .. size-1: int64 [size], on the CPU."""
+    keys = fold_in(torch.full((size,), key, dtype=torch.int64), torch.arange(size))
+    return torch.argsort(keys, stable=True)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: torch's own repeats the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,48 @@
+"""PEFT methods: one file each. METHODS maps each method's config class to what builds it."""
+
+from __future__ import annotations
+
+import torch
+
+from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
+from fedpeft_dist.config import schema
+from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.methods.adapter import build_adapter
+from fedpeft_dist.methods.bias import build_bias
+from fedpeft_dist.methods.full import build_full
+from fedpeft_dist.methods.head import build_head
+from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.methods.lora import build_lora
+from fedpeft_dist.methods.norm import build_norm
+from fedpeft_dist.methods.prompt import build_prompt
+
+METHODS = {
+    schema.FullConfig: build_full,
+    schema.HeadConfig: build_head,
+    schema.BiasConfig: build_bias,
+    schema.NormConfig: build_norm,
+    schema.PromptConfig: build_prompt,
+    schema.AdapterConfig: build_adapter,
+    schema.LoraConfig: build_lora,
+}
+
+
+def attach_method(backbone: Backbone, config: schema.MethodConfig, seed: int) -> LaneModel:
+    """Changes the backbone in place into one that the method trains.
+
+    Args:
+        seed: for the method's own initial values, which do not touch the global generator.
+
+    Raises:
+        ConfigError: the method does not fit the backbone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return METHODS[type(config)](backbone, config)
+
+
+def build_lane_model(config: schema.RunConfig, num_classes: int, device: str = "cpu") -> LaneModel:
+    """The run's backbone with its method on it, on the CPU (or, for shapes alone, on "meta"), in float32."""
+    seed = derive_seed(config.seed, "backbone")
+    backbone = build_backbone(config.backbone, num_classes, config.data.image_size, seed, device)
+    return attach_method(backbone, config.method, derive_seed(config.seed, "method"))

@@ -1,0 +1,85 @@
+"""Adapters (Houlsby et al. 2019, arXiv 1902.00751) on the output of each block's MLP, and the head.
+
+    y = mlp(x);  y + up(gelu(down(y)))
+
+The paper shares one adapter between all blocks. The up-projection, and it alone, starts at zero: the model starts as the
+backbone, and every matrix has a gradient from the second step on.
+
+Shapes: R rows, T tokens, D width, H bottleneck.
+"""
+
+from __future__ import annotations
+
+
+import torch
+from torch import nn
+
+from fedpeft_dist.backbones.timm_backbone import Backbone
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import AdapterConfig
+from fedpeft_dist.lanes.ops import lane_aligned, lane_linear
+from fedpeft_dist.methods.head import train_head
+from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+
+
+class LaneAdapter(LaneModule):
+    """down D -> H, GELU, up H -> D, each lane its own; [R, T, D] to [R, T, D]."""
+
+    def __init__(self, name: str, width: int, bottleneck: int, device: torch.device):
+        super().__init__()
+        down = nn.Linear(width, bottleneck, device=device)
+        self.declare("down_weight", f"{name}.down.weight", down.weight)
+        self.declare("down_bias", f"{name}.down.bias", down.bias)
+        self.declare("up_weight", f"{name}.up.weight", torch.zeros(width, bottleneck, device=device))
+        self.declare("up_bias", f"{name}.up.bias", torch.zeros(width, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = lane_linear(x, self.down_weight, self.down_bias)
+        hidden = lane_aligned(nn.functional.gelu, hidden, self.down_weight.shape[0])
+        return lane_linear(hidden, self.up_weight, self.up_bias)
+
+
+class AdaptedMlp(nn.Module):
+    """A block's MLP with an adapter in residual on its output."""
+
+    def __init__(self, mlp: nn.Module, adapter: LaneAdapter):
+        super().__init__()
+        self.mlp, self.adapter = mlp, adapter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.mlp(x)
+        return y + self.adapter(y)
+
+
+def build_adapter(backbone: Backbone, config: AdapterConfig) -> FoldedLaneModel:
+    """
+    Raises:
+        ConfigError: no transformer blocks, or widths that one shared adapter cannot serve.
+    """
+    model = backbone.model
+    mlps = find_transformer_mlps(model)
+    if not mlps:
+        raise ConfigError(f"method.name: 'adapter' finds no transformer blocks (attn and mlp) in {type(model).__name__}")
+    widths = [mlp.fc2.out_features for _, mlp in mlps]
+    if config.shared and len(set(widths)) > 1:
+        raise ConfigError(
+            f"method.shared: true needs blocks of one width, {type(model).__name__} has {sorted(set(widths))}; "
+            "give shared: false"
+        )
+    device = next(model.parameters()).device
+    shared = LaneAdapter("adapter", widths[0], config.bottleneck, device) if config.shared else None
+    for (name, mlp), width in zip(mlps, widths):
+        own = shared or LaneAdapter(f"{name}.adapter", width, config.bottleneck, device)
+        replace_module(model, name, AdaptedMlp(mlp, own))
+    train_head(backbone)
+    return FoldedLaneModel(backbone)
+
+
+def find_transformer_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The MLPs of blocks that also have an attention, in order: (name, module with a linear fc2)."""
+    found = []
+    for name, module in model.named_modules():
+        mlp = getattr(module, "mlp", None)
+        if hasattr(module, "attn") and isinstance(getattr(mlp, "fc2", None), nn.Linear):
+            found.append((f"{name}.mlp", mlp))
+    return found

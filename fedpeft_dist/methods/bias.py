@@ -1,0 +1,60 @@
+"""Bias-tuning (BitFit, Zaken et al. 2022, arXiv 2106.10199): every parameter called `bias`, and the head.
+
+A layer that ends in adding its bias is the layer without it, followed by each lane's own addition; so the large product
+stays one product over all lanes.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import LayerNorm, LayerNorm2d
+from torch import nn
+
+from fedpeft_dist.backbones.timm_backbone import Backbone, classifier_names
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import BiasConfig
+from fedpeft_dist.lanes.ops import lane_bias
+from fedpeft_dist.methods.head import train_head
+from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+
+# Where a norm layer's output has its channels. Exact types: a subclass may do more after the addition.
+NORM_CHANNEL_DIM = {
+    nn.LayerNorm: -1,
+    LayerNorm: -1,
+    LayerNorm2d: 1,
+    nn.BatchNorm2d: 1,
+    nn.GroupNorm: 1,
+}
+CHANNEL_DIM = {nn.Linear: -1, nn.Conv2d: 1, **NORM_CHANNEL_DIM}
+
+
+class LaneBias(LaneModule):
+    """A frozen layer whose bias is each lane's own."""
+
+    def __init__(self, name: str, layer: nn.Module):
+        super().__init__()
+        self.declare("bias", f"{name}.bias", layer.bias)
+        self.channel_dim = CHANNEL_DIM[type(layer)]
+        layer.bias = None
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lane_bias(self.layer(x), self.bias, self.channel_dim)
+
+
+def build_bias(backbone: Backbone, config: BiasConfig) -> FoldedLaneModel:
+    """
+    Raises:
+        ConfigError: a bias belongs to a kind of layer that does not simply add it, or there is none.
+    """
+    model = backbone.model
+    biased = [(name, m) for name, m in model.named_modules() if getattr(m, "bias", None) is not None]
+    biased = [(name, m) for name, m in biased if name not in classifier_names(model)]
+    if not biased:
+        raise ConfigError(f"method.name: 'bias' finds no bias outside the head of {type(model).__name__}")
+    for name, layer in biased:
+        if type(layer) not in CHANNEL_DIM:
+            raise ConfigError(f"method.name: 'bias' does not fit {type(model).__name__}: {name} is a {type(layer).__name__}")
+        replace_module(model, name, LaneBias(name, layer))
+    train_head(backbone)
+    return FoldedLaneModel(backbone)

@@ -1,0 +1,144 @@
+"""A backbone with a PEFT method on it, as a function of images and L clients' parameters.
+
+Two ways to give every client its own parameters: `FoldedLaneModel` runs the frozen layers once over all rows and only
+the method's own modules know about lanes; `VmapLaneModel` maps the whole model over lanes, for full fine-tuning.
+
+Shapes: L lanes, B batch, K classes, P trainable parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+from fedpeft_dist.backbones.timm_backbone import Backbone
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.lanes.dropout import KeyedDropPath, SampleKeys, make_dropout, share_keys
+from fedpeft_dist.lanes.ops import fold, unfold
+from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
+
+
+class LaneModel(Protocol):
+    """What the trainer and the evaluation need of a method."""
+
+    backbone: Backbone
+    layout: ParameterLayout
+
+    def initial_vector(self) -> torch.Tensor:
+        """The trainable parameters before the first round: float32 [P]."""
+
+    def bind(self, parameters: LaneParameters) -> None:
+        """Makes the model compute with these rows from now on."""
+
+    def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """[L, B, K] from images [L, B, C, H, W]; keys, int64 [L, B], turn dropout and drop-path on."""
+
+
+class LaneModule(nn.Module):
+    """A module with trainable tensors of its own.
+
+    They are declared without a lane axis, under the name they have on the wire, and bound as plain tensors
+    [L, *shape]: never registered, so that nothing that walks over parameters moves or shards them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.declared: dict[str, tuple[str, torch.Tensor]] = {}
+
+    def declare(self, attribute: str, name: str, initial: torch.Tensor) -> None:
+        """Announces `self.<attribute>`, called `name` on the wire, with its value before the first round."""
+        self.declared[attribute] = (name, initial.detach())
+
+    def bind(self, views: Mapping[str, torch.Tensor]) -> None:
+        for attribute, (name, _) in self.declared.items():
+            setattr(self, attribute, views[name])
+
+
+class FoldedLaneModel:
+    """The frozen backbone runs over [L*B] rows; the LaneModules in it hold what is trained."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+        self.keys = make_randomness_keyed(backbone.model)
+        self.initial = {name: value for module in self._modules() for name, value in module.declared.values()}
+        self.layout = ParameterLayout({name: value.shape for name, value in self.initial.items()})
+        self.num_lanes = 0
+
+    def initial_vector(self) -> torch.Tensor:
+        return self.layout.join(self.initial).float().cpu()
+
+    def bind(self, parameters: LaneParameters) -> None:
+        self.num_lanes = parameters.num_lanes
+        for module in self._modules():
+            module.bind(parameters.views)
+
+    def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        self.keys.rows = None if keys is None else fold(keys)
+        return unfold(self.backbone.model(fold(images)), self.num_lanes)
+
+    def _modules(self) -> Iterator[LaneModule]:
+        return (module for module in self.backbone.model.modules() if isinstance(module, LaneModule))
+
+
+class VmapLaneModel:
+    """Every parameter is trained: the whole model is mapped over the lanes, any timm model as it is."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+        self.keys = make_randomness_keyed(backbone.model)
+        self.layout = ParameterLayout({name: p.shape for name, p in backbone.model.named_parameters()})
+        self.views: Mapping[str, torch.Tensor] = {}
+        self.num_lanes = 0
+
+    def initial_vector(self) -> torch.Tensor:
+        return self.layout.join(dict(self.backbone.model.named_parameters())).detach().float().cpu()
+
+    def bind(self, parameters: LaneParameters) -> None:
+        self.num_lanes, self.views = parameters.num_lanes, parameters.views
+
+    def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        if self.num_lanes == 1:
+            lane = {name: view[0] for name, view in self.views.items()}
+            return self._one_lane(lane, images[0], None if keys is None else keys[0]).unsqueeze(0)
+        in_dims = (0, 0, None if keys is None else 0)
+        return torch.vmap(self._one_lane, in_dims=in_dims)(dict(self.views), images, keys)
+
+    def _one_lane(self, views: Mapping[str, torch.Tensor], images: torch.Tensor, keys: torch.Tensor | None):
+        self.keys.rows = keys
+        return torch.func.functional_call(self.backbone.model, views, (images,))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def make_randomness_keyed(model: nn.Module) -> SampleKeys:
+    """Replaces the backbone's own dropout and drop-path layers by keyed ones, and drops those that never act.
+
+    Returns:
+        The keys that all keyed layers of the model, the method's included, read from now on.
+
+    Raises:
+        ConfigError: attention dropout, which lives inside the fused attention and cannot be keyed.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Dropout):
+            if name.endswith("attn_drop") and module.p:
+                raise ConfigError(
+                    f"backbone.model_args: dropout {module.p} at {name} is inside the fused attention; "
+                    "give attn_drop_rate: 0.0 (proj_drop_rate and drop_path_rate are supported)"
+                )
+            replace_module(model, name, make_dropout(module.p, name))
+        elif isinstance(module, DropPath):
+            probability = module.drop_prob or 0.0
+            keyed = KeyedDropPath(probability, module.scale_by_keep, name) if probability else nn.Identity()
+            replace_module(model, name, keyed)
+    keys = SampleKeys()
+    share_keys(model, keys)
+    return keys

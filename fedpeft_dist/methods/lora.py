@@ -1,0 +1,67 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) on the linear layers of each transformer block, and the head.
+
+    y = frozen(x) + alpha / rank * B(A(dropout(x)))
+
+B starts at zero, so that round 0 is the backbone.
+
+Shapes: R rows, T tokens, D inputs, E outputs, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from fedpeft_dist.backbones.timm_backbone import Backbone
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import LoraConfig
+from fedpeft_dist.lanes.dropout import make_dropout
+from fedpeft_dist.lanes.ops import lane_linear
+from fedpeft_dist.methods.head import train_head
+from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+
+# Where a target lies in a block: `proj` is the attention's, never the patch embedding's.
+TARGETS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+
+
+class LaneLora(LaneModule):
+    """A frozen linear layer with each lane's own low-rank update beside it; [R, T, D] to [R, T, E]."""
+
+    def __init__(self, name: str, linear: nn.Linear, config: LoraConfig):
+        super().__init__()
+        device = linear.weight.device
+        a = torch.empty(config.rank, linear.in_features, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.declare("a", f"{name}.lora_A.weight", a)
+        self.declare("b", f"{name}.lora_B.weight", torch.zeros(linear.out_features, config.rank, device=device))
+        self.linear = linear
+        self.scale = config.alpha / config.rank
+        self.dropout = make_dropout(config.dropout, name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = lane_linear(self.dropout(x), self.a)
+        return self.linear(x) + lane_linear(hidden, self.b) * self.scale
+
+
+def build_lora(backbone: Backbone, config: LoraConfig) -> FoldedLaneModel:
+    """
+    Raises:
+        ConfigError: a target that matches no linear layer.
+    """
+    model = backbone.model
+    endings = {target: TARGETS[target] for target in dict.fromkeys(config.targets)}
+    matched = {target: 0 for target in endings}
+    for name, module in list(model.named_modules()):
+        for target, ending in endings.items():
+            if f".{name}".endswith(f".{ending}") and isinstance(module, nn.Linear):
+                replace_module(model, name, LaneLora(name, module, config))
+                matched[target] += 1
+    for target, count in matched.items():
+        if not count:
+            raise ConfigError(
+                f"method.targets: {target!r} matches no linear layer ({TARGETS[target]}) in {type(model).__name__}"
+            )
+    train_head(backbone)
+    return FoldedLaneModel(backbone)

@@ -1,0 +1,132 @@
+"""Rebuild the embedded backbone: supervised pre-training on distorted printed letters, on the CPU.
+
+The task: name a Latin letter, whatever its font and its distortion; letters that differ in size only (c and
+C) share a class. No digits, and no handwriting, are used anywhere. docs/glyph_vit.md holds what it reached.
+
+Shapes: C letters, F fonts, N images, S the side of an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from fedpeft_dist.backbones.glyph_vit import IMAGE_SIZE, build_glyph_vit
+from fedpeft_dist.data.glyphs import ALPHABETS, distort, font_files, merge_drawings, render_letters
+from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.runtime.files import write_atomically
+
+Drawings = tuple[Tensor, Tensor]  # drawings [C, F, S, S] uint8, the class of each of the C [C] int64
+
+
+def pretrain(
+    output: Path,
+    *,
+    steps: int = 9000,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.05,
+    warmup_steps: int = 500,
+    label_smoothing: float = 0.1,
+    held_out_images: int = 8192,
+    seed: int = 0,
+    threads: int = 1,
+    report: Callable[[str], None] = print,
+) -> dict[str, float | int | str]:
+    """Train from scratch and write the weights, without the head, to `output` (safetensors, float32).
+
+    The defaults are the shipped recipe. The result holds the held-out accuracy (new distortions of the
+    same letters and fonts), the seconds, and the file's bytes and sha256, which repeats on one machine
+    for the same arguments. The process's thread count is set to `threads` meanwhile. Raises ValueError
+    for a size below 1.
+    """
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("held_out_images", held_out_images)):
+        if value < 1:
+            raise ValueError(f"{name}: {value} must be at least 1")
+    started, threads_before = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        letters = letter_drawings()
+        num_classes = int(letters[1].max()) + 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "model"))
+            model = build_glyph_vit(num_classes, pretrained=False)
+        optimizer = _optimizer(model, learning_rate, weight_decay)
+        generator = Generator().manual_seed(derive_seed(seed, "training letters"))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * schedule(step, steps, warmup_steps)
+            images, labels = sample_letters(letters, batch_size, generator)
+            loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if (step + 1) % 500 == 0:
+                report(f"step {step + 1} of {steps}: loss {loss.item():.3f}")
+        accuracy = _held_out_accuracy(model, letters, held_out_images, seed)
+        state = model.state_dict()
+        content = save({name: state[name] for name in state if not name.startswith("head.")})
+        write_atomically(output, lambda temporary: temporary.write_bytes(content))
+    finally:
+        torch.set_num_threads(threads_before)
+    result = {
+        "classes": num_classes,
+        "held_out_accuracy": accuracy,
+        "seconds": time.perf_counter() - started,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    report(", ".join(f"{key} {value}" for key, value in result.items()))
+    return result
+
+
+def letter_drawings() -> Drawings:
+    """Every Latin letter in every font, and its class."""
+    drawings = render_letters(ALPHABETS["latin"], font_files())
+    return drawings, torch.tensor(merge_drawings(drawings))
+
+
+def sample_letters(letters: Drawings, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Distorted images [N, 1, S, S] float32 in -1..1, and labels [N]: all classes and fonts equally often."""
+    drawings, classes = letters
+    odds = 1 / classes.bincount()[classes].float()
+    rows = torch.multinomial(odds, count, replacement=True, generator=generator)
+    fonts = torch.randint(drawings.shape[1], (count,), generator=generator)
+    images = distort(drawings[rows, fonts, None], IMAGE_SIZE, generator)
+    return images * 2 - 1, classes[rows]
+
+
+def schedule(step: int, steps: int, warmup_steps: int) -> float:
+    """The learning rate's factor: a linear rise over `warmup_steps`, then a half cosine down to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
+
+
+def _optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [
+        parameter for parameter in model.parameters() if parameter.ndim == 1
+    ]  # biases, norms: no decay
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+
+
+def _held_out_accuracy(model: torch.nn.Module, letters: Drawings, count: int, seed: int) -> float:
+    generator = Generator().manual_seed(derive_seed(seed, "held-out letters"))
+    model.eval()
+    right = 0
+    with torch.inference_mode():
+        for start in range(0, count, 512):
+            images, labels = sample_letters(letters, min(512, count - start), generator)
+            right += int((model(images).argmax(-1) == labels).sum())
+    return right / count

@@ -1,0 +1,50 @@
+"""What a config would send, computed on the meta device: no data, no weights, seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.data import count_classes
+from fedpeft_dist.methods import build_lane_model
+
+BYTES_PER_PARAMETER = 4
+"""float32 on the wire."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and bytes of a run. Downlink equals uplink: a client receives as many parameters as it sends."""
+
+    trainable_parameters: int
+    backbone_parameters: int
+    uplink_bytes_per_client: int
+    uplink_bytes_per_round: int
+    uplink_bytes_total: int
+    share_of_full: float
+    """Of the bytes that full fine-tuning of the same backbone would send."""
+
+
+def compute_cost(config: RunConfig) -> Cost:
+    """
+    Raises:
+        ConfigError: the backbone cannot be made, or the method does not fit it.
+    """
+    model = build_lane_model(config, count_classes(config.data), device="meta")
+    parameters = model.layout.num_parameters
+    per_client = uplink_bytes(parameters, 1)
+    per_round = uplink_bytes(parameters, config.federation.cohort)
+    return Cost(
+        trainable_parameters=parameters,
+        backbone_parameters=model.backbone.num_parameters,
+        uplink_bytes_per_client=per_client,
+        uplink_bytes_per_round=per_round,
+        uplink_bytes_total=per_round * config.federation.rounds,
+        share_of_full=parameters / model.backbone.num_parameters,
+    )
+
+
+def uplink_bytes(num_parameters: int, cohort: int) -> int:
+    """Bytes that a cohort sends in a round."""
+    return num_parameters * BYTES_PER_PARAMETER * cohort

@@ -1,0 +1,136 @@
+"""A run's directory: which files it has, and how each is written and read.
+
+Every file that matters is written beside its place, flushed and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import dump_config, load_config, result_keys
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.runtime.files import write_atomically, write_text
+
+RUNNING, INTERRUPTED, COMPLETE, FAILED = "running", "interrupted", "complete", "failed"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def trainable_file(self) -> Path:
+        return self.path / "trainable.safetensors"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def state(self) -> str | None:
+        """running, interrupted, complete or failed; None where there is no run."""
+        return read_json(self.state_file)["state"] if self.state_file.exists() else None
+
+    def write_state(self, state: str, next_round: int) -> None:
+        write_text(self.state_file, json.dumps({"state": state, "next_round": next_round}) + "\n")
+
+    def stored_config(self) -> RunConfig | None:
+        return load_config(self.config_file) if self.config_file.exists() else None
+
+    def write_config(self, config: RunConfig) -> None:
+        write_text(self.config_file, dump_config(config))
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Adds a line for a round; a reader sees whole lines only, up to the last one."""
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def cut_metrics(self, num_rounds: int) -> None:
+        """Drops the lines of the rounds that are about to be run again."""
+        if not self.metrics_file.exists():
+            return
+        rows = [row for row in read_metrics(self.metrics_file) if row["round"] <= num_rounds]
+        write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_trainable(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.trainable_file, lambda path: save_file(tensors, path, metadata=metadata))
+
+    def read_trainable(self) -> dict[str, torch.Tensor]:
+        """
+        Raises:
+            ConfigError: there is no such file, or it cannot be read.
+        """
+        try:
+            return load_file(self.trainable_file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{self.trainable_file}: no trained parameters can be read ({error})") from None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: the file is missing or is no JSON object.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def check_same_run(stored: RunConfig, config: RunConfig, path: Path) -> None:
+    """Refuses to go on with a run under a config that would give another result.
+
+    `federation.rounds` may grow.
+
+    Raises:
+        ConfigError: with the keys that differ.
+    """
+    old, new = result_keys(stored), result_keys(config)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if "federation.rounds" in differing and config.federation.rounds > stored.federation.rounds:
+        differing.remove("federation.rounds")
+    if differing:
+        changes = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differing)
+        raise ConfigError(f"{path} holds a run of another config: {changes}; give another output.name, or remove it")

@@ -1,0 +1,137 @@
+"""Local training: the hot loop. Clients are loaded into lanes, trained side by side, and collected.
+
+Shapes: L lanes, B batch, K classes, P trainable parameters, W columns of the parameter matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedpeft_dist.config.schema import ClientConfig
+from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.lanes.loss_scale import LaneLossScale
+from fedpeft_dist.lanes.optimizers import add_proximal, clip_rows, make_lane_optimizer
+from fedpeft_dist.lanes.parameters import LaneParameters
+from fedpeft_dist.lanes.random import fold_in
+from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.training.lane_schedule import ClientTask, Tick, schedule_lanes
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends."""
+
+    client: int
+    weight: int
+    delta: torch.Tensor
+    """client_after - server_before: [P], on the device."""
+    loss: torch.Tensor
+    """Mean training loss over its local steps: a float32 scalar on the device."""
+
+
+class LocalTrainer:
+    """Trains a shard of clients on L lanes.
+
+    Args:
+        model: the backbone with its method; bound to this trainer's rows while it trains.
+        store: the training images.
+        num_lanes: L.
+        dtype: of the parameter matrix; float32 in a run.
+        compile_model: runs the model through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: LaneModel,
+        store: DeviceStore,
+        config: ClientConfig,
+        runtime: Runtime,
+        seed: int,
+        num_lanes: int,
+        dtype: torch.dtype = torch.float32,
+        compile_model: bool = False,
+    ):
+        self.model, self.store, self.config, self.runtime, self.seed = model, store, config, runtime, seed
+        self.parameters = LaneParameters(model.layout, num_lanes, runtime.device, dtype)
+        self.optimizer = make_lane_optimizer(config.optimizer, self.parameters.theta)
+        self.loss_scale = LaneLossScale(num_lanes, runtime.device) if runtime.precision == "fp16" else None
+        self.loss_sums = torch.zeros(num_lanes, device=runtime.device)
+        self.logits = torch.compile(model.logits) if compile_model else model.logits
+
+    def train(
+        self, tasks: Sequence[ClientTask], global_vector: torch.Tensor, round_number: int, lr_factor: float = 1.0
+    ) -> Iterator[ClientUpdate]:
+        """Yields each client's update as soon as it is done; a round's updates are never held all at once.
+
+        Args:
+            global_vector: [P] on the device.
+        """
+        self.model.bind(self.parameters)
+        start = self.model.layout.pad(global_vector.to(self.parameters.theta.dtype))
+        num_lanes, batch_size = self.parameters.num_lanes, self.config.batch_size
+        for tick in schedule_lanes(tasks, num_lanes, batch_size, self.seed, round_number):
+            for lane, _ in tick.starting:
+                self._load(lane, start)
+            self._local_step(tick, start, lr_factor)
+            for lane, task in tick.finished:
+                delta = self.model.layout.unpad(self.parameters.theta[lane] - start)
+                yield ClientUpdate(task.client, task.weight, delta, self.loss_sums[lane] / task.num_steps)
+        self.parameters.assert_views_alive()
+
+    def _load(self, lane: int, start: torch.Tensor) -> None:
+        """A client starts at the global parameters with a fresh optimizer, whoever was in the lane before."""
+        self.parameters.load(lane, start)
+        self.optimizer.reset(lane)
+        self.loss_sums[lane] = 0.0
+        if self.loss_scale is not None:
+            self.loss_scale.reset(lane)
+
+    def _local_step(self, tick: Tick, start: torch.Tensor, lr_factor: float) -> None:
+        """One optimizer step of every lane that has a batch."""
+        device, grad = self.runtime.device, self.parameters.grad
+        mask = tick.mask.to(device)
+        active = mask.any(dim=1, keepdim=True)
+        indices = tick.indices.to(device)
+        keys = fold_in(tick.lane_keys.to(device).unsqueeze(1), indices)
+        images, labels = self.store.batch(indices, keys)
+        grad.zero_()
+        with self.runtime.autocast():
+            logits = self.logits(images.to(self._input_dtype), keys)
+        losses = lane_losses(logits, labels, mask)
+        # The sum over lanes keeps them apart: each lane's parameters see their own mean loss only.
+        (losses if self.loss_scale is None else losses * self.loss_scale.scale).sum().backward()
+        if self.loss_scale is not None:
+            active = self.loss_scale.unscale(grad, active)
+        if self.config.proximal:
+            add_proximal(grad, self.parameters.theta, start, self.config.proximal)
+        if self.config.clip_norm is not None:
+            clip_rows(grad, self.config.clip_norm)
+        rate = self.config.optimizer.lr * lr_factor
+        self.optimizer.step(self.parameters.theta, grad, active, [rate] * self.parameters.num_lanes)
+        self.loss_sums += losses.detach().float()
+
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        """float32, or float64 in tests."""
+        return self.parameters.theta.dtype
+
+
+def lane_losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Each lane's cross-entropy, the mean over its real samples; 0 for a lane that has none.
+
+    Args:
+        logits: [L, B, K]; computed with in float32, or in float64 where they are.
+        labels: int64 [L, B].
+        mask: bool [L, B].
+
+    Returns:
+        [L].
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    losses = torch.where(mask, losses.view(mask.shape), 0.0)
+    return losses.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
