@@ -56,7 +56,7 @@ def load_newest_checkpoint(directory: Path) -> Checkpoint | None:
     try:
         with safe_open(paths[-1], framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         return Checkpoint(
             next_round=int(metadata["next_round"]),
             vector=tensors.pop("vector"),

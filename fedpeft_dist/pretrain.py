@@ -30,11 +30,11 @@ Drawings = tuple[Tensor, Tensor]  # drawings [C, F, S, S] uint8, the class of ea
 def pretrain(
     output: Path,
     *,
-    steps: int = 9000,
+    steps: int = 6000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.05,
-    warmup_steps: int = 500,
+    warmup_steps: int = 400,
     label_smoothing: float = 0.1,
     held_out_images: int = 8192,
     seed: int = 0,
@@ -114,9 +114,7 @@ def schedule(step: int, steps: int, warmup_steps: int) -> float:
 
 def _optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [
-        parameter for parameter in model.parameters() if parameter.ndim == 1
-    ]  # biases, norms: no decay
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]  # biases, norms: no decay
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 

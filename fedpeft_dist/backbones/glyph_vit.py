@@ -24,6 +24,7 @@ ARCHITECTURE: dict[str, Any] = {
     "embed_dim": 128,
     "depth": 6,
     "num_heads": 4,
+    "global_pool": "avg",
 }
 
 PRETRAINED_CFG: dict[str, Any] = {
@@ -61,7 +62,7 @@ def build_glyph_vit(
 
 
 def _load_weights(model: VisionTransformer) -> None:
-    if model.cls_token.is_meta:
+    if model.pos_embed.is_meta:
         raise ValueError("backbone.pretrained: the meta device holds no weights; build with pretrained=False")
     packaged = load_file(WEIGHTS_FILE)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}

@@ -8,7 +8,7 @@ Shapes: S samples evaluated, B batch, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,9 +28,7 @@ class Evaluator:
         batch_size: B, a part of the result: another one may round differently.
     """
 
-    def __init__(
-        self, model: LaneModel, store: DeviceStore, samples: torch.Tensor, batch_size: int, runtime: Runtime
-    ):
+    def __init__(self, model: LaneModel, store: DeviceStore, samples: torch.Tensor, batch_size: int, runtime: Runtime):
         self.model, self.store, self.runtime = model, store, runtime
         self.samples, self.batch_size = samples, batch_size
         self.parameters = LaneParameters(model.layout, 1, runtime.device)
@@ -65,8 +63,7 @@ def client_accuracies(correct: torch.Tensor, offsets: np.ndarray) -> dict[str, f
         correct: int64 [S], all clients' held-out samples, one client after another.
         offsets: int64 [N + 1], where each client's begin.
     """
-    bounds: Sequence[tuple[int, int]] = list(zip(offsets[:-1], offsets[1:]))
-    accuracies = [float(correct[a:b].double().mean()) for a, b in bounds if b > a]
+    accuracies = [float(correct[a:b].double().mean()) for a, b in pairwise(offsets) if b > a]
     return {
         "client_accuracy_mean": float(np.mean(accuracies)),
         "client_accuracy_p10": float(np.percentile(accuracies, 10)),

@@ -8,9 +8,7 @@ from fedpeft_dist.config.schema import ParticipationConfig
 from fedpeft_dist.lanes.random import derive_seed
 
 
-def sample_cohort(
-    config: ParticipationConfig, population: int, cohort: int, seed: int, round_number: int
-) -> list[int]:
+def sample_cohort(config: ParticipationConfig, population: int, cohort: int, seed: int, round_number: int) -> list[int]:
     """The cohort of a round: `cohort` clients, uniformly and without replacement, in O(cohort).
 
     Every rank computes the same; nothing is sent.

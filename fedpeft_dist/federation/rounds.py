@@ -227,7 +227,6 @@ def _keep_choices(config: RunConfig, stored: RunConfig) -> RunConfig:
     return with_values(config, "runtime", lanes=lanes)
 
 
-
 def _bytes(vector: torch.Tensor) -> bytes:
     """A float32 vector as little-endian bytes."""
     return vector.cpu().numpy().astype("<f4").tobytes()

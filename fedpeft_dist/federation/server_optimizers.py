@@ -1,7 +1,7 @@
 """Server optimizers: they step on the pseudo-gradient, which is minus the mean delta.
 
-`sgd` with rate 1 and no momentum is FedAvg (McMahan et al. 2017); with momentum, FedAvgM (Hsu et al. 2019). `adam`, `yogi`
-and `adagrad` are FedOpt's (Reddi et al. 2021, arXiv 2003.00295, algorithm 2), without bias correction, as there.
+`sgd` with rate 1 and no momentum is FedAvg (McMahan et al. 2017); with momentum, FedAvgM (Hsu et al. 2019). `adam`,
+`yogi` and `adagrad` are FedOpt's (Reddi et al. 2021, arXiv 2003.00295, algorithm 2), without bias correction, as there.
 Replicated: every rank steps its own copy on the same numbers.
 
 Shapes: P trainable parameters.

@@ -37,10 +37,7 @@ def lane_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """
     num_lanes, out_features, in_features = weight.shape
     rows = x.reshape(num_lanes, -1, in_features)
-    if bias is None:
-        y = torch.bmm(rows, weight.mT)
-    else:
-        y = torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
     return y.view(*x.shape[:-1], out_features)
 
 

@@ -86,7 +86,7 @@ def make_lane_optimizer(config: ClientOptimizerConfig, theta: torch.Tensor) -> L
 
 
 def add_proximal(grad: torch.Tensor, theta: torch.Tensor, start: torch.Tensor, mu: float) -> None:
-    """Adds the gradient of FedProx's mu / 2 * ||theta - start||^2 (arXiv 1812.06127); start is the row [W] of the round."""
+    """Adds the gradient of FedProx's mu / 2 * ||theta - start||^2 (arXiv 1812.06127); start is the round's row [W]."""
     grad.add_(theta - start, alpha=mu)
 
 

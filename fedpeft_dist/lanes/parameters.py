@@ -1,7 +1,7 @@
 """The matrix that holds every lane's trainable parameters, and the names of its columns.
 
-All of a rank's client state is `theta [L, W]`: a row is a client. Modules compute with plain leaf tensors that are views
-of it, `[L, *shape]`, and their gradients are views of a second matrix, so that loading a client, taking its delta and
+All of a rank's client state is `theta [L, W]`: a row is a client. Modules compute with plain leaf tensors that are
+views of it, `[L, *shape]`, and their gradients are views of a second matrix; so loading a client, taking its delta and
 stepping an optimizer are operations on rows.
 
 Shapes: L lanes, P trainable parameters, W = P plus the padding columns that align each tensor.

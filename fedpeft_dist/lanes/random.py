@@ -1,8 +1,8 @@
 """Counter-based random numbers: a pure function of who asks, never of who asked before.
 
 A key is an int64. `derive_seed` makes one from names and numbers on the host; `fold_in` derives keys from keys for a
-whole tensor at once. Because nothing carries state, a draw depends on (seed, purpose, round, client, step, sample, site)
-alone: not on the lane, the rank, or what ran earlier.
+whole tensor at once. Because nothing carries state, a draw depends on (seed, purpose, round, client, step, sample,
+site) alone: not on the lane, the rank, or what ran earlier.
 
 Shapes: L lanes, B batch.
 """

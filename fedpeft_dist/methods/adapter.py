@@ -2,14 +2,13 @@
 
     y = mlp(x);  y + up(gelu(down(y)))
 
-The paper shares one adapter between all blocks. The up-projection, and it alone, starts at zero: the model starts as the
-backbone, and every matrix has a gradient from the second step on.
+The paper shares one adapter between all blocks. The up-projection, and it alone, starts at zero: the model starts as
+the backbone, and every matrix has a gradient from the second step on.
 
 Shapes: R rows, T tokens, D width, H bottleneck.
 """
 
 from __future__ import annotations
-
 
 import torch
 from torch import nn
@@ -59,7 +58,9 @@ def build_adapter(backbone: Backbone, config: AdapterConfig) -> FoldedLaneModel:
     model = backbone.model
     mlps = find_transformer_mlps(model)
     if not mlps:
-        raise ConfigError(f"method.name: 'adapter' finds no transformer blocks (attn and mlp) in {type(model).__name__}")
+        raise ConfigError(
+            f"method.name: 'adapter' finds no transformer blocks (attn and mlp) in {type(model).__name__}"
+        )
     widths = [mlp.fc2.out_features for _, mlp in mlps]
     if config.shared and len(set(widths)) > 1:
         raise ConfigError(

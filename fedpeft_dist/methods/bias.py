@@ -54,7 +54,9 @@ def build_bias(backbone: Backbone, config: BiasConfig) -> FoldedLaneModel:
         raise ConfigError(f"method.name: 'bias' finds no bias outside the head of {type(model).__name__}")
     for name, layer in biased:
         if type(layer) not in CHANNEL_DIM:
-            raise ConfigError(f"method.name: 'bias' does not fit {type(model).__name__}: {name} is a {type(layer).__name__}")
+            raise ConfigError(
+                f"method.name: 'bias' does not fit {type(model).__name__}: {name} is a {type(layer).__name__}"
+            )
         replace_module(model, name, LaneBias(name, layer))
     train_head(backbone)
     return FoldedLaneModel(backbone)

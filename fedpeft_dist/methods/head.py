@@ -44,5 +44,7 @@ def train_head(backbone: Backbone) -> None:
         classifier = backbone.model.get_submodule(name)
         if not isinstance(classifier, nn.Linear):
             kind = type(classifier).__name__
-            raise ConfigError(f"backbone.name: the classifier {name!r} is a {kind}, not a linear layer; use method full")
+            raise ConfigError(
+                f"backbone.name: the classifier {name!r} is a {kind}, not a linear layer; use method full"
+            )
         replace_module(backbone.model, name, LaneLinear(name, classifier))

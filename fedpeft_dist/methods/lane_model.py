@@ -9,11 +9,13 @@ Shapes: L lanes, B batch, K classes, P trainable parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from timm.layers import DropPath
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
@@ -105,7 +107,10 @@ class VmapLaneModel:
             lane = {name: view[0] for name, view in self.views.items()}
             return self._one_lane(lane, images[0], None if keys is None else keys[0]).unsqueeze(0)
         in_dims = (0, 0, None if keys is None else 0)
-        return torch.vmap(self._one_lane, in_dims=in_dims)(dict(self.views), images, keys)
+        # vmap has no rule for the CPU's fused attention and would loop over the lanes, with a warning.
+        attention = sdpa_kernel(SDPBackend.MATH) if images.device.type == "cpu" else nullcontext()
+        with attention:
+            return torch.vmap(self._one_lane, in_dims=in_dims)(dict(self.views), images, keys)
 
     def _one_lane(self, views: Mapping[str, torch.Tensor], images: torch.Tensor, keys: torch.Tensor | None):
         self.keys.rows = keys

@@ -52,7 +52,7 @@ def build_lora(backbone: Backbone, config: LoraConfig) -> FoldedLaneModel:
     """
     model = backbone.model
     endings = {target: TARGETS[target] for target in dict.fromkeys(config.targets)}
-    matched = {target: 0 for target in endings}
+    matched = dict.fromkeys(endings, 0)
     for name, module in list(model.named_modules()):
         for target, ending in endings.items():
             if f".{name}".endswith(f".{ending}") and isinstance(module, nn.Linear):

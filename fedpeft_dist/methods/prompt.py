@@ -47,7 +47,9 @@ def build_prompt(backbone: Backbone, config: PromptConfig) -> FoldedLaneModel:
     """
     model = backbone.model
     if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"method.name: 'prompt' fits plain ViTs (timm's VisionTransformer), not {type(model).__name__}")
+        raise ConfigError(
+            f"method.name: 'prompt' fits plain ViTs (timm's VisionTransformer), not {type(model).__name__}"
+        )
     blocks = list(model.blocks)
     groups = [[block] for block in blocks] if config.depth == "deep" else [blocks]
     patch = math.prod(model.patch_embed.patch_size)

@@ -74,8 +74,8 @@ class Runtime:
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Reads torchrun's or Slurm's variables; without either, this process is alone.
 
-    Only a Slurm job step counts (SLURM_STEP_NUM_TASKS): a batch script that starts python itself is one process, however
-    many tasks its job asked for.
+    Only a Slurm job step counts (SLURM_STEP_NUM_TASKS): a batch script that starts python itself is one process,
+    however many tasks its job asked for.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Launch(

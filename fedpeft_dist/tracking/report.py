@@ -116,7 +116,9 @@ def _plot_accuracy(runs: list[Run], path: Path) -> None:
                 accuracy.append(row["accuracy"])
         if sent:
             axes.plot(sent, accuracy, marker=".", label=run.name)
-    axes.set(xscale="log", xlabel="MiB sent by all clients (uplink)", ylabel="accuracy of the global model", ylim=(0, 1))
+    axes.set(
+        xscale="log", xlabel="MiB sent by all clients (uplink)", ylabel="accuracy of the global model", ylim=(0, 1)
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

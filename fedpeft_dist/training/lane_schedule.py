@@ -1,4 +1,4 @@
-"""Which client sits in which lane at every local step, and which of its samples come next. Host only, no tensors on a device.
+"""Which client sits in which lane at every local step, and which of its samples come next. Runs on the host alone.
 
 A lane whose client is done takes the next waiting client at once, so lanes stay busy while clients differ in size. All
 shapes stay [L, B]: a short batch and an idle lane are masked.

@@ -102,12 +102,6 @@ def test_pretraining_repeats_and_leaves_the_process_as_it_was(tmp_path: Path) ->
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_pretraining_lowers_the_loss(tmp_path: Path) -> None:
-    """Forty small steps get a real share of held-out letters right (chance is 1/45)."""
-    result = pretrain(tmp_path / "w.safetensors", report=quiet, steps=40, batch_size=32, warmup_steps=5)
-    assert result["held_out_accuracy"] > 0.04
-
-
 def test_pretraining_refuses_empty_sizes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size: 0"):
         pretrain(tmp_path / "w.safetensors", batch_size=0)

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Makes a usable environment and prints nothing but what pip says. Meant to be sourced: it sets PYTHON.
+#
+#   source launch/setup.sh [extras]      extras: "test", or nothing
+#
+# Uses FEDPEFT_VENV if it is set, else the active virtual environment, else .venv in the repository, which it makes.
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${FEDPEFT_VENV:-${VIRTUAL_ENV:-$repository/.venv}}
+extras=${1:-}
+
+if [ ! -x "$venv/bin/python" ]; then
+    echo "setting up $venv"
+    python3 -m venv "$venv"
+fi
+PYTHON=$venv/bin/python
+
+# An environment that already imports this very package, and the tools that the extras bring, is left as it is.
+needed="import fedpeft_dist.federation.rounds"
+[ "$extras" = test ] && needed="$needed, pytest, pytest_timeout, hypothesis, importlinter, ruff"
+if ! (cd / && "$PYTHON" -c "$needed; assert fedpeft_dist.__file__.startswith('$repository/')") 2>/dev/null; then
+    echo "installing fedpeft_dist into $venv (a few minutes the first time: PyTorch is large)"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$repository${extras:+[$extras]}"
+fi
+export PYTHON

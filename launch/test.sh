@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets an environment up where there is none, then runs linters, the check of the layers, and the tests.
+#
+#   ./launch/test.sh [arguments of pytest]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh test
+
+export OMP_NUM_THREADS=1
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$(dirname "$PYTHON")/lint-imports"
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,116 @@
+"""Run by test_exactness.py under torchrun: every case once, in one process group, because start-up is expensive.
+
+Prints nothing; writes {case: {weights_sha256, refills, row}} to the path given, from rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from fedpeft_dist.config.load import parse_config, with_values
+from fedpeft_dist.config.schema import RuntimeConfig
+from fedpeft_dist.federation import rounds
+from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
+from fedpeft_dist.runtime import process
+from fedpeft_dist.training import local_training
+
+METHODS = {
+    "full": {"name": "full"},
+    "head": {"name": "head"},
+    "bias": {"name": "bias"},
+    "norm": {"name": "norm"},
+    "prompt": {"name": "prompt", "tokens": 3, "dropout": 0.2},
+    "adapter": {"name": "adapter", "bottleneck": 7},
+    "lora": {"name": "lora", "rank": 3, "targets": ["qkv", "fc2"], "dropout": 0.1},
+}
+BATCH, LANES, COHORT = 8, 3, 7
+
+
+def make_config(method: dict, output: Path, name: str) -> dict:
+    """Clients from below one batch to five batches, two rounds, dropout and drop-path on, five tokens."""
+    return {
+        "seed": 5,
+        "backbone": {
+            "name": "vit_tiny_patch16_224",
+            "pretrained": False,
+            "model_args": {
+                "patch_size": 8,
+                "embed_dim": 32,
+                "depth": 2,
+                "num_heads": 2,
+                "proj_drop_rate": 0.1,
+                "drop_path_rate": 0.1,
+            },
+        },
+        "method": method,
+        "data": {
+            "name": "digits",
+            "image_size": 16,
+            "max_train": 300,
+            "clients": 12,
+            "augment": "crop_flip",
+            "crop_padding": 2,
+            "partition": {"name": "dirichlet", "alpha": 0.3, "min_samples": 3},
+        },
+        "federation": {"rounds": 2, "cohort": COHORT},
+        "client": {"epochs": 1, "batch_size": BATCH},
+        "runtime": {"device": "cpu", "lanes": LANES},
+        "output": {"root": str(output), "name": name},
+    }
+
+
+def main() -> None:
+    output, precisions = Path(sys.argv[1]), sys.argv[2].split(",")
+    refills, stochastic = _count_refills(), _count_stochastic_calls()
+    results = {}
+    with process.start(RuntimeConfig(device="cpu")) as runtime:
+        for precision in precisions:
+            for case, method in METHODS.items():
+                name = f"{case}-{precision}-{runtime.world_size}"
+                config = parse_config(make_config(method, output, name), "test")
+                refills[0] = stochastic[0] = 0
+                own = process.Runtime(runtime.launch, runtime.device, precision, runtime.threads)
+                rounds.run_federation(with_values(config, "runtime", precision=precision), own)
+                if runtime.is_main:
+                    summary = json.loads((output / name / "summary.json").read_text())
+                    results[f"{case}-{precision}"] = {
+                        "weights_sha256": summary["weights_sha256"],
+                        "world_size": summary["world_size"],
+                        "refills": refills[0],
+                        "stochastic": stochastic[0],
+                    }
+    if runtime.is_main:
+        (output / f"results-{runtime.world_size}.json").write_text(json.dumps(results))
+
+
+def _count_refills() -> list[int]:
+    """Counts the clients that are loaded into a lane while another lane is in the middle of one."""
+    counter = [0]
+    schedule = local_training.schedule_lanes
+
+    def counting(*arguments):
+        for number, tick in enumerate(schedule(*arguments)):
+            if number:
+                counter[0] += len(tick.starting)
+            yield tick
+
+    local_training.schedule_lanes = counting
+    return counter
+
+
+def _count_stochastic_calls() -> list[int]:
+    counter = [0]
+    for module in (KeyedDropout, KeyedDropPath):
+
+        def counting(self, x, forward=module.forward):
+            counter[0] += self.keys.rows is not None
+            return forward(self, x)
+
+        module.forward = counting
+    return counter
+
+
+if __name__ == "__main__":
+    main()
