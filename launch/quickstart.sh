@@ -3,14 +3,16 @@
 #
 #   ./launch/quickstart.sh               results in runs/quickstart; what is complete there is not run again
 #
-# On a machine with CUDA devices each process takes one (two share it where there is only one).
+# With a single CUDA device it is one process: NCCL gives each process a device of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 
 export OMP_NUM_THREADS=1
+ranks=2
+if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi --list-gpus | wc -l)" = 1 ]; then ranks=1; fi
 for method in head bias norm prompt adapter lora full scratch; do
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 \
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node $ranks \
         -m fedpeft_dist train "configs/quickstart/$method.yaml"
 done
 "$PYTHON" -m fedpeft_dist report runs/quickstart
