@@ -323,7 +323,7 @@ class RuntimeConfig(Section):
     threads: Count = 1
     """CPU threads of each rank."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile, which may round otherwise; not for method full."""
     evaluate_batch: Count = 256
 
 
@@ -365,6 +365,10 @@ class RunConfig(Section):
             raise ValueError(f"data.partition.name: 'pool' goes with synthetic data only, not {data.name!r}")
         if data.partition.name == "pool" and data.validation:
             raise ValueError("data.validation: a pool's clients share their samples, so none can be held out; give 0.0")
+        if self.runtime.compile and self.method.name == "full":
+            raise ValueError(
+                "runtime.compile: true does not go with method 'full', which is mapped by vmap; give false"
+            )
         needs_validation = {
             "federation.evaluate_on: validation": federation.evaluate_on == "validation",
             "federation.evaluate_clients: true": federation.evaluate_clients,

@@ -33,8 +33,8 @@ class RoundTotal:
     mean_delta: torch.Tensor | None
     """Weighted mean of the accepted deltas, float32 [P]; None where no client with any weight was accepted."""
     num_rejected: int
-    train_loss: float
-    """Weighted mean over the accepted clients; nan where there is none."""
+    train_loss: float | None
+    """Weighted mean over the accepted clients; None where there is none."""
     num_samples: int
     """Training samples processed, repetitions counted."""
     stop_requested: bool
@@ -85,7 +85,7 @@ class Aggregator:
         result = RoundTotal(
             mean_delta=(total[:-_TAIL].double() / scale).float() if weight else None,
             num_rejected=rejected,
-            train_loss=loss / scale if weight else math.nan,
+            train_loss=loss / scale if weight else None,
             num_samples=samples,
             stop_requested=stop > 0,
         )

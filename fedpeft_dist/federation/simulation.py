@@ -21,6 +21,7 @@ from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.runtime.collectives import min_over_ranks
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.lane_count import choose_lanes
 from fedpeft_dist.training.lane_schedule import ClientTask
@@ -53,7 +54,8 @@ class Simulation:
         if self.config.runtime.lanes != "auto":
             return self.config.runtime.lanes
         needed = -(-self.config.federation.cohort // self.runtime.world_size)
-        return choose_lanes(needed, self.config.client.batch_size, self.model, self.train_store, self.runtime)
+        lanes = choose_lanes(needed, self.config.client.batch_size, self.model, self.train_store, self.runtime)
+        return min_over_ranks(lanes, self.runtime)
 
     @cached_property
     def trainer(self) -> LocalTrainer:

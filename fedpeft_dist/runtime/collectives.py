@@ -18,11 +18,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def max_over_ranks(value: int, runtime: Runtime) -> int:
-    """The largest of the ranks' integers."""
+def min_over_ranks(value: int, runtime: Runtime) -> int:
+    """The smallest of the ranks' integers."""
     tensor = torch.tensor([value], dtype=torch.int64, device=runtime.device)
     if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     return int(tensor.item())
 
 

@@ -50,8 +50,9 @@ class RoundProgress:
         """Shows a round's metrics."""
         if not self.visible:
             return
-        accuracy = "" if row["accuracy"] is None else f"accuracy {row['accuracy']:.4f}  "
-        status = f"{accuracy}loss {row['train_loss']:.4f}  {row['samples_per_second']:,.0f} samples/s"
+        shown = (("accuracy", row["accuracy"]), ("loss", row["train_loss"]))
+        values = "".join(f"{name} {value:.4f}  " for name, value in shown if value is not None)
+        status = f"{values}{row['samples_per_second']:,.0f} samples/s"
         if self.console.is_terminal:
             self.progress.update(self.task, completed=row["round"], status=status)
             return

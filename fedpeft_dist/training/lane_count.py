@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -50,4 +51,13 @@ def _free_memory(runtime: Runtime) -> int:
     """In bytes, for this rank."""
     if runtime.device.type == "cuda":
         return torch.cuda.mem_get_info(runtime.device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // runtime.launch.local_world_size
+    return _available_host_memory() // runtime.launch.local_world_size
+
+
+def _available_host_memory() -> int:
+    """What could be allocated without swapping; where the kernel does not tell (not Linux), half of what is installed."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
