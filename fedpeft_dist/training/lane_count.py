@@ -55,7 +55,7 @@ def _free_memory(runtime: Runtime) -> int:
 
 
 def _available_host_memory() -> int:
-    """What could be allocated without swapping; where the kernel does not tell (not Linux), half of what is installed."""
+    """What can be had without swapping; where the kernel does not tell (not Linux), half of what is installed."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
