@@ -25,6 +25,8 @@ class Checkpoint:
     """The state before round `next_round` (counted from 0)."""
 
     next_round: int
+    backbone_sha256: str
+    """Of the backbone that the vector goes with."""
     vector: torch.Tensor
     """float32 [P]."""
     server_state: dict[str, torch.Tensor]
@@ -37,7 +39,11 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
     tensors = {"vector": checkpoint.vector}
     tensors |= {f"server.{name}": tensor for name, tensor in checkpoint.server_state.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"next_round": str(checkpoint.next_round), "totals": json.dumps(checkpoint.totals)}
+    metadata = {
+        "next_round": str(checkpoint.next_round),
+        "backbone_sha256": checkpoint.backbone_sha256,
+        "totals": json.dumps(checkpoint.totals),
+    }
     path = directory / f"round-{checkpoint.next_round:06d}.safetensors"
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     for old in _paths(directory)[:-NUM_KEPT]:
@@ -59,6 +65,7 @@ def load_newest_checkpoint(directory: Path) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         return Checkpoint(
             next_round=int(metadata["next_round"]),
+            backbone_sha256=metadata["backbone_sha256"],
             vector=tensors.pop("vector"),
             server_state={name.removeprefix("server."): tensor for name, tensor in tensors.items()},
             totals=json.loads(metadata["totals"]),

@@ -114,7 +114,7 @@ def evaluate(run: Annotated[Path, typer.Argument(help="A run's directory.")], as
     if config is None:
         raise ConfigError(f"{run}: no run's directory, it has no config.yaml")
     with process.start(config.runtime) as runtime:
-        metrics = evaluate_run(config, directory.read_trainable(), runtime)
+        metrics = evaluate_run(config, directory, runtime)
     if runtime.is_main:
         print(json.dumps(metrics) if as_json else "\n".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import sys
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Backbone:
     image_size: int
     num_parameters: int
     """Of the whole model with its head, before any method changes it: what full fine-tuning would send."""
+    sha256: str
+    """Of all its tensors, head included; empty on the meta device. What was trained goes with this backbone only."""
 
     @property
     def channels(self) -> int:
@@ -61,7 +64,9 @@ def build_backbone(
         _load_checkpoint(model, Path(config.checkpoint))
     channels = getattr(model, "in_chans", None) or _first_convolution(model).in_channels
     mean, std = (_per_channel(model.pretrained_cfg[key], channels) for key in ("mean", "std"))
-    return Backbone(model.eval(), mean, std, image_size, sum(p.numel() for p in model.parameters()))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    digest = "" if device == "meta" else _hash_tensors(model)
+    return Backbone(model.eval(), mean, std, image_size, num_parameters, digest)
 
 
 def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -> None:
@@ -136,6 +141,14 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the classifier layers, as timm's model config tells them."""
     names = model.pretrained_cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _hash_tensors(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _first_convolution(model: nn.Module) -> nn.Conv2d:

@@ -366,9 +366,7 @@ class RunConfig(Section):
         if data.partition.name == "pool" and data.validation:
             raise ValueError("data.validation: a pool's clients share their samples, so none can be held out; give 0.0")
         if self.runtime.compile and self.method.name == "full":
-            raise ValueError(
-                "runtime.compile: true does not go with method 'full', which runs under vmap; give false"
-            )
+            raise ValueError("runtime.compile: true does not go with method 'full', which runs under vmap; give false")
         needs_validation = {
             "federation.evaluate_on: validation": federation.evaluate_on == "validation",
             "federation.evaluate_clients: true": federation.evaluate_clients,

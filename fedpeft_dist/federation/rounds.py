@@ -29,7 +29,15 @@ from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.cost import uplink_bytes
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
 from fedpeft_dist.tracking.progress import RoundProgress
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING, RunDirectory, check_same_run
+from fedpeft_dist.tracking.run_directory import (
+    COMPLETE,
+    FAILED,
+    INTERRUPTED,
+    RUNNING,
+    RunDirectory,
+    check_same_backbone,
+    check_same_run,
+)
 from fedpeft_dist.tracking.writer import MetricsWriter
 from fedpeft_dist.training.rates import rate_factor
 
@@ -81,7 +89,9 @@ class _Run:
         self.aggregator = Aggregator(size, largest, device)
         self.next_round = 0
         self.totals: dict[str, float] = {"rejected": 0, "samples": 0, "seconds": 0.0, "best_accuracy": 0.0}
+        self.backbone_sha256 = simulation.model.backbone.sha256
         if checkpoint is not None:
+            check_same_backbone(checkpoint.backbone_sha256, self.backbone_sha256, directory.path)
             self.next_round, self.totals = checkpoint.next_round, checkpoint.totals
             self.vector = checkpoint.vector.to(device)
             for name, tensor in checkpoint.server_state.items():
@@ -176,7 +186,7 @@ class _Run:
         return writer
 
     def _save(self) -> None:
-        checkpoint = Checkpoint(self.next_round, self.vector, self.server.state, self.totals)
+        checkpoint = Checkpoint(self.next_round, self.backbone_sha256, self.vector, self.server.state, self.totals)
         save_checkpoint(self.directory.checkpoints, checkpoint)
 
     def _close_files(self) -> None:
@@ -186,7 +196,12 @@ class _Run:
             return
         layout = self.simulation.model.layout
         digest = hashlib.sha256(_bytes(self.vector)).hexdigest()
-        metadata = {"method": self.config.method.name, "backbone": self.config.backbone.name, "weights_sha256": digest}
+        metadata = {
+            "method": self.config.method.name,
+            "backbone": self.config.backbone.name,
+            "backbone_sha256": self.backbone_sha256,
+            "weights_sha256": digest,
+        }
         self.directory.write_trainable(layout.split(self.vector), metadata)
         self.directory.write_summary(self._summary(digest))
         self.directory.write_state(COMPLETE, self.next_round)

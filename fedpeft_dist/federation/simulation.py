@@ -5,7 +5,7 @@ Shapes: N clients, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -23,6 +23,7 @@ from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.runtime.collectives import min_over_ranks
 from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.tracking.run_directory import RunDirectory, check_same_backbone
 from fedpeft_dist.training.lane_count import choose_lanes
 from fedpeft_dist.training.lane_schedule import ClientTask
 from fedpeft_dist.training.local_training import LocalTrainer
@@ -130,15 +131,17 @@ def make_clients(config: RunConfig, train: ImageSet) -> tuple[Partition, IndexPa
     return kept, held_out
 
 
-def evaluate_run(config: RunConfig, tensors: Mapping[str, torch.Tensor], runtime: Runtime) -> dict[str, float]:
-    """Evaluates trained parameters, by name, as the run that trained them does.
+def evaluate_run(config: RunConfig, directory: RunDirectory, runtime: Runtime) -> dict[str, float]:
+    """Evaluates what a run has trained, as the run itself does.
 
     Raises:
-        ConfigError: the parameters are not those of the config's method and backbone.
+        ConfigError: the parameters cannot be read, or are not those of the config's method and backbone.
     """
+    tensors, metadata = directory.read_trainable()
     simulation = Simulation(config, runtime)
+    check_same_backbone(metadata["backbone_sha256"], simulation.model.backbone.sha256, directory.trainable_file)
     try:
         vector = simulation.model.layout.join(tensors)
     except ValueError as error:
-        raise ConfigError(f"{config.output.name}: {error}") from None
+        raise ConfigError(f"{directory.trainable_file}: {error}") from None
     return simulation.evaluate(vector.to(runtime.device))

@@ -39,7 +39,7 @@ def partition_table(counts: np.ndarray, num_clients: int) -> Table:
     table = Table(title=f"{counts.shape[0]} of {num_clients:,} clients", title_justify="left")
     for name in ("client", "samples", "classes"):
         table.add_column(name, justify="right")
-    table.add_column("share of each class, ' ' none to '@' most", no_wrap=True, overflow="crop")
+    table.add_column("samples of each class, ' ' none to '@' most", no_wrap=True, overflow="crop")
     most = max(int(counts.max()), 1)
     for client, row in enumerate(counts):
         strip = "".join(_SHADES[-(-int(n) * (len(_SHADES) - 1) // most)] for n in row)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import dump_config, load_config, result_keys
@@ -83,13 +83,16 @@ class RunDirectory:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(self.trainable_file, lambda path: save_file(tensors, path, metadata=metadata))
 
-    def read_trainable(self) -> dict[str, torch.Tensor]:
-        """
+    def read_trainable(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The trained parameters by name, and the metadata beside them.
+
         Raises:
             ConfigError: there is no such file, or it cannot be read.
         """
         try:
-            return load_file(self.trainable_file)
+            with safe_open(self.trainable_file, framework="pt") as file:
+                names = file.keys()
+                return {name: file.get_tensor(name) for name in names}, file.metadata()
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{self.trainable_file}: no trained parameters can be read ({error})") from None
 
@@ -117,6 +120,19 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def check_same_backbone(expected: str, actual: str, path: Path) -> None:
+    """Refuses to put trained parameters on a backbone of other weights than they were trained on.
+
+    Raises:
+        ConfigError: the two digests differ.
+    """
+    if expected != actual:
+        raise ConfigError(
+            f"{path} was trained on a backbone of other weights (sha256 {expected[:12]} there, {actual[:12]} here); "
+            "give back the weights it had, or train again under another output.name"
+        )
 
 
 def check_same_run(stored: RunConfig, config: RunConfig, path: Path) -> None:
