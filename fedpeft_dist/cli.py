@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 
@@ -20,6 +20,8 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, load_config, with_values
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75
+GRACE_SECONDS = 5
+UsageError = typer.BadParameter.__base__  # click's own or the copy that newer versions of typer carry
 
 app = typer.Typer(
     name="fedpeft",
@@ -96,9 +98,12 @@ def partition(
     dataset = load_dataset(run_config.data, derive_seed(run_config.seed, "data"))
     clients, _ = make_clients(run_config, dataset.train)
     counts = class_counts(clients, dataset.train.labels, dataset.num_classes, MAX_CLIENTS)
-    Console().print(partition_table(counts, clients.num_clients))
     figure = partition_figure(counts, clients.num_clients)
-    write_atomically(picture, lambda path: figure.savefig(path, dpi=120))
+    try:
+        write_atomically(picture, lambda path: figure.savefig(path, dpi=120))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--picture {picture}: cannot be written ({error})") from None
+    Console().print(partition_table(counts, clients.num_clients))
     print(f"picture: {picture}")
 
 
@@ -154,16 +159,20 @@ def main() -> None:
         app(standalone_mode=False)
     except ConfigError as error:
         _fail(str(error))
-    except click.ClickException as error:
+    except UsageError as error:
+        if not error.format_message():  # the help has been printed in its place
+            raise SystemExit(EXIT_MISTAKE) from None
         _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         raise SystemExit(1) from None
 
 
 def _fail(message: str) -> None:
     from fedpeft_dist.runtime.process import find_launch
 
-    # Every rank makes the same mistake; one rank a machine tells it.
-    if find_launch().local_rank == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # Every rank makes the same mistake; one rank a machine tells it. The others leave it the time to: torchrun ends all
+    # ranks as soon as one has failed. Who is still there afterwards was alone with its mistake.
+    if find_launch().local_rank:
+        time.sleep(GRACE_SECONDS)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(EXIT_MISTAKE)

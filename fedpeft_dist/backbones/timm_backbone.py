@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import logging
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,11 +99,9 @@ def _create(config: BackboneConfig, num_classes: int, image_size: int, device: s
             return timm.create_model(config.name, pretrained=load_own, num_classes=num_classes, **arguments)
     except ConfigError:
         raise
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"backbone: {config.name} cannot be made with {arguments}: {_one_line(error)}") from error
-    except Exception as error:  # a download fails in many ways (no network, no such tag, no cache)
-        if not load_own:
-            raise
+    except Exception as error:  # timm and PyTorch refuse a name or an argument in many ways, and so does a download
+        if not load_own or isinstance(error, (TypeError, ValueError, AssertionError)):
+            raise ConfigError(f"backbone: {config.name} cannot be made with {arguments}: {_one_line(error)}") from error
         raise ConfigError(
             f"backbone.pretrained: the weights of {config.name!r} cannot be had ({_one_line(error)}); "
             "give backbone.checkpoint a local file, or pretrained: false"
@@ -119,7 +118,9 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         if path.suffix == ".npz":
             load_checkpoint(model, str(path))
             return
-        state = load_state_dict(str(path), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is in the error
+            state = load_state_dict(str(path), weights_only=True)
         adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         state = adapt(state, model) if adapt is not None else state
         own = model.state_dict()

@@ -1,7 +1,8 @@
 """YAML files to a validated RunConfig: `extends`, dotted overrides, and errors that help.
 
 Merging is by key, child over parent. A section that names another choice than its parent's (`method: {name: lora}` over
-a prompt method) replaces the parent's section whole: the old choice's fields mean nothing to the new one.
+a prompt method) replaces the parent's section whole: the old choice's fields mean nothing to the new one. So does an
+empty section: `backbone: {model_args: {}}` takes none of the parent's arguments.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
     """Validates a tree of keys over the defaults; `source` names it in errors."""
-    tree = _merge(json.loads(RunConfig().model_dump_json()), tree)
+    tree = _name_choices(_merge(json.loads(RunConfig().model_dump_json()), tree))
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -127,7 +128,8 @@ def _merge(parent: Mapping[str, Any], child: Mapping[str, Any], prefix: str = ""
     merged = dict(parent)
     for key, value in child.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and not _names_another(prefix + key, old, value):
+        both_sections = isinstance(old, dict) and isinstance(value, dict) and value
+        if both_sections and not _names_another(prefix + key, old, value):
             merged[key] = _merge(old, value, f"{prefix}{key}.")
         else:
             merged[key] = value
@@ -136,22 +138,33 @@ def _merge(parent: Mapping[str, Any], child: Mapping[str, Any], prefix: str = ""
 
 def _names_another(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether a section is a choice (of a method, a data set, ...) and its new value chooses something else."""
-    return key in _choice_keys() and new.get("name", old.get("name")) != old.get("name")
+    choices = _choices()
+    if key not in choices:
+        return False
+    old_name = old.get("name", choices[key])
+    return new.get("name", old_name) != old_name
+
+
+def _name_choices(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tree with the default name in every choice that is given without one."""
+    named = {k: _name_choices(v, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in tree.items()}
+    default = _choices().get(prefix.removesuffix("."))
+    return named if default is None else {"name": default, **named}
 
 
 @cache
-def _choice_keys() -> frozenset[str]:
-    """Dotted keys of the sections whose `name` is one of a fixed list."""
+def _choices() -> dict[str, str]:
+    """Dotted keys of the sections whose `name` is one of a fixed list, and the names that they have by default."""
 
-    def walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
         for name, field in model.model_fields.items():
             for section in _sections(field):
                 tag = section.model_fields.get("name")
                 if tag is not None and get_origin(tag.annotation) is Literal:
-                    yield prefix + name
+                    yield prefix + name, field.default.name
                 yield from walk(section, f"{prefix}{name}.")
 
-    return frozenset(walk(RunConfig, ""))
+    return dict(walk(RunConfig, ""))
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

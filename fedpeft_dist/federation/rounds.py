@@ -60,6 +60,7 @@ def run_federation(config: RunConfig, runtime: Runtime) -> str:
             if runtime.is_main:
                 print(f"{directory.path}: already complete")
             return COMPLETE
+    directory.check_writable()
     simulation = Simulation(config, runtime)
     config = with_values(config, "runtime", lanes=simulation.lanes)
     checkpoint = load_newest_checkpoint(directory.checkpoints)

@@ -19,6 +19,7 @@ from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
+from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.runtime.collectives import min_over_ranks
@@ -48,6 +49,20 @@ class Simulation:
         self.initial_vector = self.model.initial_vector().to(runtime.device)
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.train_store = self._store(self.dataset.train)
+        self._try_one_image()
+
+    def _try_one_image(self) -> None:
+        """Fails now, and not after files have been written, where the images do not go through the backbone."""
+        parameters = LaneParameters(self.model.layout, 1, self.runtime.device)
+        parameters.load(0, self.model.layout.pad(self.initial_vector))
+        self.model.bind(parameters)
+        images, _ = self.train_store.batch(torch.zeros(1, 1, dtype=torch.int64, device=self.runtime.device))
+        try:
+            with torch.no_grad(), self.runtime.autocast():
+                self.model.logits(images)
+        except RuntimeError as error:
+            size, name = self.config.data.image_size, self.config.backbone.name
+            raise ConfigError(f"data.image_size: {size} does not fit backbone.name: {name} ({error})") from error
 
     @cached_property
     def lanes(self) -> int:

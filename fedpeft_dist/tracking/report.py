@@ -22,6 +22,8 @@ COLUMNS = (
     ("final_accuracy", "final accuracy", "{:.4f}"),
 )
 """Key, heading, format."""
+SUMMARY_KEYS = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total", "final_accuracy")
+"""What is read of a run's summary."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def read_runs(directory: Path) -> list[Run]:
     for state_file in sorted(directory.rglob("state.json")):
         run = RunDirectory(state_file.parent)
         state = run.state()
-        summary = read_json(run.summary_file) if state == COMPLETE else None
+        summary = read_json(run.summary_file, *SUMMARY_KEYS) if state == COMPLETE else None
         metrics = read_metrics(run.metrics_file) if run.metrics_file.exists() else []
         name = str(run.path.relative_to(directory)) if run.path != directory else run.path.name
         runs.append(Run(name, state, summary, metrics))

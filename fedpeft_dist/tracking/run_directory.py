@@ -6,6 +6,7 @@ Every file that matters is written beside its place, flushed and renamed.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,18 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
+    def check_writable(self) -> None:
+        """
+        Raises:
+            ConfigError: the directory is not there and cannot be made, or cannot be written to.
+        """
+        existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"output.root: no run can be written to '{self.path}', because of '{existing}'")
+
     def state(self) -> str | None:
         """running, interrupted, complete or failed; None where there is no run."""
-        return read_json(self.state_file)["state"] if self.state_file.exists() else None
+        return read_json(self.state_file, "state")["state"] if self.state_file.exists() else None
 
     def write_state(self, state: str, next_round: int) -> None:
         write_text(self.state_file, json.dumps({"state": state, "next_round": next_round}) + "\n")
@@ -92,8 +102,11 @@ class RunDirectory:
         try:
             with safe_open(self.trainable_file, framework="pt") as file:
                 names = file.keys()
-                return {name: file.get_tensor(name) for name in names}, file.metadata()
-        except (OSError, SafetensorError) as error:
+                metadata = file.metadata() or {}
+                if "backbone_sha256" not in metadata:
+                    raise ValueError("it does not say which backbone it goes with")
+                return {name: file.get_tensor(name) for name in names}, metadata
+        except (OSError, SafetensorError, ValueError) as error:
             raise ConfigError(f"{self.trainable_file}: no trained parameters can be read ({error})") from None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -111,14 +124,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
     Raises:
-        ConfigError: the file is missing or is no JSON object.
+        ConfigError: the file is missing, or is no JSON object with these keys.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not found.keys() >= set(keys):
+            raise ValueError(f"no JSON object with {', '.join(keys)}")
+        return found
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 

@@ -60,9 +60,7 @@ def test_meta_device_takes_no_weights() -> None:
     model = build_glyph_vit(10, pretrained=False, device="meta")
     assert all(parameter.is_meta for parameter in model.parameters())
     real = build_glyph_vit(10, pretrained=False)
-    assert {n: p.shape for n, p in model.named_parameters()} == {
-        n: p.shape for n, p in real.named_parameters()
-    }
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
     with pytest.raises(ValueError, match="meta device"):
         build_glyph_vit(10, pretrained=True, device="meta")
 

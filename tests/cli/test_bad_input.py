@@ -1,0 +1,534 @@
+"""What the command says to a mistake: exit code 2, one `error:` line that helps, and nothing left behind.
+
+Most cases call the console script's function in this process; a few start the real command, one of them on two ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from fedpeft_dist import cli
+from fedpeft_dist.config.load import load_config
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.tracking.run_directory import INTERRUPTED, RunDirectory
+
+TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+CONFIG = {
+    "backbone": {"name": "vit_tiny_patch16_224", "pretrained": False, "model_args": TINY_VIT},
+    "method": {"name": "head"},
+    "data": {"name": "digits", "image_size": 16, "clients": 4, "partition": {"name": "iid"}},
+    "federation": {"rounds": 1, "cohort": 2},
+    "client": {"epochs": 1, "batch_size": 32},
+    "runtime": {"device": "cpu", "lanes": 2},
+}
+CONVNEXT = {"name": "convnext_atto", "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}}
+RESNET = {"name": "resnet10t", "model_args": {"stem_width": 8, "channels": [8, 8, 8, 8]}}
+SWIN = {
+    "name": "swin_tiny_patch4_window7_224",
+    "model_args": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4},
+}
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the command runs in: it holds config.yaml, which would run."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refuse(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> Refuse:
+    """refuse("train", "config.yaml", ...): runs the command, checks what all refusals share, returns the line."""
+
+    def run(*arguments: str) -> str:
+        before = snapshot(folder)
+        monkeypatch.setattr(sys, "argv", ["fedpeft", *arguments])
+        capsys.readouterr()
+        # Inside pytest neither a warning nor a logged one reaches stderr: they are told here as a user would see them.
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("default")
+            for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", hidden)
+            with pytest.raises(SystemExit) as caught:
+                cli.main()
+        output = capsys.readouterr()
+        logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        told = [*output.err.splitlines(), *logged, *(str(warning.message) for warning in warned)]
+        assert caught.value.code == 2
+        assert output.out == ""
+        assert snapshot(folder) == before, "the command left something behind"
+        return only_error_line(told)
+
+    return run
+
+
+def write_config(folder: Path, **sections: Any) -> None:
+    """Writes config.yaml: CONFIG with whole sections replaced."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | sections))
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every file with its content, and every folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def only_error_line(told: list[str]) -> str:
+    assert len(told) == 1, "not one line:\n" + "\n".join(told)
+    assert told[0].startswith("error: ")
+    assert "Traceback" not in told[0]
+    return told[0]
+
+
+def first(case: Any) -> str | None:
+    """Names a test after the first of its arguments or words."""
+    return case[0] if isinstance(case, list) else None
+
+
+def assert_tells(line: str, *words: str) -> None:
+    for word in words:
+        assert word in line
+
+
+# --- the configuration -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "cost", "partition"])
+def test_unknown_key(refuse: Refuse, command: str) -> None:
+    line = refuse(command, "config.yaml", "client.epoch=1")
+    assert_tells(line, "config.yaml", "client.epoch: unknown key", "did you mean client.epochs?")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.bottleneck=8"], ["method.bottleneck: unknown key", "name"]),
+        (["federation.rounds=ten"], ["federation.rounds", "'ten'", "integer"]),
+        (["backbone.pretrained=7"], ["backbone.pretrained", "7", "boolean"]),
+        (["method.name=lorra"], ["method.name", "'lorra'", "did you mean lora?", "adapter", "prompt"]),
+        (["backbone.model_args=null"], ["backbone.model_args", "None", "dictionary"]),
+        (["client.optimizer.lr=-1"], ["client.optimizer.lr", "-1", "greater than 0"]),
+        (["runtime.lanes=0"], ["runtime.lanes", "0", "'auto'", "greater than or equal to 1"]),
+        (["rounds"], ["'rounds'", "key=value"]),
+        (["federation.cohort=5"], ["federation.cohort: 5", "data.clients: 4", "at most 4"]),
+    ],
+    ids=first,
+)
+def test_value(refuse: Refuse, overrides: list[str], words: list[str]) -> None:
+    assert_tells(refuse("train", "config.yaml", *overrides), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("confg.yaml", None, ["confg.yaml", "no such config file", "did you mean config.yaml?"]),
+        ("folder.yaml", "", ["folder.yaml", "directory"]),
+        ("syntax.yaml", "a: [1\n\nb: }", ["syntax.yaml", "not valid YAML"]),
+        ("list.yaml", "- seed", ["list.yaml", "mapping", "list"]),
+        ("orphan.yaml", "extends: gone.yaml", ["gone.yaml", "no such config file"]),
+    ],
+)
+def test_config_file(refuse: Refuse, folder: Path, name: str, content: str | None, words: list[str]) -> None:
+    if content:
+        (folder / name).write_text(content)
+    elif content == "":
+        (folder / name).mkdir()
+    assert_tells(refuse("train", name), *words)
+
+
+# --- the machine -------------------------------------------------------------------------------------------------
+
+
+def test_precision_that_the_device_lacks(refuse: Refuse) -> None:
+    assert_tells(refuse("train", "config.yaml", "runtime.precision=fp16"), "runtime.precision", "'fp16'", "fp32, bf16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_device_that_is_not_there(refuse: Refuse) -> None:
+    assert_tells(refuse("train", "config.yaml", "runtime.device=cuda"), "runtime.device", "'cuda'", "cpu")
+
+
+def test_output_root_that_is_a_file(refuse: Refuse) -> None:
+    assert_tells(refuse("train", "config.yaml", "output.root=config.yaml"), "output.root", "config.yaml")
+
+
+# --- data and its partition --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cifar100", "resisc45", "pcam"])
+def test_data_that_cannot_be_read(refuse: Refuse, name: str) -> None:
+    assert_tells(refuse("train", "config.yaml", f"data.name={name}"), "data.name", name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.max_train=1298"], ["data.max_train: 1298", "1297"]),
+        (["data.clients=1298"], ["data.clients: 1298", "1297"]),
+        (["data.partition={name: dirichlet, min_samples: 400}"], ["data.partition.min_samples: 400", "1297"]),
+        (
+            ["data.partition={name: dirichlet, min_samples: 320, alpha: 0.01}"],
+            ["data.partition.min_samples: 320", "data.partition.alpha: 0.01", "lower"],
+        ),
+        (
+            ["data.partition={name: shards, classes_per_client: 325}"],
+            ["data.partition.classes_per_client: 325", "at most 324"],
+        ),
+        (["data.partition.name=natural"], ["data.partition.name", "'natural'", "'digits'"]),
+        (["data.partition.name=pool"], ["data.partition.name", "'pool'", "synthetic"]),
+        (["data.clients=null"], ["data.clients", "natural"]),
+        (["data.validation=0.0001"], ["data.validation: 0.0001"]),
+        (["data.validation=0.5", "data.clients=1297"], ["data.validation: 0.5"]),
+    ],
+    ids=first,
+)
+@pytest.mark.parametrize("command", ["train", "partition"])
+def test_partition_that_cannot_be(refuse: Refuse, command: str, overrides: list[str], words: list[str]) -> None:
+    assert_tells(refuse(command, "config.yaml", *overrides), *words)
+
+
+def test_natural_clients_that_are_not_so_many(refuse: Refuse, folder: Path) -> None:
+    data = {"name": "glyphs", "image_size": 16, "images_per_letter": 1, "clients": 3}
+    write_config(folder, data=data | {"partition": {"name": "natural"}})
+    assert_tells(refuse("train", "config.yaml"), "data.clients: 3", "natural clients", "null")
+    line = refuse("train", "config.yaml", "data.clients=null", "federation.cohort=100000")
+    assert_tells(line, "federation.cohort: 100000", "population")
+
+
+# --- the backbone and the method ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "cost"])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["backbone.name=vit_tinny_patch16_224"], ["backbone.name", "'vit_tinny_patch16_224'", "vit_tiny_patch16_224"]),
+        (["backbone.name=zzz"], ["backbone.name", "'zzz'", "timm"]),
+        (["backbone.name=vit_tiny_patch16_224.nosuch"], ["backbone", "nosuch"]),
+        (["backbone.model_args.nosuch=1"], ["backbone", "nosuch"]),
+        (["backbone.model_args.num_heads=5"], ["backbone", "num_heads"]),
+        (["backbone.model_args.num_heads=0"], ["backbone", "num_heads"]),
+        (["backbone.model_args.num_classes=5"], ["backbone", "num_classes"]),
+    ],
+    ids=first,
+)
+def test_backbone_that_cannot_be(refuse: Refuse, command: str, overrides: list[str], words: list[str]) -> None:
+    assert_tells(refuse(command, "config.yaml", *overrides), *words)
+
+
+@pytest.mark.parametrize("command", ["train", "cost"])
+@pytest.mark.parametrize(
+    ("backbone", "method", "words"),
+    [
+        (CONVNEXT, {"name": "lora", "targets": ["fc1"]}, ["method.targets", "'fc1'", "ConvNeXt"]),
+        (RESNET, {"name": "lora"}, ["method.targets", "'qkv'", "ResNet"]),
+        (RESNET, {"name": "adapter"}, ["method.name", "'adapter'", "ResNet"]),
+        (RESNET, {"name": "prompt"}, ["method.name", "'prompt'", "ResNet"]),
+        (SWIN, {"name": "prompt"}, ["method.name", "'prompt'", "SwinTransformer"]),
+        (SWIN, {"name": "adapter"}, ["method.shared", "[16, 32]", "shared: false"]),
+    ],
+    ids=["lora-convnext", "lora-resnet", "adapter-resnet", "prompt-resnet", "prompt-swin", "shared-adapter-swin"],
+)
+def test_method_that_does_not_fit(
+    refuse: Refuse, folder: Path, command: str, backbone: dict[str, Any], method: dict[str, Any], words: list[str]
+) -> None:
+    write_config(
+        folder,
+        backbone=backbone | {"pretrained": False},
+        method=method,
+        data=CONFIG["data"] | {"image_size": 32},
+    )
+    assert_tells(refuse(command, "config.yaml"), *words)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"backbone": {"name": "glyph_vit"}}, ["backbone", "glyph_vit"]),
+        ({"data": CONFIG["data"] | {"image_size": 4}}, ["data.image_size", "4"]),
+        (
+            {
+                "backbone": CONFIG["backbone"] | {"model_args": TINY_VIT | {"in_chans": 1}},
+                "data": {"name": "synthetic", "image_size": 16, "clients": 4, "partition": {"name": "iid"}},
+            },
+            ["3 channels", "backbone of 1", "in_chans: 3"],
+        ),
+        (
+            {"backbone": CONFIG["backbone"] | {"model_args": TINY_VIT | {"attn_drop_rate": 0.1}}},
+            ["backbone.model_args", "attn_drop_rate: 0.0"],
+        ),
+    ],
+    ids=["weights of another size", "smaller than a patch", "colour", "attention dropout"],
+)
+def test_backbone_that_does_not_fit_the_images(
+    refuse: Refuse, folder: Path, sections: dict[str, Any], words: list[str]
+) -> None:
+    write_config(folder, **sections)
+    assert_tells(refuse("train", "config.yaml"), *words)
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickling it would make a folder."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("unpickled",)
+
+
+def tiny_weights(**arguments: Any) -> dict[str, torch.Tensor]:
+    return timm.create_model("vit_tiny_patch16_224", img_size=16, **TINY_VIT | arguments).state_dict()
+
+
+def write_truncated_safetensors(path: Path) -> None:
+    save_file(tiny_weights(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def write_lacking_tensors(path: Path) -> None:
+    weights = tiny_weights()
+    save_file({name: weights[name] for name in weights if name != "blocks.0.attn.qkv.weight"}, path)
+
+
+WEIGHTS = {
+    "garbage.pth": lambda path: path.write_bytes(b"\x00garbage" * 50),
+    "empty.pth": lambda path: path.write_bytes(b""),
+    "no_state.pth": lambda path: torch.save([1, 2, 3], path),
+    "payload.pth": lambda path: torch.save({"state_dict": Payload()}, path),
+    "pickle.pth": lambda path: path.write_bytes(pickle.dumps(Payload())),
+    "garbage.safetensors": lambda path: path.write_bytes(b"\xff" * 400),
+    "empty.safetensors": lambda path: path.write_bytes(b""),
+    "truncated.safetensors": write_truncated_safetensors,
+    "lacking.safetensors": write_lacking_tensors,
+    "wider.safetensors": lambda path: save_file(tiny_weights(embed_dim=64), path),
+    "garbage.npz": lambda path: path.write_bytes(b"PK\x03\x04garbage" * 50),
+    "others.npz": lambda path: np.savez(path, a=np.zeros(3)),
+    "payload.npz": lambda path: np.savez(path, a=np.array([Payload()], dtype=object)),
+    "folder.pth": lambda path: path.mkdir(),
+    "weights.bin": lambda path: torch.save(tiny_weights(), path),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_checkpoint_that_cannot_be_loaded(refuse: Refuse, folder: Path, name: str) -> None:
+    WEIGHTS[name](folder / name)
+    line = refuse("train", "config.yaml", f"backbone.checkpoint={name}")
+    assert_tells(line, "backbone.checkpoint", name)
+    if name == "lacking.safetensors":
+        assert_tells(line, "blocks.0.attn.qkv.weight")
+    if name == "weights.bin":
+        assert_tells(line, ".safetensors, .pth, .npz")
+
+
+def test_checkpoint_that_is_not_there(refuse: Refuse) -> None:
+    line = refuse("train", "config.yaml", "backbone.checkpoint=weights/gone.safetensors")
+    assert_tells(line, "backbone.checkpoint", "weights/gone.safetensors", "no such file")
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, *overrides: str) -> tuple[RunDirectory, RunConfig]:
+    """A run's directory as an interrupted run leaves it, without its checkpoints."""
+    config = load_config(folder / "config.yaml", ["output.name=old", *overrides])
+    run = RunDirectory(folder / "runs" / "old")
+    run.write_config(config)
+    run.write_state(INTERRUPTED, 1)
+    return run, config
+
+
+def test_run_of_another_config(refuse: Refuse, folder: Path) -> None:
+    write_run(folder)
+    line = refuse("train", "config.yaml", "output.name=old", "seed=2", "client.epochs=3")
+    assert_tells(line, "old", "seed (1 there, 2 here)", "client.epochs (1 there, 3 here)", "output.name")
+
+
+def test_run_of_fewer_rounds(refuse: Refuse, folder: Path) -> None:
+    write_run(folder, "federation.rounds=5")
+    assert_tells(refuse("train", "config.yaml", "output.name=old"), "old", "federation.rounds (5 there, 1 here)")
+
+
+def test_run_with_a_broken_checkpoint(refuse: Refuse, folder: Path) -> None:
+    run, _ = write_run(folder, "runtime.precision=fp32", "federation.rounds=2")
+    run.checkpoints.mkdir()
+    (run.checkpoints / "round-000001.safetensors").write_bytes(b"\xff" * 400)
+    line = refuse("train", "config.yaml", "output.name=old", "federation.rounds=2")
+    assert_tells(line, "round-000001.safetensors", "remove it")
+
+
+def test_run_with_a_broken_config(refuse: Refuse, folder: Path) -> None:
+    run, _ = write_run(folder)
+    run.config_file.write_text("seed: [1")
+    for arguments in (("train", "config.yaml", "output.name=old"), ("evaluate", "runs/old")):
+        assert_tells(refuse(*arguments), "runs/old/config.yaml", "not valid YAML")
+
+
+@pytest.mark.parametrize("path", ["empty", "gone", "config.yaml"])
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_no_run_there(refuse: Refuse, command: str, path: str) -> None:
+    Path("empty").mkdir()
+    assert_tells(refuse(command, path), f"{path}: no run's directory")
+
+
+def test_evaluate_before_anything_is_trained(refuse: Refuse, folder: Path) -> None:
+    write_run(folder)
+    assert_tells(refuse("evaluate", "runs/old"), "trainable.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 400])
+def test_evaluate_of_broken_parameters(refuse: Refuse, folder: Path, content: bytes) -> None:
+    run, _ = write_run(folder)
+    run.trainable_file.write_bytes(content)
+    assert_tells(refuse("evaluate", "runs/old"), "trainable.safetensors")
+
+
+def test_evaluate_of_parameters_from_elsewhere(refuse: Refuse, folder: Path) -> None:
+    run, _ = write_run(folder)
+    save_file({"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}, run.trainable_file)
+    assert_tells(refuse("evaluate", "runs/old"), "trainable.safetensors")
+
+
+def test_evaluate_on_another_backbone(refuse: Refuse, folder: Path) -> None:
+    run, _ = write_run(folder)
+    run.write_trainable({"head.weight": torch.zeros(10, 32)}, {"backbone_sha256": "0" * 64})
+    assert_tells(refuse("evaluate", "runs/old"), "trainable.safetensors", "other weights")
+
+
+def test_evaluate_of_another_methods_parameters(refuse: Refuse, folder: Path) -> None:
+    run, config = write_run(folder)
+    digest = build_lane_model(config, num_classes=10).backbone.sha256
+    run.write_trainable({"blocks.0.prompt": torch.zeros(10, 32)}, {"backbone_sha256": digest})
+    assert_tells(refuse("evaluate", "runs/old"), "trainable.safetensors", "blocks.0.prompt", "head.weight")
+
+
+@pytest.mark.parametrize("name", ["state.json", "summary.json"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "7"])
+def test_report_of_broken_files(refuse: Refuse, folder: Path, name: str, content: str) -> None:
+    run, _ = write_run(folder)
+    run.state_file.write_text(json.dumps({"state": "complete", "next_round": 1}))
+    (run.path / name).write_text(content)
+    assert_tells(refuse("report", "runs"), name)
+
+
+def test_report_of_a_complete_run_without_summary(refuse: Refuse, folder: Path) -> None:
+    run, _ = write_run(folder)
+    run.write_state("complete", 1)
+    assert_tells(refuse("report", "runs"), "summary.json")
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian", "config.yaml"], ["trian"]),
+        (["train"], ["CONFIG"]),
+        (["cost"], ["CONFIG"]),
+        (["report"], ["DIR"]),
+        (["evaluate", "a", "b"], ["b"]),
+        (["train", "config.yaml", "--jason"], ["--jason"]),
+        (["cost", "config.yaml", "--jsn"], ["--jsn", "--json"]),
+        (["partition", "config.yaml", "--picture"], ["--picture"]),
+    ],
+    ids=first,
+)
+def test_arguments(refuse: Refuse, arguments: list[str], words: list[str]) -> None:
+    assert_tells(refuse(*arguments), *words)
+
+
+def test_no_arguments_print_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedpeft"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    output = capsys.readouterr()
+    assert caught.value.code in (0, 2)
+    assert "train" in output.out + output.err
+    assert "error: \n" not in output.err
+
+
+@pytest.mark.parametrize("picture", ["picture.nosuch", "config.yaml/picture.png"])
+def test_picture_that_cannot_be_written(refuse: Refuse, picture: str) -> None:
+    assert_tells(refuse("partition", "config.yaml", "--picture", picture), picture)
+
+
+# --- the real command --------------------------------------------------------------------------------------------
+
+
+def run_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs python with these arguments, without ranks and without the internet."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["federation.rounds=ten"], ["federation.rounds", "'ten'", "integer"]),
+        (["backbone.pretrained=true"], ["backbone.pretrained", "'vit_tiny_patch16_224'", "backbone.checkpoint"]),
+    ],
+    ids=["value", "no internet"],
+)
+def test_process(folder: Path, overrides: list[str], words: list[str]) -> None:
+    before = snapshot(folder)
+    result = run_command(folder, "-m", "fedpeft_dist", "train", "config.yaml", *overrides)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert_tells(only_error_line(result.stderr.splitlines()), *words)
+    assert snapshot(folder) == before
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def test_two_ranks_tell_it_once(folder: Path) -> None:
+    before = snapshot(folder)
+    overrides = ["data.partition={name: shards, classes_per_client: 325}"]
+    result = run_command(folder, *TORCHRUN, "-m", "fedpeft_dist", "train", "config.yaml", *overrides)
+    assert result.returncode != 0
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert_tells(only_error_line(told), "data.partition.classes_per_client: 325", "at most 324")
+    assert "fedpeft_dist/" not in result.stderr, "a traceback"
+    assert snapshot(folder) == before
+
+
+def test_two_ranks_tell_it_though_the_first_is_late(folder: Path) -> None:
+    """torchrun ends all ranks as soon as one has failed: the rank that tells the mistake must come to it."""
+    late = "import os, time; time.sleep(2 * (os.environ['RANK'] == '0')); from fedpeft_dist.cli import main; main()"
+    (folder / "late.py").write_text(late)
+    result = run_command(folder, *TORCHRUN, "late.py", "train", "config.yaml", "federation.rounds=ten")
+    assert result.returncode != 0
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert_tells(only_error_line(told), "federation.rounds", "'ten'")

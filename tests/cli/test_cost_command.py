@@ -1,0 +1,45 @@
+"""`fedpeft cost`, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_cost(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs it from the repository's root, forbidden to download."""
+    return subprocess.run(
+        [sys.executable, "-m", "fedpeft_dist", "cost", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_prints_one_json_object() -> None:
+    result = run_cost("configs/paper/cifar100/bias.yaml", "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    cost = json.loads(result.stdout)
+    assert cost["trainable_parameters"] == 179_812
+    assert cost["uplink_bytes_per_client"] == 719_248
+    assert cost["uplink_bytes_per_round"] == 5_753_984
+    assert cost["uplink_bytes_total"] == 287_699_200
+    assert cost["share_of_full"] == pytest.approx(179_812 / 85_875_556)
+
+
+def test_prints_a_table_for_people() -> None:
+    result = run_cost("configs/paper/cifar100/full.yaml", "federation.cohort=4")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for words in ("configs/paper/cifar100/full.yaml: full", "85,875,556", "327.589 MiB", "a round of 4 clients"):
+        assert words in result.stdout

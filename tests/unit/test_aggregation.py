@@ -1,0 +1,185 @@
+"""Exact aggregation against arithmetic on Python's unbounded integers."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fedpeft_dist.federation.aggregation import DELTA_LIMIT, Aggregator, fraction_bits, quantize
+from fedpeft_dist.training.local_training import ClientUpdate
+
+P = 3
+CPU = torch.device("cpu")
+BELOW_LIMIT = float(np.nextafter(np.float32(1024), np.float32(0)))
+deltas = st.lists(
+    st.floats(-1024, 1024, exclude_min=True, exclude_max=True, width=32, allow_subnormal=True), min_size=P, max_size=P
+)
+losses = st.floats(0, 2000, width=32)
+cohorts = st.lists(st.tuples(st.integers(0, 2**20), deltas, losses), min_size=1, max_size=8)
+
+
+def update(delta: list[float], weight: int = 1, loss: float = 1.0, client: int = 0) -> ClientUpdate:
+    return ClientUpdate(client, weight, torch.tensor(delta, dtype=torch.float32), torch.tensor(loss))
+
+
+def exact_sum(cohort: list[tuple[int, list[float], float]], bits: int) -> list[int]:
+    """sum of weight * round_half_even(delta * 2^s); `round` of a Fraction is exact and half-even."""
+    return [sum(weight * round(Fraction(delta[i]) * 2**bits) for weight, delta, _ in cohort) for i in range(P)]
+
+
+@pytest.mark.parametrize("largest", [*range(1, 70), 2**10, 2**20 - 1, 2**20, 2**20 + 1, 2**31, 2**40 + 1])
+def test_fraction_bits(largest: int) -> None:
+    ceil_log2 = (largest - 1).bit_length()
+    assert fraction_bits(largest) == 62 - 10 - ceil_log2
+    assert largest * 1024 * 2 ** fraction_bits(largest) <= 2**62
+
+
+def test_no_weight_at_all_has_bits_too() -> None:
+    assert fraction_bits(0) == 52
+
+
+def test_quantize_rounds_halves_to_even() -> None:
+    values = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 0.25, 0.75], dtype=torch.float64)
+    assert quantize(values, 0).tolist() == [0, 2, 2, 0, -2, 0, 1]
+    assert quantize(values, 1).tolist() == [1, 3, 5, -1, -3, 0, 2]
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(cohort=cohorts, num_ranks=st.integers(1, 4), randomness=st.randoms(use_true_random=False))
+@example(cohort=[(1, [2.0**-50, 2.0**-53, 3 * 2.0**-53], 0.0)], num_ranks=1, randomness=None)
+def test_the_sum_is_exact_whatever_the_order_and_the_split(cohort, num_ranks, randomness) -> None:
+    """Updates in any order, over any number of aggregators whose int64 totals are then added."""
+    largest = sum(weight for weight, _, _ in cohort)
+    bits = fraction_bits(largest)
+    expected = exact_sum(cohort, bits)
+
+    in_order = Aggregator(P, largest, CPU)
+    for weight, delta, loss in cohort:
+        in_order.add(update(delta, weight, loss), num_samples=weight)
+    assert in_order.total[:P].tolist() == expected
+
+    ranks = [Aggregator(P, largest, CPU) for _ in range(num_ranks)]
+    shuffled = list(cohort)
+    if randomness is not None:
+        randomness.shuffle(shuffled)
+    for weight, delta, loss in shuffled:
+        rank = randomness.randrange(num_ranks) if randomness is not None else 0
+        ranks[rank].add(update(delta, weight, loss), num_samples=weight)
+    together = ranks[0]
+    for other in ranks[1:]:
+        together.total += other.total
+    assert torch.equal(together.total, in_order.total)
+
+    first, second = in_order.reduce(), together.reduce()
+    assert (first.mean_delta is None) == (largest == 0)
+    if first.mean_delta is not None:
+        assert torch.equal(first.mean_delta, second.mean_delta)
+        assert first.train_loss == second.train_loss
+    assert first.num_samples == second.num_samples == largest
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(cohort=cohorts)
+def test_the_mean_is_within_a_quantum_of_the_exact_one(cohort) -> None:
+    largest = sum(weight for weight, _, _ in cohort)
+    if largest == 0:
+        return
+    aggregator = Aggregator(P, largest, CPU)
+    for weight, delta, loss in cohort:
+        aggregator.add(update(delta, weight, loss), num_samples=0)
+    result = aggregator.reduce()
+    weights = np.array([weight for weight, _, _ in cohort], dtype=np.float64)
+    mean = weights @ np.array([delta for _, delta, _ in cohort], dtype=np.float64) / largest
+    quantum = 2.0 ** -fraction_bits(largest)
+    to_float32 = np.abs(mean) * 2.0**-24 + 2.0**-149
+    float64_sum = 1024 * len(cohort) * 2.0**-52
+    assert (np.abs(result.mean_delta.double().numpy() - mean) <= quantum + to_float32 + float64_sum).all()
+    loss = weights @ np.array([min(loss, 1024.0) for _, _, loss in cohort]) / largest
+    assert abs(result.train_loss - loss) <= quantum + float64_sum
+
+
+@pytest.mark.parametrize("weight", [1, 2, 3, 2**20 - 1, 2**20, 2**20 + 1, 2**31, 2**40 + 1])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_deltas_with_the_largest_weights_do_not_overflow(weight: int, sign: int) -> None:
+    aggregator = Aggregator(P, weight, CPU)
+    aggregator.add(update([sign * BELOW_LIMIT] * P, weight, loss=1e30), num_samples=0)
+    exact = sign * weight * round(Fraction(BELOW_LIMIT) * 2**aggregator.bits)
+    assert abs(exact) < 2**63
+    assert aggregator.total[:P].tolist() == [exact] * P
+    result = aggregator.reduce()
+    assert result.num_rejected == 0
+    assert result.mean_delta.tolist() == [exact / (weight * 2**aggregator.bits)] * P
+    assert result.train_loss == 1024.0
+
+
+def test_many_clients_of_the_largest_deltas_do_not_overflow() -> None:
+    weights = [997] * 1000 + [4000]
+    aggregator = Aggregator(P, sum(weights), CPU)
+    for weight in weights:
+        aggregator.add(update([BELOW_LIMIT, -BELOW_LIMIT, 0.0], weight, loss=BELOW_LIMIT), num_samples=0)
+    quantum = sum(weights) * round(Fraction(BELOW_LIMIT) * 2**aggregator.bits)
+    assert aggregator.total[:P].tolist() == [quantum, -quantum, 0]
+    assert aggregator.reduce().mean_delta.tolist() == [BELOW_LIMIT, -BELOW_LIMIT, 0.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, DELTA_LIMIT, -DELTA_LIMIT, 3e38])
+def test_a_rejected_client_leaves_no_trace_but_its_count(bad: float) -> None:
+    good = [update([1.0, -2.0, 0.5], 3, loss=0.25, client=4), update([0.0, 5.0, 1.5], 1, loss=0.75, client=9)]
+    aggregator = Aggregator(P, 100, CPU)
+    aggregator.add(good[0], num_samples=3)
+    aggregator.add(update([0.0, bad, 1.0], 60, loss=7.0, client=5), num_samples=60)
+    aggregator.add(good[1], num_samples=1)
+    assert aggregator.rejected_clients() == [5]
+    result = aggregator.reduce()
+    assert result.num_rejected == 1
+    assert result.num_samples == 64
+    assert result.mean_delta.tolist() == [0.75, -0.25, 0.75]
+    assert result.train_loss == 0.375
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_rejects_too(loss: float) -> None:
+    aggregator = Aggregator(P, 2, CPU)
+    aggregator.add(update([1.0] * P, 1, loss=loss, client=2), num_samples=1)
+    aggregator.add(update([3.0] * P, 1, loss=1.0, client=3), num_samples=1)
+    assert aggregator.rejected_clients() == [2]
+    result = aggregator.reduce()
+    assert (result.mean_delta.tolist(), result.train_loss, result.num_rejected) == ([3.0] * P, 1.0, 1)
+
+
+def test_a_round_without_weight_has_no_mean() -> None:
+    aggregator = Aggregator(P, 10, CPU)
+    aggregator.add(update([math.nan] * P, 10), num_samples=10)
+    aggregator.add(update([1.0] * P, 0), num_samples=0)
+    result = aggregator.reduce()
+    assert result.mean_delta is None
+    assert result.train_loss is None
+    assert result.num_rejected == 1
+
+
+def test_reduce_starts_over() -> None:
+    aggregator = Aggregator(P, 10, CPU)
+    aggregator.add(update([5.0] * P, 10, loss=2.0), num_samples=10)
+    aggregator.add(update([math.inf] * P, 10, client=8), num_samples=10)
+    assert aggregator.reduce(stop_requested=True).stop_requested
+    assert aggregator.rejected_clients() == []
+    aggregator.add(update([1.0] * P, 2, loss=1.0), num_samples=7)
+    result = aggregator.reduce()
+    assert not result.stop_requested
+    assert result.mean_delta.tolist() == [1.0] * P
+    assert (result.num_rejected, result.num_samples, result.train_loss) == (0, 7, 1.0)
+
+
+def test_results_are_not_views_of_what_is_reused() -> None:
+    aggregator = Aggregator(P, 1, CPU)
+    aggregator.add(update([1.0, 2.0, 3.0]), num_samples=1)
+    mean = aggregator.reduce().mean_delta
+    aggregator.add(update([9.0] * P), num_samples=1)
+    assert mean.tolist() == [1.0, 2.0, 3.0]
+    assert mean.dtype == torch.float32

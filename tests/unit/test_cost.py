@@ -1,0 +1,78 @@
+"""What methods send, against the figures that the paper's setting must give (ViT-B/16, float32, MiB = 2^20)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedpeft_dist.config.load import load_config
+from fedpeft_dist.tracking.cost import MIB, compute_cost, uplink_bytes
+
+PAPER = Path(__file__).parents[2] / "configs" / "paper"
+COHORT, ROUNDS = 8, 50
+
+# Trained parameters, by method and data set.
+PARAMETERS = {
+    "full": {"cifar100": 85_875_556, "resisc45": 85_833_261, "pcam": 85_800_194},
+    "head": {"cifar100": 76_900, "resisc45": 34_605, "pcam": 1_538},
+    "bias": {"cifar100": 179_812, "resisc45": 137_517, "pcam": 104_450},
+    "adapter": {"cifar100": 225_220, "resisc45": 182_925, "pcam": 149_858},
+    "adapter_per_block": {"cifar100": 233_668, "resisc45": 191_373, "pcam": 158_306},
+    "prompt": {"cifar100": 169_060, "resisc45": 126_765, "pcam": 93_698},
+    "prompt_shallow": {"cifar100": 84_580, "resisc45": 42_285, "pcam": 9_218},
+    "lora": {"cifar100": 371_812, "resisc45": 329_517, "pcam": 296_450},
+    "norm": {"cifar100": 115_300, "resisc45": 73_005, "pcam": 39_938},
+}
+# As printed: MiB one way on CIFAR-100, of a client and of a cohort of 8.
+PRINTED_MIB = {
+    "full": ("327.59", "2620.7"),
+    "head": ("0.293", "2.35"),
+    "bias": ("0.686", "5.49"),
+    "adapter": ("0.859", "6.87"),
+    "adapter_per_block": ("0.891", "7.13"),
+    "prompt": ("0.645", "5.16"),
+    "prompt_shallow": ("0.323", "2.58"),
+    "lora": ("1.418", "11.35"),
+    "norm": ("0.440", "3.52"),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "parameters"),
+    [(method, data, count) for method, row in PARAMETERS.items() for data, count in row.items()],
+)
+def test_every_figure_of_the_paper(method: str, data: str, parameters: int) -> None:
+    cost = compute_cost(load_config(PAPER / data / f"{method}.yaml"))
+    full = PARAMETERS["full"][data]
+    assert cost.trainable_parameters == parameters
+    assert cost.backbone_parameters == full
+    assert cost.uplink_bytes_per_client == 4 * parameters
+    assert cost.uplink_bytes_per_round == 4 * parameters * COHORT
+    assert cost.uplink_bytes_total == 4 * parameters * COHORT * ROUNDS
+    assert cost.share_of_full == parameters / full
+    if data == "cifar100":
+        sizes = cost.uplink_bytes_per_client, cost.uplink_bytes_per_round
+        for size, printed in zip(sizes, PRINTED_MIB[method]):
+            decimals = len(printed.partition(".")[2])
+            assert f"{size / MIB:.{decimals}f}" == printed
+
+
+@pytest.mark.parametrize("data", ["cifar100", "resisc45", "pcam"])
+def test_from_scratch_costs_what_full_does(data: str) -> None:
+    full, scratch = (compute_cost(load_config(PAPER / data / f"{name}.yaml")) for name in ("full", "scratch"))
+    assert scratch == full
+
+
+def test_bytes_follow_cohort_and_rounds() -> None:
+    cost = compute_cost(load_config(PAPER / "cifar100" / "head.yaml", ["federation.cohort=64", "federation.rounds=3"]))
+    assert cost.uplink_bytes_per_client == uplink_bytes(76_900, 1)
+    assert cost.uplink_bytes_per_round == uplink_bytes(76_900, 64)
+    assert cost.uplink_bytes_total == 3 * cost.uplink_bytes_per_round
+
+
+def test_needs_neither_weights_nor_data(tmp_path: Path) -> None:
+    """A checkpoint and a data folder that do not exist are not looked for."""
+    overrides = [f"backbone.checkpoint={tmp_path}/none.safetensors", f"data.root={tmp_path}/none"]
+    cost = compute_cost(load_config(PAPER / "cifar100" / "bias.yaml", overrides))
+    assert cost.trainable_parameters == PARAMETERS["bias"]["cifar100"]

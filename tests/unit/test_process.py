@@ -1,0 +1,157 @@
+"""Who am I: fake environments of torchrun, srun and a lone process, and what `auto` stands for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import RuntimeConfig
+from fedpeft_dist.runtime.process import Launch, Runtime, find_launch, resolve_device
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node7",
+    "MASTER_PORT": "29411",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+SLURM_JOB = {"SLURM_JOB_ID": "41234", "SLURM_NTASKS": "5", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}
+SRUN = {
+    **SLURM_JOB,
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+}
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for Slurm's command, which records how it was called."""
+    program, calls = tmp_path / "scontrol", tmp_path / "calls"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nprintf "node3\\nnode4\\n"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return calls
+
+
+def test_alone() -> None:
+    assert find_launch({}) == Launch()
+    assert find_launch({"PATH": "/bin", "MASTER_ADDR": "x"}).world_size == 1
+
+
+def test_torchrun() -> None:
+    assert find_launch(TORCHRUN) == Launch(
+        rank=5,
+        world_size=8,
+        local_rank=1,
+        local_world_size=4,
+        address="node7",
+        port=29411,
+        restart=2,
+        agent_store=True,
+    )
+
+
+def test_torchruns_variables_set_by_hand() -> None:
+    launch = find_launch({"RANK": "0", "WORLD_SIZE": "2"})
+    assert (launch.rank, launch.world_size, launch.local_rank) == (0, 2, 0)
+    assert (launch.address, launch.agent_store, launch.restart) == ("127.0.0.1", False, 0)
+    assert launch.port > 0
+
+
+def test_torchrun_inside_a_slurm_step_is_torchrun() -> None:
+    assert find_launch({**SRUN, **TORCHRUN}) == find_launch(TORCHRUN)
+
+
+def test_srun_asks_slurm_for_the_first_host(scontrol: Path) -> None:
+    launch = find_launch(SRUN)
+    assert (launch.rank, launch.world_size, launch.local_rank) == (3, 5, 0)
+    assert launch.local_world_size == 3  # five tasks on two nodes
+    assert launch.address == "node3"
+    assert scontrol.read_text() == "show hostnames node[3-4]\n"
+    assert launch.port == 20000 + 41234 % 20000
+    assert not launch.agent_store
+    ports = {find_launch({**SRUN, "SLURM_JOB_ID": str(job)}).port for job in range(41000, 41100)}
+    assert len(ports) == 100
+    assert all(1024 < port < 65536 for port in ports)
+
+
+def test_srun_with_an_address_given_asks_nobody() -> None:
+    launch = find_launch({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "1234", "SLURM_RESTART_COUNT": "1"})
+    assert (launch.address, launch.port, launch.restart) == ("head", 1234, 1)
+
+
+def test_a_batch_script_that_starts_python_itself_is_alone() -> None:
+    assert find_launch(SLURM_JOB) == Launch()
+    assert find_launch({**SLURM_JOB, "SLURM_NTASKS": "64", "SLURM_LOCALID": "0"}) == Launch()
+
+
+def test_a_step_of_one_task_is_alone() -> None:
+    one = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    assert find_launch(one) == Launch()
+
+
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, devices: int, bf16: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")])
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str, expected: str) -> None:
+    fake_cuda(monkeypatch, 0)
+    for device in ("auto", "cpu"):
+        found = resolve_device(RuntimeConfig(device=device, precision=precision), Launch())
+        assert found == (torch.device("cpu"), expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "bf16", "expected"),
+    [("auto", True, "bf16"), ("auto", False, "fp16"), ("fp16", True, "fp16"), ("fp32", False, "fp32")],
+)
+def test_with_gpus(monkeypatch: pytest.MonkeyPatch, precision: str, bf16: bool, expected: str) -> None:
+    fake_cuda(monkeypatch, 2, bf16)
+    for local_rank, index in ((0, 0), (1, 1), (3, 1)):
+        launch = Launch(rank=local_rank, world_size=4, local_rank=local_rank, local_world_size=4)
+        found = resolve_device(RuntimeConfig(precision=precision), launch)
+        assert found == (torch.device("cuda", index), expected)
+    assert resolve_device(RuntimeConfig(device="cpu"), Launch()) == (torch.device("cpu"), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("devices", "values", "message"),
+    [
+        (0, {"device": "cuda"}, r"runtime\.device: 'cuda', but .* cpu or auto"),
+        (0, {"precision": "fp16"}, r"runtime\.precision: 'fp16' needs a CUDA device; .* fp32, bf16 or auto"),
+        (2, {"device": "cpu", "precision": "fp16"}, r"runtime\.precision: 'fp16' needs a CUDA device"),
+        (1, {"precision": "bf16"}, r"runtime\.precision: 'bf16' is beyond Old Card; give fp16, fp32 or auto"),
+    ],
+)
+def test_what_the_machine_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, devices: int, values: dict[str, str], message: str
+) -> None:
+    fake_cuda(monkeypatch, devices, bf16=False)
+    with pytest.raises(ConfigError, match=message):
+        resolve_device(RuntimeConfig(**values), Launch())
+
+
+def test_a_runtime_tells_its_place_and_precision() -> None:
+    first = Runtime(Launch(), torch.device("cpu"), "fp32", 1)
+    other = Runtime(Launch(rank=3, world_size=4), torch.device("cpu"), "bf16", 1)
+    assert (first.rank, first.world_size, first.is_main, first.compute_dtype) == (0, 1, True, torch.float32)
+    assert (other.rank, other.world_size, other.is_main, other.compute_dtype) == (3, 4, False, torch.bfloat16)
+    x = torch.ones(2, 2)
+    with first.autocast():
+        assert (x @ x).dtype == torch.float32
+    with other.autocast():
+        assert (x @ x).dtype == torch.bfloat16
