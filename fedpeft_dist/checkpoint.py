@@ -77,4 +77,4 @@ def load_newest_checkpoint(directory: Path) -> Checkpoint | None:
 
 
 def _paths(directory: Path) -> list[Path]:
-    return sorted(directory.glob("round-*.safetensors"))
+    return sorted(directory.glob("round-*.safetensors"), key=lambda path: int(path.stem.removeprefix("round-")))

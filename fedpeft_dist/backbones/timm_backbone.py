@@ -12,7 +12,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_checkpoint, load_state_dict
+from timm.models import adapt_input_conv, load_checkpoint, load_state_dict
 from torch import nn
 
 from fedpeft_dist.backbones.glyph_vit import build_glyph_vit
@@ -59,7 +59,7 @@ def build_backbone(
         ConfigError: an unknown name, arguments the model does not take, a checkpoint that is missing or does not fit.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed reseeds CUDA too
         model = _create(config, num_classes, image_size, device)
     if config.checkpoint is not None and device != "meta":
         _load_checkpoint(model, Path(config.checkpoint))
@@ -125,7 +125,8 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         state = adapt(state, model) if adapt is not None else state
         own = model.state_dict()
         heads = tuple(f"{name}." for name in classifier_names(model))
-        state = {k: v for k, v in state.items() if not k.startswith(heads) or own[k].shape == v.shape}
+        state = {k: v for k, v in state.items() if k not in own or _fits(k, v, own[k], heads)}
+        _adapt_channels(state, model)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # each format fails in its own many ways, safetensors and pickle by classes of their own
         raise ConfigError(f"backbone.checkpoint: '{path}' cannot be loaded ({_one_line(error)})") from error
@@ -136,6 +137,22 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         )
     if unexpected:
         logger.info("%s: %d tensors have no place in the model and are left out", path, len(unexpected))
+
+
+def _fits(name: str, theirs: torch.Tensor, own: torch.Tensor, heads: tuple[str, ...]) -> bool:
+    """False for a classifier of another number of classes, which the model's new one replaces."""
+    return not name.startswith(heads) or theirs.shape == own.shape
+
+
+def _adapt_channels(state: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Sums or repeats the first convolution's weights over colours, where the model takes other ones, as timm does."""
+    first = model.pretrained_cfg.get("first_conv")
+    name = f"{first}.weight"
+    if not isinstance(first, str) or name not in state:
+        return
+    channels = model.get_submodule(first).in_channels
+    if state[name].shape[1] != channels:
+        state[name] = adapt_input_conv(channels, state[name])
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:

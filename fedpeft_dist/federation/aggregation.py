@@ -10,7 +10,6 @@ Shapes: P trainable parameters.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,7 @@ class RoundTotal:
 
 def fraction_bits(largest_total_weight: int) -> int:
     """s, for rounds whose weights sum to at most W = largest_total_weight."""
-    return _RANGE_BITS - _LIMIT_BITS - math.ceil(math.log2(max(largest_total_weight, 1)))
+    return _RANGE_BITS - _LIMIT_BITS - (max(largest_total_weight, 1) - 1).bit_length()
 
 
 def quantize(values: torch.Tensor, bits: int) -> torch.Tensor:

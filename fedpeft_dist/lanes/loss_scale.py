@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-INITIAL_SCALE = 2.0**16
+INITIAL_SCALE = 2.0**12
+"""Lower than for one long training: a client that must first find its scale loses its first steps in every round."""
 GROWTH_INTERVAL = 200
 """Steps without an overflow after which a lane's scale doubles."""
 

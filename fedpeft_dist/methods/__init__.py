@@ -37,7 +37,7 @@ def attach_method(backbone: Backbone, config: schema.MethodConfig, seed: int) ->
         ConfigError: the method does not fit the backbone.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return METHODS[type(config)](backbone, config)
 
 

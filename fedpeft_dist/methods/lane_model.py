@@ -16,6 +16,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
@@ -86,6 +87,19 @@ class FoldedLaneModel:
         return (module for module in self.backbone.model.modules() if isinstance(module, LaneModule))
 
 
+class _CastMatrixProducts(TorchFunctionMode):
+    """Autocast for the two functions that it leaves alone under vmap: linear layers and convolutions."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function in (nn.functional.linear, nn.functional.conv2d):
+            arguments = [a.to(self.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+        return function(*arguments, **(keywords or {}))
+
+
 class VmapLaneModel:
     """Every parameter is trained: the whole model is mapped over the lanes, any timm model as it is."""
 
@@ -107,9 +121,13 @@ class VmapLaneModel:
             lane = {name: view[0] for name, view in self.views.items()}
             return self._one_lane(lane, images[0], None if keys is None else keys[0]).unsqueeze(0)
         in_dims = (0, 0, None if keys is None else 0)
+        device = images.device.type
         # vmap has no rule for the CPU's fused attention and would loop over the lanes, with a warning.
-        attention = sdpa_kernel(SDPBackend.MATH) if images.device.type == "cpu" else nullcontext()
-        with attention:
+        attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+        precision = nullcontext()
+        if torch.is_autocast_enabled(device):
+            precision = _CastMatrixProducts(torch.get_autocast_dtype(device))
+        with attention, precision:
             return torch.vmap(self._one_lane, in_dims=in_dims)(dict(self.views), images, keys)
 
     def _one_lane(self, views: Mapping[str, torch.Tensor], images: torch.Tensor, keys: torch.Tensor | None):
@@ -144,6 +162,7 @@ def make_randomness_keyed(model: nn.Module) -> SampleKeys:
             probability = module.drop_prob or 0.0
             keyed = KeyedDropPath(probability, module.scale_by_keep, name) if probability else nn.Identity()
             replace_module(model, name, keyed)
+    model.eval()  # the modules put in since it was made, too
     keys = SampleKeys()
     share_keys(model, keys)
     return keys

@@ -122,5 +122,6 @@ def _plot_accuracy(runs: list[Run], path: Path) -> None:
         xscale="log", xlabel="MiB sent by all clients (uplink)", ylabel="accuracy of the global model", ylim=(0, 1)
     )
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)

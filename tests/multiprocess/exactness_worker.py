@@ -25,7 +25,7 @@ METHODS = {
     "adapter": {"name": "adapter", "bottleneck": 7},
     "lora": {"name": "lora", "rank": 3, "targets": ["qkv", "fc2"], "dropout": 0.1},
 }
-BATCH, LANES, COHORT = 8, 3, 7
+BATCH, LANES, COHORT = 7, 3, 7
 
 
 def make_config(method: dict, output: Path, name: str) -> dict:

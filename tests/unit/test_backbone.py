@@ -407,3 +407,15 @@ def test_freeze_in_float32_changes_no_value() -> None:
     freeze(model, torch.float32, torch.device("cpu"))
     assert_same_tensors(model.state_dict(), before)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_colour_checkpoint_serves_a_grey_model(tmp_path):
+    """The first convolution is summed over the colours: a grey image gives what the same image in colours gave."""
+    colour = source_model()
+    path = tmp_path / "colour.pth"
+    torch.save(colour.state_dict(), path)
+    grey = build(checkpoint=str(path), model_args={"in_chans": 1})
+    image = torch.rand(2, 1, SIDE, SIDE)
+    with torch.no_grad():
+        expected = colour.forward_features(image.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(grey.model.forward_features(image), expected)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config
@@ -110,11 +111,11 @@ def test_the_config_comes_back(tmp_path: Path) -> None:
 def test_trained_parameters_come_back(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     tensors = {"head.weight": torch.randn(3, 4).T, "head.bias": torch.randn(3).requires_grad_()}
-    directory.write_trainable(tensors, {"method": "head"})
+    directory.write_trainable(tensors, {"method": "head", "backbone_sha256": "ab"})
     found, metadata = directory.read_trainable()
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert metadata == {"method": "head"}
+    assert metadata == {"method": "head", "backbone_sha256": "ab"}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"noise" * 100])
@@ -124,6 +125,22 @@ def test_parameters_that_cannot_be_read_are_named(tmp_path: Path, content: bytes
         directory.trainable_file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"trainable\.safetensors"):
         directory.read_trainable()
+
+
+@pytest.mark.parametrize("metadata", [None, {"method": "head"}])
+def test_parameters_that_name_no_backbone_are_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    directory = RunDirectory(tmp_path)
+    save_file({"head.bias": torch.zeros(3)}, directory.trainable_file, metadata=metadata)
+    with pytest.raises(ConfigError, match=r"trainable\.safetensors.*which backbone"):
+        directory.read_trainable()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"next_round": 3}'])
+def test_a_state_file_without_a_state_is_named(tmp_path: Path, content: str) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.state_file.write_text(content)
+    with pytest.raises(ConfigError, match=r"state\.json.*state"):
+        directory.state()
 
 
 def test_parameters_go_with_the_backbone_they_were_trained_on(tmp_path: Path) -> None:
