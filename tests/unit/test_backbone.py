@@ -418,4 +418,4 @@ def test_a_colour_checkpoint_serves_a_grey_model(tmp_path):
     image = torch.rand(2, 1, SIDE, SIDE)
     with torch.no_grad():
         expected = colour.forward_features(image.expand(-1, 3, -1, -1))
-        torch.testing.assert_close(grey.model.forward_features(image), expected)
+        torch.testing.assert_close(grey.model.forward_features(image), expected, rtol=1e-3, atol=1e-3)
