@@ -33,6 +33,7 @@ class Launch:
     local_world_size: int = 1
     """Ranks on this machine, which share its memory."""
     address: str = ""
+    """Empty where no launcher started this process."""
     port: int = 0
     restart: int = 0
     """How often torchrun has restarted the group."""
@@ -141,7 +142,7 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     _be_deterministic(device)
     # Gradients accumulate into views of one matrix on purpose; PyTorch warns that their strides are unusual.
     warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-    if launch.world_size > 1:
+    if launch.address:  # also in a group of one, so that torchrun on one GPU runs what it runs on many
         _join_group(launch, device)
     try:
         yield Runtime(launch, device, precision, config.threads)

@@ -97,12 +97,12 @@ def make_images(count: int = 40, image_size: int = 16) -> ImageSet:
     return ImageSet(images, torch.randint(0, CLASSES, (count,), generator=generator))
 
 
-def make_store(images: ImageSet) -> DeviceStore:
-    return DeviceStore(images, images.images.shape[-1], 3, MEAN, STD, CPU)
+def make_store(images: ImageSet, device: torch.device = CPU) -> DeviceStore:
+    return DeviceStore(images, images.images.shape[-1], 3, MEAN, STD, device)
 
 
-def make_runtime(precision: str = "fp32") -> Runtime:
-    return Runtime(Launch(), CPU, precision, threads=1)
+def make_runtime(precision: str = "fp32", device: torch.device = CPU) -> Runtime:
+    return Runtime(Launch(), device, precision, threads=1)
 
 
 def make_tasks(sizes: Sequence[int], steps: Sequence[int]) -> list[ClientTask]:
@@ -121,12 +121,13 @@ def make_trainer(
     num_lanes: int,
     dtype: torch.dtype = torch.float32,
     precision: str = "fp32",
+    device: torch.device = CPU,
 ) -> LocalTrainer:
     """As `Simulation` does it; call it after everything that needs the model's own float32 values."""
-    runtime = make_runtime(precision)
-    if precision != "fp32":
-        freeze(lane_model.backbone.model, runtime.compute_dtype, CPU)
-    return LocalTrainer(lane_model, make_store(images), client, runtime, SEED, num_lanes, dtype)
+    runtime = make_runtime(precision, device)
+    if precision != "fp32" or device != CPU:
+        freeze(lane_model.backbone.model, runtime.compute_dtype, device)
+    return LocalTrainer(lane_model, make_store(images, device), client, runtime, SEED, num_lanes, dtype)
 
 
 def client_config(optimizer: Mapping[str, Any], batch_size: int, **more: Any) -> ClientConfig:
