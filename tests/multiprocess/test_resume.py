@@ -1,4 +1,4 @@
-"""A run that a signal stops at a round boundary ends, on another number of ranks, as if it had never stopped."""
+"""A run that a signal stops, or that loses a rank, ends as if nothing had happened, also on another number of ranks."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def test_interrupted_run_goes_on_to_the_same_weights(tmp_path):
     stopped, state_file = write_config(tmp_path, "stopped"), tmp_path / "stopped" / "state.json"
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     process = subprocess.Popen(command(stopped, 1), env=environment)
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for_rounds(process, metrics, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     state = json.loads(state_file.read_text())
@@ -62,3 +60,27 @@ def test_interrupted_run_goes_on_to_the_same_weights(tmp_path):
 
     again = subprocess.run(command(stopped, 1), check=True, env=environment, capture_output=True, text=True)
     assert "already complete" in again.stdout
+
+
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_the_same(tmp_path):
+    """The restarted group meets under keys of its own in the agent's store, and goes on from the last checkpoint."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(write_config(tmp_path, "whole"), 1), check=True, env=environment, timeout=200)
+    expected = json.loads((tmp_path / "whole" / "summary.json").read_text())["weights_sha256"]
+
+    launcher, config = command(write_config(tmp_path, "killed"), 2), tmp_path / "killed"
+    launcher.insert(launcher.index("--standalone"), "--max-restarts=1")
+    process = subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, text=True)
+    wait_for_rounds(process, config / "metrics.jsonl", 3)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert "going on after round" in output
+    assert json.loads((config / "summary.json").read_text())["weights_sha256"] == expected
+
+
+def wait_for_rounds(process: subprocess.Popen, metrics: Path, count: int) -> None:
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert process.poll() is None
+        time.sleep(0.02)
