@@ -8,7 +8,7 @@ Shapes: L lanes, W columns of the parameter matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Protocol
 
 import torch
@@ -20,8 +20,8 @@ class LaneOptimizer(Protocol):
     def reset(self, lane: int) -> None:
         """Forgets a lane's history: its next client starts afresh."""
 
-    def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: Sequence[float]) -> None:
-        """Updates theta [L, W] in place where active (bool [L, 1]); grad may be overwritten; one rate per lane."""
+    def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: float) -> None:
+        """Updates theta [L, W] in place where active (bool [L, 1]); grad may be overwritten."""
 
 
 class LaneSgd:
@@ -35,7 +35,7 @@ class LaneSgd:
         if self.momentum is not None:
             self.momentum[lane].zero_()
 
-    def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: Sequence[float]) -> None:
+    def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: float) -> None:
         config = self.config
         if config.weight_decay:
             grad.add_(theta, alpha=config.weight_decay)
@@ -44,40 +44,40 @@ class LaneSgd:
             momentum = torch.add(grad, self.momentum, alpha=config.momentum)
             _keep_where(active, self.momentum, momentum)
             update = grad.add_(momentum, alpha=config.momentum) if config.nesterov else momentum
-        _keep_where(active, theta, theta - _per_lane(lr, theta) * update)
+        _keep_where(active, theta, torch.sub(theta, update, alpha=lr))
 
 
 class LaneAdamW:
     """torch.optim.AdamW's update (Loshchilov and Hutter 2019, arXiv 1711.05101), a row a client.
 
-    The bias corrections 1 - beta^t are computed in Python for each lane: a lane-sized power on the device may round by
-    its position in the tensor.
+    The bias corrections 1 - beta^t come from tables, made once in float64: a power of a lane-sized tensor may round by
+    the position in it.
     """
 
     def __init__(self, config: AdamWConfig, theta: torch.Tensor):
         self.config = config
         self.mean = torch.zeros_like(theta)
         self.square = torch.zeros_like(theta)
-        self.steps = [0] * theta.shape[0]
+        self.steps = torch.zeros(theta.shape[0], 1, dtype=torch.int64, device=theta.device)
+        self.mean_corrections = _bias_corrections(config.beta1).to(theta)
+        self.root_corrections = _bias_corrections(config.beta2).sqrt().to(theta)
 
     def reset(self, lane: int) -> None:
         self.mean[lane].zero_()
         self.square[lane].zero_()
         self.steps[lane] = 0
 
-    def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: Sequence[float]) -> None:
+    def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: float) -> None:
         config = self.config
-        for lane, is_active in enumerate(active.flatten().tolist()):
-            self.steps[lane] += is_active
-        steps = [max(step, 1) for step in self.steps]
+        self.steps += active
         mean = torch.lerp(self.mean, grad, 1 - config.beta1)
         square = (self.square * config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
         _keep_where(active, self.mean, mean)
         _keep_where(active, self.square, square)
-        root_correction = _per_lane([(1 - config.beta2**t) ** 0.5 for t in steps], theta)
-        step_size = _per_lane([rate / (1 - config.beta1**t) for rate, t in zip(lr, steps)], theta)
-        decay = _per_lane([1 - rate * config.weight_decay for rate in lr], theta)
-        _keep_where(active, theta, theta * decay - step_size * mean / (square.sqrt() / root_correction + config.eps))
+        step_size = lr / _look_up(self.mean_corrections, self.steps)
+        root = square.sqrt() / _look_up(self.root_corrections, self.steps)
+        decayed = theta * (1 - lr * config.weight_decay)
+        _keep_where(active, theta, decayed - step_size * mean / (root + config.eps))
 
 
 def make_lane_optimizer(config: ClientOptimizerConfig, theta: torch.Tensor) -> LaneOptimizer:
@@ -100,5 +100,16 @@ def _keep_where(active: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> N
     torch.where(active, new, old, out=old)
 
 
-def _per_lane(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+MAX_TABLE = 1_000_000
+"""Steps: of one client in one round, with a beta so near 1 that the correction is not over by then."""
+
+
+def _bias_corrections(beta: float) -> torch.Tensor:
+    """1 - beta^t for t = 1, 2, ... until it is 1 in float64: float64 [steps]."""
+    length = 1 if beta == 0 else min(math.ceil(math.log(2**-54) / math.log(beta)), MAX_TABLE)
+    return 1 - beta ** torch.arange(1, length + 1, dtype=torch.float64)
+
+
+def _look_up(table: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The table's entry for each lane's step, counted from 1; the last one for all later steps."""
+    return table[(steps - 1).clamp(0, len(table) - 1)]

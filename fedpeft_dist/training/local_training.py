@@ -110,8 +110,7 @@ class LocalTrainer:
             add_proximal(grad, self.parameters.theta, start, self.config.proximal)
         if self.config.clip_norm is not None:
             clip_rows(grad, self.config.clip_norm)
-        rate = self.config.optimizer.lr * lr_factor
-        self.optimizer.step(self.parameters.theta, grad, active, [rate] * self.parameters.num_lanes)
+        self.optimizer.step(self.parameters.theta, grad, active, self.config.optimizer.lr * lr_factor)
         self.loss_sums += losses.detach().float()
 
     @property
