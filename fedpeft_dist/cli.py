@@ -108,16 +108,20 @@ def partition(
 
 
 @app.command()
-def evaluate(run: Annotated[Path, typer.Argument(help="A run's directory.")], as_json: AsJson = False) -> None:
-    """Evaluate what a run has trained, on what its config evaluates on."""
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate what a run has trained, on what its config evaluates on, wherever it was trained."""
     from fedpeft_dist.federation.simulation import evaluate_run
     from fedpeft_dist.runtime import process
     from fedpeft_dist.tracking.run_directory import RunDirectory
 
     directory = RunDirectory(run)
-    config = directory.stored_config()
-    if config is None:
+    if not directory.config_file.exists():
         raise ConfigError(f"{run}: no run's directory, it has no config.yaml")
+    config = load_config(directory.config_file, ["runtime.device=auto", *(overrides or ())])
     with process.start(config.runtime) as runtime:
         metrics = evaluate_run(config, directory, runtime)
     if runtime.is_main:
@@ -138,7 +142,11 @@ def report(
         print(json.dumps(rows))
         return
     Console().print(rich_table(rows))
-    for path in write_report(directory, runs, markdown_table(rows)):
+    try:
+        written = write_report(directory, runs, markdown_table(rows))
+    except OSError as error:
+        raise ConfigError(f"{directory}: the report cannot be written there ({error})") from None
+    for path in written:
         print(f"written: {path}")
 
 
@@ -149,8 +157,7 @@ def pretrain(
     """Rebuild the embedded backbone, glyph_vit, from its recipe."""
     from fedpeft_dist.pretrain import pretrain as run_recipe
 
-    result = run_recipe(output or Path("glyph_vit.safetensors"))
-    print("\n".join(f"{name} {value}" for name, value in result.items()))
+    run_recipe(output or Path("glyph_vit.safetensors"))
 
 
 def main() -> None:

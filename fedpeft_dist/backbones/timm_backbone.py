@@ -71,11 +71,16 @@ def build_backbone(
 
 
 def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -> None:
-    """Moves a model to its device, without gradients, matrix weights in the compute type and the rest in float32."""
+    """Moves a model to its device, without gradients, and its parameters to the type they are used in.
+
+    Linear layers and convolutions, which autocast would cast at every step, are kept in the compute type; the rest
+    (norms, tokens, position tables) in float32.
+    """
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and compute_dtype != torch.float32:
-            module.weight.data = module.weight.data.to(compute_dtype)
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(compute_dtype)
     model.to(device)
 
 

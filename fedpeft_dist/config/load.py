@@ -24,7 +24,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 
 # These change how a run is carried out or watched, never what it computes.
-RESULT_NEUTRAL = ("output", "runtime.compile", "federation.evaluate_every", "federation.evaluate_clients")
+RESULT_NEUTRAL = ("output", "data.root", "runtime.compile", "federation.evaluate_every", "federation.evaluate_clients")
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,7 +2,7 @@
 
 A section is a frozen, strict pydantic model that refuses unknown keys. Choices ("methods", "data sets", ...) are
 discriminated unions on `name`: these unions are the only lists of names in the project.
-Defaults are the paper's CIFAR-100 setting (arXiv 2210.01708) wherever it has one.
+Defaults are the paper's CIFAR-100 setting (arXiv 2210.01708), but for augmentation, which a config asks for.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class ConstantSchedule(Section):
 class CosineSchedule(Section):
     name: Literal["cosine"]
     final: Fraction = 0.0
-    """The factor that the last round ends with."""
+    """The factor that would follow the last round's; it is approached, so that no round trains for nothing."""
     warmup: Annotated[int, Field(ge=0)] = 0
     """Rounds over which the factor climbs linearly to 1."""
 

@@ -11,6 +11,7 @@ import torch
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import DataConfig, DigitsConfig, GlyphsConfig, SyntheticConfig
+from fedpeft_dist.lanes.random import derive_seed
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def load_glyphs(config: GlyphsConfig, seed: int) -> Dataset:
 
     num_test = max(1, config.images_per_letter // 4)
     train = render_dataset(config.alphabet, config.images_per_letter, config.image_size, seed)
-    test = render_dataset(config.alphabet, num_test, config.image_size, seed + 1)
+    test = render_dataset(config.alphabet, num_test, config.image_size, derive_seed(seed, "test"))
     assert train.class_names == test.class_names
     return Dataset(
         ImageSet(train.images, train.labels, train.font_ids),

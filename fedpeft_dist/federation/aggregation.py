@@ -58,7 +58,7 @@ class Aggregator:
         self.total = torch.zeros(num_parameters + _TAIL, dtype=torch.int64, device=device)
         self.accepted: list[tuple[int, torch.Tensor]] = []
 
-    def add(self, update: ClientUpdate, num_samples: int) -> None:
+    def add(self, update: ClientUpdate) -> None:
         """Adds an update, or counts it as rejected; decided on the device, without waiting for it."""
         accepted = (update.delta.abs() < DELTA_LIMIT).all() & torch.isfinite(update.loss)
         weight = accepted.long() * update.weight
@@ -68,12 +68,15 @@ class Aggregator:
         tail[_WEIGHT] += weight
         tail[_REJECTED] += 1 - accepted.long()
         tail[_LOSS] += torch.where(accepted, quantize(loss, self.bits), 0) * weight
-        tail[_SAMPLES] += num_samples
+        tail[_SAMPLES] += update.num_samples
         self.accepted.append((update.client, accepted))
 
     def rejected_clients(self) -> list[int]:
         """This rank's clients that were rejected."""
-        return [client for client, accepted in self.accepted if not accepted]
+        if not self.accepted:
+            return []
+        flags = torch.stack([accepted for _, accepted in self.accepted]).tolist()
+        return [client for (client, _), accepted in zip(self.accepted, flags) if not accepted]
 
     def reduce(self, stop_requested: bool = False) -> RoundTotal:
         """Sums over ranks and starts over; every rank must call it once a round."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-
-from fedpeft_dist.training.lane_schedule import ClientTask
+from collections.abc import Mapping
 
 
-def assign(tasks: Sequence[ClientTask], num_ranks: int) -> list[list[ClientTask]]:
-    """Longest first onto the least loaded rank (Graham 1969), by local steps; a shard keeps that order.
+def assign(steps: Mapping[int, int], num_ranks: int) -> list[list[int]]:
+    """Longest first onto the least loaded rank (Graham 1969).
 
-    Within a rank, too, the long clients start first, so that no lane is left alone with one at the end of the round.
+    Args:
+        steps: the local steps of each client of the cohort.
+
+    Returns:
+        Each rank's clients, the long ones first, so that no lane is left alone with one at the end of the round.
     """
-    shards: list[list[ClientTask]] = [[] for _ in range(num_ranks)]
+    shards: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [(0, rank) for rank in range(num_ranks)]
-    for task in sorted(tasks, key=lambda task: (-task.num_steps, task.client)):
+    for client in sorted(steps, key=lambda client: (-steps[client], client)):
         load, rank = heapq.heappop(loads)
-        shards[rank].append(task)
-        heapq.heappush(loads, (load + task.num_steps, rank))
+        shards[rank].append(client)
+        heapq.heappush(loads, (load + steps[client], rank))
     return shards

@@ -31,25 +31,37 @@ class Evaluator:
     def __init__(self, model: LaneModel, store: DeviceStore, samples: torch.Tensor, batch_size: int, runtime: Runtime):
         self.model, self.store, self.runtime = model, store, runtime
         self.samples, self.batch_size = samples, batch_size
-        self.parameters = LaneParameters(model.layout, 1, runtime.device)
+        self.parameters = LaneParameters(model.layout, 1, runtime.device, with_grad=False)
 
-    @torch.no_grad()
     def correct(self, vector: torch.Tensor) -> torch.Tensor:
         """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU."""
-        self.parameters.load(0, self.model.layout.pad(vector))
-        self.model.bind(self.parameters)
-        device = self.runtime.device
-        correct = torch.zeros(len(self.samples), dtype=torch.int64, device=device)
+        self._bind(vector)
+        correct = torch.zeros(len(self.samples), dtype=torch.int64, device=self.runtime.device)
         starts = range(0, len(self.samples), self.batch_size)
         for start in starts[self.runtime.rank :: self.runtime.world_size]:
-            own = self.samples[start : start + self.batch_size]
-            padded = torch.zeros(1, self.batch_size, dtype=torch.int64)
-            padded[0, : len(own)] = own
-            images, labels = self.store.batch(padded.to(device))
-            with self.runtime.autocast():
-                predictions = self.model.logits(images).argmax(dim=-1)
-            correct[start : start + len(own)] = (predictions == labels)[0, : len(own)].long()
+            right = self._batch(start)
+            correct[start : start + len(right)] = right
         return sum_over_ranks(correct).cpu()
+
+    def try_batch(self, vector: torch.Tensor) -> None:
+        """Computes the first batch on this rank alone, for whatever it may raise."""
+        self._bind(vector)
+        self._batch(0)
+
+    def _bind(self, vector: torch.Tensor) -> None:
+        self.parameters.load(0, self.model.layout.pad(vector))
+        self.model.bind(self.parameters)
+
+    @torch.no_grad()
+    def _batch(self, start: int) -> torch.Tensor:
+        """Whether the model is right on the samples of the batch that starts there: int64, at most [B]."""
+        own = self.samples[start : start + self.batch_size]
+        padded = torch.zeros(1, self.batch_size, dtype=torch.int64)
+        padded[0, : len(own)] = own
+        images, labels = self.store.batch(padded.to(self.runtime.device))
+        with self.runtime.autocast():
+            predictions = self.model.logits(images).argmax(dim=-1)
+        return (predictions == labels)[0, : len(own)].long()
 
     def accuracy(self, vector: torch.Tensor) -> float:
         """Top-1 accuracy in 0 .. 1."""

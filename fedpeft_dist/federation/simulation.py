@@ -19,7 +19,6 @@ from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
-from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.runtime.collectives import min_over_ranks
@@ -53,14 +52,12 @@ class Simulation:
 
     def _try_one_image(self) -> None:
         """Fails now, and not after files have been written, where the images do not go through the backbone."""
-        parameters = LaneParameters(self.model.layout, 1, self.runtime.device)
-        parameters.load(0, self.model.layout.pad(self.initial_vector))
-        self.model.bind(parameters)
-        images, _ = self.train_store.batch(torch.zeros(1, 1, dtype=torch.int64, device=self.runtime.device))
+        one_image = self._evaluator(self.train_store, torch.zeros(1, dtype=torch.int64), batch_size=1)
         try:
-            with torch.no_grad(), self.runtime.autocast():
-                self.model.logits(images)
-        except RuntimeError as error:
+            one_image.try_batch(self.initial_vector)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError) as error:
             size, name = self.config.data.image_size, self.config.backbone.name
             raise ConfigError(f"data.image_size: {size} does not fit backbone.name: {name} ({error})") from error
 
@@ -110,13 +107,16 @@ class Simulation:
             metrics["accuracy"] = self.test_evaluator.accuracy(vector)
         return metrics
 
-    def tasks(self, cohort: Sequence[int]) -> list[ClientTask]:
-        """The work of a cohort's clients."""
-        tasks = []
-        for client in cohort:
-            samples = self.partition.indices(client)
-            tasks.append(ClientTask(client, samples, self.config.client.num_steps(len(samples)), len(samples)))
-        return tasks
+    def num_steps(self, client: int) -> int:
+        """Local steps that a client takes in a round."""
+        return self.config.client.num_steps(self.partition.size(client))
+
+    def tasks(self, clients: Sequence[int]) -> list[ClientTask]:
+        """What these clients have to do in a round."""
+        return [
+            ClientTask(client, self.partition.indices(client), self.num_steps(client), self.partition.size(client))
+            for client in clients
+        ]
 
     def _store(self, images: ImageSet) -> DeviceStore:
         backbone, data = self.model.backbone, self.config.data
@@ -130,8 +130,9 @@ class Simulation:
             make_augmentation(data),
         )
 
-    def _evaluator(self, store: DeviceStore, samples: torch.Tensor) -> Evaluator:
-        return Evaluator(self.model, store, samples, self.config.runtime.evaluate_batch, self.runtime)
+    def _evaluator(self, store: DeviceStore, samples: torch.Tensor, batch_size: int | None = None) -> Evaluator:
+        batch_size = batch_size or self.config.runtime.evaluate_batch
+        return Evaluator(self.model, store, samples, batch_size, self.runtime)
 
 
 def make_clients(config: RunConfig, train: ImageSet) -> tuple[Partition, IndexPartition | None]:

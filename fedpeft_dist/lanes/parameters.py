@@ -88,6 +88,7 @@ class LaneParameters:
         layout: names and shapes of the columns.
         num_lanes: L.
         dtype: float32 in a run; tests use float64.
+        with_grad: False for rows that are only evaluated; they have no gradient matrix.
     """
 
     def __init__(
@@ -96,16 +97,20 @@ class LaneParameters:
         num_lanes: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        with_grad: bool = True,
     ):
         self.layout = layout
         self.theta = torch.zeros(num_lanes, layout.width, device=device, dtype=dtype)
-        self.grad = torch.zeros_like(self.theta)
         self.views: dict[str, torch.Tensor] = {}
         for name, start, size in layout.columns():
             shape = (num_lanes, *layout.shapes[name])
-            view = self.theta[:, start : start + size].view(shape).detach().requires_grad_()
-            view.grad = self.grad[:, start : start + size].view(shape)
-            self.views[name] = view
+            self.views[name] = self.theta[:, start : start + size].view(shape).detach()
+        if not with_grad:
+            return
+        self.grad = torch.zeros_like(self.theta)
+        for name, start, size in layout.columns():
+            view = self.views[name].requires_grad_()
+            view.grad = self.grad[:, start : start + size].view(view.shape)
 
     @property
     def num_lanes(self) -> int:

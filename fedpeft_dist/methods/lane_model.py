@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchDropout
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -148,9 +148,14 @@ def make_randomness_keyed(model: nn.Module) -> SampleKeys:
         The keys that all keyed layers of the model, the method's included, read from now on.
 
     Raises:
-        ConfigError: attention dropout, which lives inside the fused attention and cannot be keyed.
+        ConfigError: a kind that cannot be keyed: inside the fused attention, of patches, or without a layer of its own.
     """
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    if getattr(model, "drop_rate", 0.0) and not any(module.p for module in dropouts):
+        raise ConfigError(f"backbone.model_args: drop_rate of {type(model).__name__} cannot be keyed; give 0.0")
     for name, module in list(model.named_modules()):
+        if isinstance(module, PatchDropout):
+            raise ConfigError(f"backbone.model_args: patch dropout ({name}) cannot be keyed; give patch_drop_rate: 0.0")
         if isinstance(module, nn.Dropout):
             if name.endswith("attn_drop") and module.p:
                 raise ConfigError(

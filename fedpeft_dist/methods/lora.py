@@ -41,8 +41,8 @@ class LaneLora(LaneModule):
         self.dropout = make_dropout(config.dropout, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = lane_linear(self.dropout(x), self.a)
-        return self.linear(x) + lane_linear(hidden, self.b) * self.scale
+        hidden = lane_linear(self.dropout(x), self.a) * self.scale  # the scale on rank columns, not on the outputs
+        return self.linear(x) + lane_linear(hidden, self.b)
 
 
 def build_lora(backbone: Backbone, config: LoraConfig) -> FoldedLaneModel:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.process import Runtime
 
 
@@ -35,6 +38,24 @@ def assert_same_on_all_ranks(data: bytes, what: str, runtime: Runtime) -> None:
     dist.all_reduce(spread, op=dist.ReduceOp.MAX)
     if int(spread[0]) != -int(spread[1]):
         raise RuntimeError(f"{what} differs between the ranks of this run")
+
+
+@contextmanager
+def failing_together(runtime: Runtime) -> Iterator[None]:
+    """Lets every rank raise ConfigError where one of them does, so that none waits for the others for ever.
+
+    The code inside may not call collectives.
+    """
+    error: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as raised:
+        error = raised
+    failed = sum_over_ranks(torch.tensor([int(error is not None)], device=runtime.device))
+    if error is not None:
+        raise error
+    if failed:
+        raise ConfigError("another rank of this run cannot start; its own error says why")
 
 
 def barrier() -> None:

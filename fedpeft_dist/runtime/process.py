@@ -37,6 +37,8 @@ class Launch:
     port: int = 0
     restart: int = 0
     """How often torchrun has restarted the group."""
+    job: str = ""
+    """The launcher's name for this launch; it outlives a restart."""
     agent_store: bool = False
     """Whether torchrun's agent already serves the store at that address."""
 
@@ -87,17 +89,18 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=int(environment.get("MASTER_PORT", 29500)),
             restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            job=environment.get("TORCHELASTIC_RUN_ID", ""),
             agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        job = int(environment.get("SLURM_JOB_ID", 0))
+        job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
         return Launch(
             rank=int(environment["SLURM_PROCID"]),
             world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment["SLURM_LOCALID"]),
             local_world_size=-(-int(environment["SLURM_STEP_NUM_TASKS"]) // int(environment["SLURM_STEP_NUM_NODES"])),
             address=environment.get("MASTER_ADDR") or _first_slurm_host(environment),
-            port=int(environment.get("MASTER_PORT", 20000 + job % 20000)),
+            port=int(environment.get("MASTER_PORT", 20000 + (job + 97 * step) % 20000)),
             restart=int(environment.get("SLURM_RESTART_COUNT", 0)),
         )
     return Launch()
@@ -123,7 +126,12 @@ def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device,
         if config.precision == "fp16":
             raise ConfigError("runtime.precision: 'fp16' needs a CUDA device; on the CPU give fp32, bf16 or auto")
         return torch.device("cpu"), "fp32" if config.precision == "auto" else config.precision
-    device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    if launch.local_world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"runtime.device: {launch.local_world_size} ranks on a machine with {torch.cuda.device_count()} CUDA "
+            "device(s), and each needs its own; start fewer ranks, or give runtime.device: cpu"
+        )
+    device = torch.device("cuda", launch.local_rank)
     precision = "bf16" if config.precision == "auto" else config.precision
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         if config.precision == "auto":

@@ -45,7 +45,7 @@ def read_runs(directory: Path) -> list[Run]:
     runs = []
     for state_file in sorted(directory.rglob("state.json")):
         run = RunDirectory(state_file.parent)
-        state = run.state()
+        state = run.read_state()["state"]
         summary = read_json(run.summary_file, *SUMMARY_KEYS) if state == COMPLETE else None
         metrics = read_metrics(run.metrics_file) if run.metrics_file.exists() else []
         name = str(run.path.relative_to(directory)) if run.path != directory else run.path.name

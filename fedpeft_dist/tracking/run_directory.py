@@ -64,12 +64,15 @@ class RunDirectory:
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(f"output.root: no run can be written to '{self.path}', because of '{existing}'")
 
-    def state(self) -> str | None:
-        """running, interrupted, complete or failed; None where there is no run."""
-        return read_json(self.state_file, "state")["state"] if self.state_file.exists() else None
+    def read_state(self) -> dict[str, Any] | None:
+        """`state` (running, interrupted, complete or failed), the `next_round`, and the `launch` that wrote it.
 
-    def write_state(self, state: str, next_round: int) -> None:
-        write_text(self.state_file, json.dumps({"state": state, "next_round": next_round}) + "\n")
+        None where there is no run.
+        """
+        return read_json(self.state_file, "state") if self.state_file.exists() else None
+
+    def write_state(self, state: str, next_round: int, launch: str = "") -> None:
+        write_text(self.state_file, json.dumps({"state": state, "next_round": next_round, "launch": launch}) + "\n")
 
     def stored_config(self) -> RunConfig | None:
         return load_config(self.config_file) if self.config_file.exists() else None
@@ -155,14 +158,15 @@ def check_same_backbone(expected: str, actual: str, path: Path) -> None:
 def check_same_run(stored: RunConfig, config: RunConfig, path: Path) -> None:
     """Refuses to go on with a run under a config that would give another result.
 
-    `federation.rounds` may grow.
+    `federation.rounds` may grow, unless the rounds already run have followed a schedule that depends on it.
 
     Raises:
         ConfigError: with the keys that differ.
     """
     old, new = result_keys(stored), result_keys(config)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if "federation.rounds" in differing and config.federation.rounds > stored.federation.rounds:
+    longer = config.federation.rounds > stored.federation.rounds
+    if "federation.rounds" in differing and longer and config.client.schedule.name != "cosine":
         differing.remove("federation.rounds")
     if differing:
         changes = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differing)

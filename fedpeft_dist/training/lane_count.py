@@ -14,8 +14,8 @@ from fedpeft_dist.runtime.process import Runtime
 
 MEMORY_SHARE = 0.7
 """Of the free memory; the rest is for temporaries, fragmentation and the aggregation."""
-STATE_COPIES = 7
-"""Float32 matrices [L, W] alive in a step: theta, grad, up to two moments, and the update's temporaries."""
+STATE_COPIES = 12
+"""Float32 matrices [L, W] alive in a step: theta, grad, two moments, and AdamW's temporaries."""
 
 
 def choose_lanes(needed: int, batch_size: int, model: LaneModel, store: DeviceStore, runtime: Runtime) -> int:
@@ -50,6 +50,7 @@ def measure_activations(batch_size: int, model: LaneModel, store: DeviceStore, r
 def _free_memory(runtime: Runtime) -> int:
     """In bytes, for this rank."""
     if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the measurement has left in PyTorch's own pool
         return torch.cuda.mem_get_info(runtime.device)[0]
     return _available_host_memory() // runtime.launch.local_world_size
 

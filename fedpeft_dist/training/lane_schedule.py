@@ -47,12 +47,12 @@ class Tick:
 
 
 class _Seat:
-    """A client in a lane: its batches and how many are left."""
+    """A client in a lane: its batches and how many steps it has taken."""
 
     def __init__(self, task: ClientTask, batch_size: int, seed: int, round_number: int):
         self.task = task
-        self.left = task.num_steps
-        self.key = derive_seed(seed, "step", round_number, task.client)
+        self.step = 0
+        self.key = derive_seed(seed, "client", round_number, task.client)
         self.batches = self._batches(batch_size, seed, round_number)
 
     def _batches(self, batch_size: int, seed: int, round_number: int) -> Iterator[torch.Tensor]:
@@ -88,9 +88,9 @@ def schedule_lanes(
             batch = next(seat.batches)
             tick.indices[lane, : len(batch)] = batch
             tick.mask[lane, : len(batch)] = True
-            tick.lane_keys[lane] = derive_seed(seat.key, "tick", seat.left)
-            seat.left -= 1
-            if not seat.left:
+            tick.lane_keys[lane] = derive_seed(seat.key, "step", seat.step)
+            seat.step += 1
+            if seat.step == seat.task.num_steps:
                 tick.finished.append((lane, seat.task))
                 seats[lane] = None
         yield tick

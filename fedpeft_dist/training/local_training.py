@@ -31,6 +31,8 @@ class ClientUpdate:
     """client_after - server_before: [P], on the device."""
     loss: torch.Tensor
     """Mean training loss over its local steps: a float32 scalar on the device."""
+    num_samples: int
+    """Training samples it went through, repetitions counted."""
 
 
 class LocalTrainer:
@@ -60,6 +62,7 @@ class LocalTrainer:
         self.optimizer = make_lane_optimizer(config.optimizer, self.parameters.theta)
         self.loss_scale = LaneLossScale(num_lanes, runtime.device) if runtime.precision == "fp16" else None
         self.loss_sums = torch.zeros(num_lanes, device=runtime.device)
+        self.samples_seen = [0] * num_lanes
         self.logits = torch.compile(model.logits) if compile_model else model.logits
 
     def train(
@@ -79,7 +82,8 @@ class LocalTrainer:
             self._local_step(tick, start, lr_factor)
             for lane, task in tick.finished:
                 delta = self.model.layout.unpad(self.parameters.theta[lane] - start)
-                yield ClientUpdate(task.client, task.weight, delta, self.loss_sums[lane] / task.num_steps)
+                loss = self.loss_sums[lane] / task.num_steps
+                yield ClientUpdate(task.client, task.weight, delta, loss, self.samples_seen[lane])
         self.parameters.assert_views_alive()
 
     def _load(self, lane: int, start: torch.Tensor) -> None:
@@ -87,16 +91,16 @@ class LocalTrainer:
         self.parameters.load(lane, start)
         self.optimizer.reset(lane)
         self.loss_sums[lane] = 0.0
+        self.samples_seen[lane] = 0
         if self.loss_scale is not None:
             self.loss_scale.reset(lane)
 
     def _local_step(self, tick: Tick, start: torch.Tensor, lr_factor: float) -> None:
         """One optimizer step of every lane that has a batch."""
         device, grad = self.runtime.device, self.parameters.grad
-        mask = tick.mask.to(device)
+        mask, indices, lane_keys = (_send(t, device) for t in (tick.mask, tick.indices, tick.lane_keys))
         active = mask.any(dim=1, keepdim=True)
-        indices = tick.indices.to(device)
-        keys = fold_in(tick.lane_keys.to(device).unsqueeze(1), indices)
+        keys = fold_in(lane_keys.unsqueeze(1), indices)
         images, labels = self.store.batch(indices, keys)
         grad.zero_()
         with self.runtime.autocast():
@@ -111,12 +115,20 @@ class LocalTrainer:
         if self.config.clip_norm is not None:
             clip_rows(grad, self.config.clip_norm)
         self.optimizer.step(self.parameters.theta, grad, active, self.config.optimizer.lr * lr_factor)
-        self.loss_sums += losses.detach().float()
+        # A step that overflowed in fp16 is no part of the mean that decides nothing but is shown.
+        self.loss_sums += torch.where(active.squeeze(1), losses.detach(), 0.0).float()
+        for lane, count in enumerate(tick.mask.sum(dim=1).tolist()):
+            self.samples_seen[lane] += count
 
     @property
     def _input_dtype(self) -> torch.dtype:
         """float32, or float64 in tests."""
         return self.parameters.theta.dtype
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without making the host wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def lane_losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

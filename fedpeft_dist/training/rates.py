@@ -13,8 +13,8 @@ def rate_factor(config: schema.ScheduleConfig, round_number: int, num_rounds: in
         case schema.CosineSchedule(final=final, warmup=warmup):
             if round_number < warmup:
                 return (round_number + 1) / (warmup + 1)
-            progress = (round_number - warmup) / max(num_rounds - 1 - warmup, 1)
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+            progress = (round_number - warmup) / (num_rounds - warmup)
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         case schema.ExponentialSchedule(gamma=gamma):
             return gamma**round_number
     return 1.0

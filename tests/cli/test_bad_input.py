@@ -452,7 +452,7 @@ def test_report_of_a_complete_run_without_summary(refuse: Refuse, folder: Path) 
         (["train"], ["CONFIG"]),
         (["cost"], ["CONFIG"]),
         (["report"], ["DIR"]),
-        (["evaluate", "a", "b"], ["b"]),
+        (["report", "a", "b"], ["b"]),
         (["train", "config.yaml", "--jason"], ["--jason"]),
         (["cost", "config.yaml", "--jsn"], ["--jsn", "--json"]),
         (["partition", "config.yaml", "--picture"], ["--picture"]),

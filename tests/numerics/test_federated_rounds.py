@@ -200,7 +200,7 @@ def test_one_full_batch_step_of_everyone_is_one_centralised_step(method):
     # The same through the exact aggregation and the server, whose wire is float32.
     aggregator = Aggregator(len(vector), sum(sizes), CPU)
     for client in (3, 1, 4, 0, 2):
-        aggregator.add(updates[client], sizes[client])
+        aggregator.add(updates[client])
     total = aggregator.reduce()
     assert (total.num_rejected, total.num_samples) == (0, sum(sizes))
     assert total.train_loss == pytest.approx(step.loss, rel=1e-6)

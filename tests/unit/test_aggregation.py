@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -25,7 +26,7 @@ cohorts = st.lists(st.tuples(st.integers(0, 2**20), deltas, losses), min_size=1,
 
 
 def update(delta: list[float], weight: int = 1, loss: float = 1.0, client: int = 0) -> ClientUpdate:
-    return ClientUpdate(client, weight, torch.tensor(delta, dtype=torch.float32), torch.tensor(loss))
+    return ClientUpdate(client, weight, torch.tensor(delta, dtype=torch.float32), torch.tensor(loss), num_samples=0)
 
 
 def exact_sum(cohort: list[tuple[int, list[float], float]], bits: int) -> list[int]:
@@ -61,7 +62,7 @@ def test_the_sum_is_exact_whatever_the_order_and_the_split(cohort, num_ranks, ra
 
     in_order = Aggregator(P, largest, CPU)
     for weight, delta, loss in cohort:
-        in_order.add(update(delta, weight, loss), num_samples=weight)
+        in_order.add(replace(update(delta, weight, loss), num_samples=weight))
     assert in_order.total[:P].tolist() == expected
 
     ranks = [Aggregator(P, largest, CPU) for _ in range(num_ranks)]
@@ -70,7 +71,7 @@ def test_the_sum_is_exact_whatever_the_order_and_the_split(cohort, num_ranks, ra
         randomness.shuffle(shuffled)
     for weight, delta, loss in shuffled:
         rank = randomness.randrange(num_ranks) if randomness is not None else 0
-        ranks[rank].add(update(delta, weight, loss), num_samples=weight)
+        ranks[rank].add(replace(update(delta, weight, loss), num_samples=weight))
     together = ranks[0]
     for other in ranks[1:]:
         together.total += other.total
@@ -92,7 +93,7 @@ def test_the_mean_is_within_a_quantum_of_the_exact_one(cohort) -> None:
         return
     aggregator = Aggregator(P, largest, CPU)
     for weight, delta, loss in cohort:
-        aggregator.add(update(delta, weight, loss), num_samples=0)
+        aggregator.add(replace(update(delta, weight, loss), num_samples=0))
     result = aggregator.reduce()
     weights = np.array([weight for weight, _, _ in cohort], dtype=np.float64)
     mean = weights @ np.array([delta for _, delta, _ in cohort], dtype=np.float64) / largest
@@ -108,7 +109,7 @@ def test_the_mean_is_within_a_quantum_of_the_exact_one(cohort) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_deltas_with_the_largest_weights_do_not_overflow(weight: int, sign: int) -> None:
     aggregator = Aggregator(P, weight, CPU)
-    aggregator.add(update([sign * BELOW_LIMIT] * P, weight, loss=1e30), num_samples=0)
+    aggregator.add(replace(update([sign * BELOW_LIMIT] * P, weight, loss=1e30), num_samples=0))
     exact = sign * weight * round(Fraction(BELOW_LIMIT) * 2**aggregator.bits)
     assert abs(exact) < 2**63
     assert aggregator.total[:P].tolist() == [exact] * P
@@ -122,7 +123,7 @@ def test_many_clients_of_the_largest_deltas_do_not_overflow() -> None:
     weights = [997] * 1000 + [4000]
     aggregator = Aggregator(P, sum(weights), CPU)
     for weight in weights:
-        aggregator.add(update([BELOW_LIMIT, -BELOW_LIMIT, 0.0], weight, loss=BELOW_LIMIT), num_samples=0)
+        aggregator.add(replace(update([BELOW_LIMIT, -BELOW_LIMIT, 0.0], weight, loss=BELOW_LIMIT), num_samples=0))
     quantum = sum(weights) * round(Fraction(BELOW_LIMIT) * 2**aggregator.bits)
     assert aggregator.total[:P].tolist() == [quantum, -quantum, 0]
     assert aggregator.reduce().mean_delta.tolist() == [BELOW_LIMIT, -BELOW_LIMIT, 0.0]
@@ -132,9 +133,9 @@ def test_many_clients_of_the_largest_deltas_do_not_overflow() -> None:
 def test_a_rejected_client_leaves_no_trace_but_its_count(bad: float) -> None:
     good = [update([1.0, -2.0, 0.5], 3, loss=0.25, client=4), update([0.0, 5.0, 1.5], 1, loss=0.75, client=9)]
     aggregator = Aggregator(P, 100, CPU)
-    aggregator.add(good[0], num_samples=3)
-    aggregator.add(update([0.0, bad, 1.0], 60, loss=7.0, client=5), num_samples=60)
-    aggregator.add(good[1], num_samples=1)
+    aggregator.add(replace(good[0], num_samples=3))
+    aggregator.add(replace(update([0.0, bad, 1.0], 60, loss=7.0, client=5), num_samples=60))
+    aggregator.add(replace(good[1], num_samples=1))
     assert aggregator.rejected_clients() == [5]
     result = aggregator.reduce()
     assert result.num_rejected == 1
@@ -146,8 +147,8 @@ def test_a_rejected_client_leaves_no_trace_but_its_count(bad: float) -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_rejects_too(loss: float) -> None:
     aggregator = Aggregator(P, 2, CPU)
-    aggregator.add(update([1.0] * P, 1, loss=loss, client=2), num_samples=1)
-    aggregator.add(update([3.0] * P, 1, loss=1.0, client=3), num_samples=1)
+    aggregator.add(replace(update([1.0] * P, 1, loss=loss, client=2), num_samples=1))
+    aggregator.add(replace(update([3.0] * P, 1, loss=1.0, client=3), num_samples=1))
     assert aggregator.rejected_clients() == [2]
     result = aggregator.reduce()
     assert (result.mean_delta.tolist(), result.train_loss, result.num_rejected) == ([3.0] * P, 1.0, 1)
@@ -155,8 +156,8 @@ def test_a_loss_that_is_not_finite_rejects_too(loss: float) -> None:
 
 def test_a_round_without_weight_has_no_mean() -> None:
     aggregator = Aggregator(P, 10, CPU)
-    aggregator.add(update([math.nan] * P, 10), num_samples=10)
-    aggregator.add(update([1.0] * P, 0), num_samples=0)
+    aggregator.add(replace(update([math.nan] * P, 10), num_samples=10))
+    aggregator.add(replace(update([1.0] * P, 0), num_samples=0))
     result = aggregator.reduce()
     assert result.mean_delta is None
     assert result.train_loss is None
@@ -165,11 +166,11 @@ def test_a_round_without_weight_has_no_mean() -> None:
 
 def test_reduce_starts_over() -> None:
     aggregator = Aggregator(P, 10, CPU)
-    aggregator.add(update([5.0] * P, 10, loss=2.0), num_samples=10)
-    aggregator.add(update([math.inf] * P, 10, client=8), num_samples=10)
+    aggregator.add(replace(update([5.0] * P, 10, loss=2.0), num_samples=10))
+    aggregator.add(replace(update([math.inf] * P, 10, client=8), num_samples=10))
     assert aggregator.reduce(stop_requested=True).stop_requested
     assert aggregator.rejected_clients() == []
-    aggregator.add(update([1.0] * P, 2, loss=1.0), num_samples=7)
+    aggregator.add(replace(update([1.0] * P, 2, loss=1.0), num_samples=7))
     result = aggregator.reduce()
     assert not result.stop_requested
     assert result.mean_delta.tolist() == [1.0] * P
@@ -178,8 +179,8 @@ def test_reduce_starts_over() -> None:
 
 def test_results_are_not_views_of_what_is_reused() -> None:
     aggregator = Aggregator(P, 1, CPU)
-    aggregator.add(update([1.0, 2.0, 3.0]), num_samples=1)
+    aggregator.add(replace(update([1.0, 2.0, 3.0]), num_samples=1))
     mean = aggregator.reduce().mean_delta
-    aggregator.add(update([9.0] * P), num_samples=1)
+    aggregator.add(replace(update([9.0] * P), num_samples=1))
     assert mean.tolist() == [1.0, 2.0, 3.0]
     assert mean.dtype == torch.float32

@@ -383,11 +383,12 @@ def test_the_embedded_backbone_takes_a_checkpoint_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [VIT, RESNET])
-def test_freeze_casts_matrix_weights_alone(name: str) -> None:
+def test_freeze_casts_linear_layers_and_convolutions_alone(name: str) -> None:
     model = build(name).model
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     freeze(model, torch.bfloat16, torch.device("cpu"))
-    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    matrices = {f"{name}.{key}" for name, module in layers for key in module.state_dict()}
     assert matrices
     for key, tensor in model.state_dict().items():
         if key in matrices:

@@ -121,10 +121,12 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str, expected
 )
 def test_with_gpus(monkeypatch: pytest.MonkeyPatch, precision: str, bf16: bool, expected: str) -> None:
     fake_cuda(monkeypatch, 2, bf16)
-    for local_rank, index in ((0, 0), (1, 1), (3, 1)):
-        launch = Launch(rank=local_rank, world_size=4, local_rank=local_rank, local_world_size=4)
+    for local_rank in (0, 1):
+        launch = Launch(rank=local_rank + 2, world_size=4, local_rank=local_rank, local_world_size=2)
         found = resolve_device(RuntimeConfig(precision=precision), launch)
-        assert found == (torch.device("cuda", index), expected)
+        assert found == (torch.device("cuda", local_rank), expected)
+    with pytest.raises(ConfigError, match=r"3 ranks on a machine with 2 CUDA device"):
+        resolve_device(RuntimeConfig(), Launch(world_size=3, local_world_size=3))
     assert resolve_device(RuntimeConfig(device="cpu"), Launch()) == (torch.device("cpu"), "fp32")
 
 

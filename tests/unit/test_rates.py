@@ -22,16 +22,16 @@ def test_exponential() -> None:
 
 
 def test_cosine_goes_from_1_to_its_final_value() -> None:
-    """cos at 0, 60, 120 and 180 degrees is 1, 1/2, -1/2 and -1."""
-    assert factors(schema.CosineSchedule(name="cosine"), 4) == pytest.approx([1.0, 0.75, 0.25, 0.0])
+    """cos at 0, 60 and 120 degrees is 1, 1/2 and -1/2; 180, where it reaches the end, is the round after the last."""
+    assert factors(schema.CosineSchedule(name="cosine"), 3) == pytest.approx([1.0, 0.75, 0.25])
     above_zero = schema.CosineSchedule(name="cosine", final=0.2)
-    assert factors(above_zero, 4) == pytest.approx([1.0, 0.8, 0.4, 0.2])
+    assert factors(above_zero, 3) == pytest.approx([1.0, 0.8, 0.4])
 
 
 def test_warm_up_climbs_in_equal_steps_and_the_cosine_takes_the_rest() -> None:
     schedule = schema.CosineSchedule(name="cosine", final=0.0, warmup=3)
-    expected = [0.25, 0.5, 0.75, 1.0, 0.75, 0.25, 0.0]
-    assert factors(schedule, 7) == pytest.approx(expected)
+    expected = [0.25, 0.5, 0.75, 1.0, 0.75, 0.25]
+    assert factors(schedule, 6) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5])
@@ -43,5 +43,4 @@ def test_no_run_is_too_short(num_rounds: int, warmup: int) -> None:
     climb = min(warmup, num_rounds)
     assert values[:climb] == sorted(values[:climb])
     assert values[climb:] == sorted(values[climb:], reverse=True)
-    if num_rounds > warmup + 1:
-        assert values[-1] == pytest.approx(0.1)
+    assert values[-1] > 0.1

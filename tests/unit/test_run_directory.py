@@ -72,12 +72,12 @@ def test_a_last_line_that_was_cut_short_is_ignored(tmp_path: Path, length: int) 
 
 def test_state_and_summary(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    assert directory.state() is None
-    directory.write_state(INTERRUPTED, 3)
-    assert directory.state() == INTERRUPTED
-    assert json.loads(directory.state_file.read_text()) == {"state": "interrupted", "next_round": 3}
+    assert directory.read_state() is None
+    directory.write_state(INTERRUPTED, 3, "job")
+    assert directory.read_state()["state"] == INTERRUPTED
+    assert json.loads(directory.state_file.read_text()) == {"state": "interrupted", "next_round": 3, "launch": "job"}
     directory.write_state(COMPLETE, 5)
-    assert directory.state() == COMPLETE
+    assert directory.read_state()["state"] == COMPLETE
     directory.write_summary({"lanes": 4, "privacy": None})
     assert read_json(directory.summary_file) == {"lanes": 4, "privacy": None}
 
@@ -140,7 +140,7 @@ def test_a_state_file_without_a_state_is_named(tmp_path: Path, content: str) -> 
     directory = RunDirectory(tmp_path)
     directory.state_file.write_text(content)
     with pytest.raises(ConfigError, match=r"state\.json.*state"):
-        directory.state()
+        directory.read_state()
 
 
 def test_parameters_go_with_the_backbone_they_were_trained_on(tmp_path: Path) -> None:

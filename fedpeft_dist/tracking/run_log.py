@@ -1,0 +1,159 @@
+"""What a run tells while it goes and leaves when it is over: progress, metrics, summary. Written by rank 0 alone.
+
+Shapes: P trainable parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.lanes.parameters import ParameterLayout
+from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.tracking.cost import uplink_bytes
+from fedpeft_dist.tracking.progress import RoundProgress
+from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RUNNING, RunDirectory
+from fedpeft_dist.tracking.writer import MetricsWriter
+
+NO_TOTALS = {"rejected": 0, "samples": 0, "seconds": 0.0, "best_accuracy": 0.0}
+"""Sums and records over a run's rounds; a checkpoint carries them."""
+
+
+class RunLog:
+    """A context manager around a run's rounds; on ranks other than 0 it keeps the totals and is silent.
+
+    Args:
+        totals: of the rounds done before, updated in place.
+        rounds_done: how many those are.
+    """
+
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, runtime: Runtime, totals: dict[str, float], rounds_done: int
+    ):
+        self.config, self.directory, self.runtime, self.totals = config, directory, runtime, totals
+        self.rounds_done = rounds_done
+        self.progress = RoundProgress(config.output.name, config.federation.rounds, rounds_done, runtime.is_main)
+        self.writer: MetricsWriter | None = None
+
+    def __enter__(self) -> RunLog:
+        if self.runtime.is_main:
+            # The state first: a complete run that is being made longer must not look complete under its new config.
+            self.directory.write_state(RUNNING, self.rounds_done)
+            self.directory.write_config(self.config)
+            self.writer = MetricsWriter(self.directory, self.rounds_done)
+        self.progress.__enter__()
+        if self.rounds_done:
+            self.progress.note(f"{self.directory.path}: going on after round {self.rounds_done}")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
+        if self.writer is not None:
+            self.writer.close()
+
+    def write_setting(self, counts: np.ndarray, num_clients: int) -> None:
+        """The config and the partition, for TensorBoard; counts as `class_counts` gives them."""
+        if self.writer is not None:
+            self.writer.write_setting(self.config, counts, num_clients)
+
+    def round_done(
+        self,
+        evaluation: Mapping[str, float],
+        train_loss: float | None,
+        num_rejected: int,
+        num_samples: int,
+        num_parameters: int,
+        seconds: float,
+        evaluate_seconds: float,
+    ) -> None:
+        """Adds a round to the totals and shows it; `evaluation` is empty for a round that was not evaluated."""
+        self.rounds_done += 1
+        self.totals["rejected"] += num_rejected
+        self.totals["samples"] += num_samples
+        self.totals["seconds"] += seconds
+        if evaluation:
+            self.totals["final_accuracy"] = evaluation["accuracy"]
+            self.totals["best_accuracy"] = max(self.totals["best_accuracy"], evaluation["accuracy"])
+        if self.writer is None:
+            return
+        link = uplink_bytes(num_parameters, self.config.federation.cohort)
+        row = {
+            "round": self.rounds_done,
+            "accuracy": None,
+            **evaluation,
+            "train_loss": train_loss,
+            "cohort": self.config.federation.cohort,
+            "rejected": num_rejected,
+            "uplink_bytes": link,
+            "downlink_bytes": link,
+            "seconds": seconds,
+            "evaluate_seconds": evaluate_seconds,
+            "samples": num_samples,
+            "samples_per_second": num_samples / seconds,
+            "peak_memory_bytes": _peak_memory(self.runtime),
+        }
+        self.writer.write_round(row)
+        self.progress.round_done(row)
+
+    def interrupted(self) -> None:
+        """The run stopped at a round boundary; this launch's name lets a restarted worker leave it stopped."""
+        if self.runtime.is_main:
+            self.directory.write_state(INTERRUPTED, self.rounds_done, self.runtime.launch.job)
+
+    def complete(self, vector: torch.Tensor, layout: ParameterLayout, backbone_parameters: int, backbone: str) -> None:
+        """The run is over: its parameters by name, its summary, its state.
+
+        Args:
+            vector: the global vector, float32 [P].
+            backbone: the digest of the backbone it goes with.
+        """
+        if not self.runtime.is_main:
+            return
+        config, totals = self.config, self.totals
+        digest = hashlib.sha256(vector_bytes(vector)).hexdigest()
+        metadata = {
+            "method": config.method.name,
+            "backbone": config.backbone.name,
+            "backbone_sha256": backbone,
+            "weights_sha256": digest,
+        }
+        self.directory.write_trainable(layout.split(vector), metadata)
+        link = uplink_bytes(len(vector), config.federation.cohort) * config.federation.rounds
+        summary = {
+            "method": config.method.name,
+            "trainable_parameters": len(vector),
+            "backbone_parameters": backbone_parameters,
+            "rounds": config.federation.rounds,
+            "final_accuracy": totals["final_accuracy"],
+            "best_accuracy": totals["best_accuracy"],
+            "uplink_bytes_total": link,
+            "downlink_bytes_total": link,
+            "rejected_total": int(totals["rejected"]),
+            "samples_per_second": totals["samples"] / totals["seconds"],
+            "lanes": config.runtime.lanes,
+            "world_size": self.runtime.world_size,
+            "weights_sha256": digest,
+            "privacy": None,
+        }
+        self.directory.write_summary(summary)
+        self.directory.write_state(COMPLETE, self.rounds_done)
+
+
+def vector_bytes(vector: torch.Tensor) -> bytes:
+    """A float32 vector as little-endian bytes, whatever the machine's own order."""
+    return vector.cpu().numpy().astype("<f4").tobytes()
+
+
+def _peak_memory(runtime: Runtime) -> int:
+    """Of this rank: on the GPU, or the process's resident memory."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(runtime.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
