@@ -72,12 +72,33 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_the_same(tmp
     launcher.insert(launcher.index("--standalone"), "--max-restarts=1")
     process = subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, text=True)
     wait_for_rounds(process, config / "metrics.jsonl", 3)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(rank_processes(process)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0
     assert "going on after round" in output
     assert json.loads((config / "summary.json").read_text())["weights_sha256"] == expected
+
+
+def test_a_restart_under_the_same_launch_leaves_an_interrupted_run_interrupted(tmp_path):
+    """torchrun takes exit code 75 for a failure and starts the worker again; that must not undo the interruption."""
+    launcher, state_file = command(write_config(tmp_path, "stopped"), 2), tmp_path / "stopped" / "state.json"
+    launcher.insert(launcher.index("--standalone"), "--max-restarts=1")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, text=True)
+    wait_for_rounds(process, tmp_path / "stopped" / "metrics.jsonl", 3)
+    os.kill(rank_processes(process)[1], signal.SIGUSR1)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert "a restart does not undo it" in output
+    state = json.loads(state_file.read_text())
+    assert state["state"] == "interrupted"
+    assert state["next_round"] < ROUNDS
+
+
+def rank_processes(process: subprocess.Popen) -> list[int]:
+    """The workers of a torchrun."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(number) for number in found.stdout.split()]
 
 
 def wait_for_rounds(process: subprocess.Popen, metrics: Path, count: int) -> None:
