@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from fedpeft_dist.config.errors import ConfigError
@@ -15,14 +16,16 @@ from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, read_jso
 
 COLUMNS = (
     ("run", "run", "{}"),
+    ("method", "method", "{}"),
     ("trained_parameters", "trained parameters", "{:,}"),
-    ("mib_per_client", "MiB a client and round", "{:,.4f}"),
-    ("mib_total", "MiB in total", "{:,.2f}"),
+    ("mib_per_client", "MiB per client and round", "{:,.4f}"),
+    ("mib_total", "total MiB", "{:,.2f}"),
     ("share_of_full", "share of full's bytes", "{:.2%}"),
     ("final_accuracy", "final accuracy", "{:.4f}"),
 )
 """Key, heading, format."""
-SUMMARY_KEYS = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total", "final_accuracy")
+TEXT_COLUMNS = ("run", "method")
+SUMMARY_KEYS = ("method", "trainable_parameters", "backbone_parameters", "uplink_bytes_total", "final_accuracy")
 """What is read of a run's summary."""
 
 
@@ -63,6 +66,7 @@ def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
         if run.summary is not None:
             parameters = run.summary["trainable_parameters"]
             row |= {
+                "method": run.summary["method"],
                 "trained_parameters": parameters,
                 "mib_per_client": uplink_bytes(parameters, 1) / MIB,
                 "mib_total": run.summary["uplink_bytes_total"] / MIB,
@@ -74,9 +78,9 @@ def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def rich_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=0)  # narrow enough for 80 columns
     for key, heading, _ in COLUMNS:
-        table.add_column(heading, justify="left" if key == "run" else "right")
+        table.add_column(heading, justify="left" if key in TEXT_COLUMNS else "right")
     for row in rows:
         table.add_row(*_cells(row))
     return table
@@ -84,7 +88,7 @@ def rich_table(rows: list[dict[str, Any]]) -> Table:
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
-    lines.append("|" + "|".join(" --- " if key == "run" else " ---: " for key, _, _ in COLUMNS) + "|")
+    lines.append("|" + "|".join(" --- " if key in TEXT_COLUMNS else " ---: " for key, _, _ in COLUMNS) + "|")
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 

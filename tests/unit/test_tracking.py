@@ -33,6 +33,7 @@ def make_run(path: Path, parameters: int, state: str = COMPLETE, accuracy: float
     if state == COMPLETE:
         directory.write_summary(
             {
+                "method": path.name,
                 "trainable_parameters": parameters,
                 "backbone_parameters": 2**20,
                 "uplink_bytes_total": sent * ROUNDS,
@@ -55,6 +56,7 @@ def test_rows_come_with_the_fewest_bytes_first_and_unfinished_runs_last(runs: Pa
         {
             "run": "sweep/head",
             "state": "complete",
+            "method": "head",
             "trained_parameters": 4096,
             "mib_per_client": 4096 * 4 / MIB,
             "mib_total": 4096 * 4 * COHORT * ROUNDS / MIB,
@@ -64,6 +66,7 @@ def test_rows_come_with_the_fewest_bytes_first_and_unfinished_runs_last(runs: Pa
         {
             "run": "full",
             "state": "complete",
+            "method": "full",
             "trained_parameters": 2**20,
             "mib_per_client": 4.0,
             "mib_total": 48.0,
@@ -87,10 +90,10 @@ def test_the_markdown_table(runs: Path) -> None:
     assert len(lines) == 5
     assert {len(row) for row in cells} == {len(report.COLUMNS)}
     assert cells[0][0] == "run"
-    assert cells[1] == ["---", *["---:"] * (len(report.COLUMNS) - 1)]
-    assert cells[2] == ["sweep/head", "4,096", "0.0156", "0.19", "0.39%", "0.6250"]
-    assert cells[3] == ["full", "1,048,576", "4.0000", "48.00", "100.00%", "0.7500"]
-    assert cells[4] == ["sweep/lora", "interrupted", "", "", "", ""]
+    assert cells[1] == ["---", "---", *["---:"] * (len(report.COLUMNS) - 2)]
+    assert cells[2] == ["sweep/head", "head", "4,096", "0.0156", "0.19", "0.39%", "0.6250"]
+    assert cells[3] == ["full", "full", "1,048,576", "4.0000", "48.00", "100.00%", "0.7500"]
+    assert cells[4] == ["sweep/lora", "interrupted", "", "", "", "", ""]
 
 
 def test_the_printed_table_has_the_same_cells(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
