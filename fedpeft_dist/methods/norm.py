@@ -32,9 +32,13 @@ class LaneNorm(LaneModule):
 def build_norm(backbone: Backbone, config: NormConfig) -> FoldedLaneModel:
     """
     Raises:
-        ConfigError: the backbone has no norm layer with a scale and a bias.
+        ConfigError: the backbone has no norm layer with a scale and a bias, or one of a kind that is not known here.
     """
     model = backbone.model
+    for name, layer in model.named_modules():
+        kind = type(layer)
+        if "norm" in kind.__name__.lower() and kind not in NORM_CHANNEL_DIM and hasattr(layer, "weight"):
+            raise ConfigError(f"method.name: 'norm' does not fit {type(model).__name__}: {name} is a {kind.__name__}")
     norms = [(name, m) for name, m in model.named_modules() if type(m) in NORM_CHANNEL_DIM]
     norms = [(name, m) for name, m in norms if m.weight is not None and m.bias is not None]
     if not norms:

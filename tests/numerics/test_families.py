@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from fedpeft_dist.config.errors import ConfigError
+
 from .cases import (
     METHODS,
     OPTIMIZERS,
@@ -99,3 +101,11 @@ def test_families_have_what_they_are_here_for():
     assert norms
     assert all(norm.running_mean.abs().max() > 0.1 for norm in norms)
     assert make_family("deit-distilled").num_prefix_tokens == 2
+
+
+@pytest.mark.parametrize("name", ["norm", "bias"])
+def test_a_norm_layer_that_also_activates_is_refused(name):
+    """What comes after the addition would be computed before it; skipping the layer would train less than was asked."""
+    model = make_model("test_efficientnet", {})
+    with pytest.raises(ConfigError, match=rf"'{name}' does not fit EfficientNet: .* is a BatchNormAct2d"):
+        make_lane_model(model, {"name": name})
