@@ -49,7 +49,8 @@ def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
     largest_weight = simulation.partition.largest_total(federation.cohort)
     aggregator = Aggregator(len(run.vector), largest_weight, runtime.device)
     with RunLog(config, run.directory, runtime, run.totals, run.next_round) as log:
-        log.write_setting(class_counts(simulation.partition, labels, classes, MAX_CLIENTS), population)
+        if runtime.is_main:
+            log.write_setting(class_counts(simulation.partition, labels, classes, MAX_CLIENTS), population)
         for round_number in range(run.next_round, federation.rounds):
             started = time.perf_counter()
             cohort = sample_cohort(federation.participation, population, federation.cohort, config.seed, round_number)

@@ -127,5 +127,5 @@ def _plot_accuracy(runs: list[Run], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        figure.legend(loc="outside right upper")  # beside the lines, wherever they run
     figure.savefig(path, dpi=120)

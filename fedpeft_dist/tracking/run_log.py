@@ -59,9 +59,8 @@ class RunLog:
             self.writer.close()
 
     def write_setting(self, counts: np.ndarray, num_clients: int) -> None:
-        """The config and the partition, for TensorBoard; counts as `class_counts` gives them."""
-        if self.writer is not None:
-            self.writer.write_setting(self.config, counts, num_clients)
+        """The config and the partition, for TensorBoard, on rank 0; counts as `class_counts` gives them."""
+        self.writer.write_setting(self.config, counts, num_clients)
 
     def round_done(
         self,

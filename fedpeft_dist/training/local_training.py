@@ -115,7 +115,7 @@ class LocalTrainer:
         if self.config.clip_norm is not None:
             clip_rows(grad, self.config.clip_norm)
         self.optimizer.step(self.parameters.theta, grad, active, self.config.optimizer.lr * lr_factor)
-        # A step that overflowed in fp16 is no part of the mean that decides nothing but is shown.
+        # The loss of a step that overflowed in fp16 may not be finite, and the step was not taken: it counts as 0.
         self.loss_sums += torch.where(active.squeeze(1), losses.detach(), 0.0).float()
         for lane, count in enumerate(tick.mask.sum(dim=1).tolist()):
             self.samples_seen[lane] += count

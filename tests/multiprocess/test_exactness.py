@@ -55,7 +55,8 @@ def test_cases_differ_from_each_other(results):
 
 
 def test_a_second_run_is_equal(results, tmp_path):
-    again = run_worker(tmp_path, 1, "fp32")
+    again = run_worker(tmp_path, 1, "fp32,bf16")
+    assert again.keys() == results[1].keys()
     for case, result in again.items():
         assert result["weights_sha256"] == results[1][case]["weights_sha256"]
 
