@@ -7,6 +7,7 @@ empty section: `backbone: {model_args: {}}` takes none of the parent's arguments
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -24,7 +25,14 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 
 # These change how a run is carried out or watched, never what it computes.
-RESULT_NEUTRAL = ("output", "data.root", "runtime.compile", "federation.evaluate_every", "federation.evaluate_clients")
+RESULT_NEUTRAL = (
+    "output",
+    "data.root",
+    "data.store",
+    "runtime.compile",
+    "federation.evaluate_every",
+    "federation.evaluate_clients",
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,13 +59,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: a missing or unreadable file, an unknown key, a wrong value; the message is one line.
     """
-    tree = _merge(_read_tree(Path(path), ()), _parse_overrides(overrides))
+    tree = merge_trees(read_tree(Path(path)), parse_overrides(overrides))
     return parse_config(tree, str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The keys of a config file and of its parents, merged; not yet validated.
+
+    Raises:
+        ConfigError: a missing or unreadable file, here or among the parents.
+    """
+    return _read_chain(path, ())
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
     """Validates a tree of keys over the defaults; `source` names it in errors."""
-    tree = _name_choices(_merge(json.loads(RunConfig().model_dump_json()), tree))
+    tree = _name_choices(merge_trees(json.loads(RunConfig().model_dump_json()), tree))
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -99,10 +116,12 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    resolved = path.resolve()
-    if resolved in seen:
-        raise ConfigError(f"{path}: extends itself, through {' -> '.join(str(p) for p in seen)}")
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One file's own keys.
+
+    Raises:
+        ConfigError: it is missing, cannot be read, or holds no mapping.
+    """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -116,21 +135,30 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys, not a {type(tree).__name__}")
+    return tree
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(f"{path}: extends itself, through {' -> '.join(str(p) for p in seen)}")
+    tree = read_yaml(path)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: {parent!r} is not a path relative to this file")
-    return _merge(_read_tree(path.parent / parent, (*seen, resolved)), tree)
+    return merge_trees(_read_chain(path.parent / parent, (*seen, resolved)), tree)
 
 
-def _merge(parent: Mapping[str, Any], child: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def merge_trees(parent: Mapping[str, Any], child: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Two trees of keys, the child's values over the parent's; a section that chooses another name replaces its own."""
     merged = dict(parent)
     for key, value in child.items():
         old = merged.get(key)
         both_sections = isinstance(old, dict) and isinstance(value, dict) and value
         if both_sections and not _names_another(prefix + key, old, value):
-            merged[key] = _merge(old, value, f"{prefix}{key}.")
+            merged[key] = merge_trees(old, value, f"{prefix}{key}.")
         else:
             merged[key] = value
     return merged
@@ -167,8 +195,13 @@ def _choices() -> dict[str, str]:
     return dict(walk(RunConfig, ""))
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts as a tree; values are YAML.
+
+    Raises:
+        ConfigError: no such text, or two that contradict each other.
+    """
+    pairs = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
@@ -177,13 +210,25 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {text!r} is not a YAML value ({_one_line(error)})") from None
+        pairs[key] = value
+    return nest_keys(pairs)
+
+
+def nest_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree from keys that may be dotted, such as `client.optimizer.lr`; later ones win.
+
+    Raises:
+        ConfigError: a key is given a value and is a section, too.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
         node = tree
         *parents, leaf = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{key}: {parent} is already given a value by another override")
-        node[leaf] = value
+        node[leaf] = copy.deepcopy(value)  # a later dotted key may go into it
     return tree
 
 

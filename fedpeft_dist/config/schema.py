@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -26,8 +27,10 @@ class BackboneConfig(Section):
     name: str = "vit_base_patch16_224.augreg_in21k"
     """Any timm model, with its pre-training tag, or `glyph_vit`, the small one that the package carries."""
     pretrained: bool = True
+    """Take timm's own weights, which must be on this machine (`fedpeft prefetch` downloads them), or the package's."""
     checkpoint: str | None = None
-    """A local .safetensors, .pth or .npz file to take the weights from, in place of timm's own."""
+    """A local file to take the weights from instead (.safetensors, .pth, .pth.tar, .pt, .bin or .npz), such as those
+    that MAE and MoCo v3 publish."""
     model_args: dict[str, Any] = {}
     """Passed to `timm.create_model` as they are."""
 
@@ -93,6 +96,18 @@ class DirichletPartition(Section):
     alpha: Positive = 0.1
     min_samples: Annotated[int, Field(ge=0)] = 10
     """The partition is redrawn until every client has as many."""
+    top_up: bool = False
+    """Draw once in place of redrawing: a client below `min_samples` takes samples from the largest client."""
+
+
+class QuantityPartition(Section):
+    """Clients of very different sizes, each with the same mix of classes."""
+
+    name: Literal["quantity"]
+    alpha: Positive = 0.5
+    """Sizes are a draw from Dir(alpha, ..., alpha): the smaller, the more uneven."""
+    min_samples: Annotated[int, Field(ge=0)] = 1
+    """The sizes are redrawn until every client has as many."""
 
 
 class ShardsPartition(Section):
@@ -112,7 +127,7 @@ class PoolPartition(Section):
 
 
 PartitionConfig = Annotated[
-    IidPartition | DirichletPartition | ShardsPartition | NaturalPartition | PoolPartition,
+    IidPartition | DirichletPartition | QuantityPartition | ShardsPartition | NaturalPartition | PoolPartition,
     Field(discriminator="name"),
 ]
 
@@ -121,10 +136,20 @@ class DataSection(Section):
     """What every data set's section has."""
 
     root: str = "data"
+    """The folder with the data set's files."""
+    store: str | None = None
+    """Where its decoded images are kept, written once and shared by all runs; null: the folder `.store` below root."""
     image_size: Count = 224
-    augment: Literal["none", "flip", "crop_flip"] = "none"
-    """flip: mirror with probability 1/2; crop_flip: also a random crop after padding by `crop_padding` pixels."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How images are resized, with antialiasing; auto: as the backbone was pre-trained, by timm's data config."""
+    augment: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = "none"
+    """flip: mirror with probability 1/2; crop_flip: also a random crop after padding by `crop_padding` pixels;
+    resized_crop_flip: a window of random area and aspect, resized to `image_size`, then the flip."""
     crop_padding: Count = 4
+    crop_scale: tuple[Share, Share] = Field((0.08, 1.0), strict=False)
+    """The least and the largest area of the window, as a share of the image's."""
+    crop_ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), strict=False)
+    """The least and the largest width of the window, in heights."""
     max_train: Count | None = None
     """Keep a random subset of that many training samples, drawn before partitioning."""
     clients: Count | None = 64
@@ -134,16 +159,65 @@ class DataSection(Section):
     partition: PartitionConfig = DirichletPartition(name="dirichlet")
 
 
+class Cifar10Config(DataSection):
+    """The python version's files, as torchvision has them: `cifar-10-batches-py` below root."""
+
+    name: Literal["cifar10"]
+
+
 class Cifar100Config(DataSection):
+    """The python version's files, as torchvision has them: `cifar-100-python` below root."""
+
     name: Literal["cifar100"]
 
 
 class Resisc45Config(DataSection):
+    """Remote-sensing scenes (Cheng et al. 2017): `NWPU-RESISC45/<class>/<class>_001.jpg` below root."""
+
     name: Literal["resisc45"]
+    test_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Of every class, drawn with `split_seed` and written down beside the decoded images."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    train_list: str | None = None
+    """A text file that names a training image a line, relative to root's class folders; goes with `test_list`."""
+    test_list: str | None = None
 
 
 class PcamConfig(DataSection):
+    """PatchCamelyon (Veeling et al. 2018): `pcam/camelyonpatch_level_2_split_train_x.h5` and its like below root."""
+
     name: Literal["pcam"]
+
+
+class ImageFolderConfig(DataSection):
+    """Any images in class folders: `train/<class>/*` and `test/<class>/*` below root."""
+
+    name: Literal["image_folder"]
+    train_folder: str = "train"
+    test_folder: str = "test"
+    classes: Count | None = None
+    """How many there should be: checked against the folders, and what `fedpeft cost` goes by."""
+    stored_size: Count = 256
+    """Images of differing sizes are stored as squares of this side: resized on the shorter side, then cropped."""
+
+
+class HuggingFaceConfig(DataSection):
+    """A data set of the Hugging Face hub, or a local folder in one of its formats; needs the extra `huggingface`."""
+
+    name: Literal["huggingface"]
+    path: str
+    """The data set's name on the hub, such as `uoft-cs/cifar100`, or a local folder."""
+    subset: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str = "image"
+    label_column: str = "label"
+    client_column: str | None = None
+    """Whose sample it is, for the natural partition."""
+    classes: Count | None = None
+    """How many there should be: checked against the data, and what `fedpeft cost` goes by."""
+    stored_size: Count = 256
+    """Images of differing sizes are stored as squares of this side: resized on the shorter side, then cropped."""
 
 
 class DigitsConfig(DataSection):
@@ -163,6 +237,17 @@ class GlyphsConfig(DataSection):
     """Training images of each letter in each font; a quarter as many (at least one) are rendered for testing."""
 
 
+class Glyphs100Config(DataSection):
+    """Greek and Cyrillic letters in the bundled fonts, about a hundred classes; one font family is for testing only."""
+
+    name: Literal["glyphs100"]
+    image_size: Count = 32
+    images_per_letter: Count = 2
+    """Training images of each letter in each of the twelve training fonts."""
+    test_images_per_letter: Count = 3
+    """Test images of each letter in each of the four fonts of the held-out family."""
+
+
 class SyntheticConfig(DataSection):
     """Random images with random labels: for measuring speed, never accuracy."""
 
@@ -174,7 +259,16 @@ class SyntheticConfig(DataSection):
 
 
 DataConfig = Annotated[
-    Cifar100Config | Resisc45Config | PcamConfig | DigitsConfig | GlyphsConfig | SyntheticConfig,
+    Cifar10Config
+    | Cifar100Config
+    | Resisc45Config
+    | PcamConfig
+    | ImageFolderConfig
+    | HuggingFaceConfig
+    | DigitsConfig
+    | GlyphsConfig
+    | Glyphs100Config
+    | SyntheticConfig,
     Field(discriminator="name"),
 ]
 
@@ -361,6 +455,12 @@ class RunConfig(Section):
                 f"federation.cohort: {federation.cohort} is larger than the population, data.clients: {data.clients}; "
                 f"give at most {data.clients}"
             )
+        for key in ("crop_scale", "crop_ratio"):
+            low, high = getattr(data, key)
+            if low > high:
+                raise ValueError(f"data.{key}: [{low}, {high}] is no range; give the smaller number first")
+        if data.name == "resisc45" and (data.train_list is None) != (data.test_list is None):
+            raise ValueError("data.train_list and data.test_list go together: give both, or neither for a random split")
         if data.partition.name == "pool" and data.name != "synthetic":
             raise ValueError(f"data.partition.name: 'pool' goes with synthetic data only, not {data.name!r}")
         if data.partition.name == "pool" and data.validation:

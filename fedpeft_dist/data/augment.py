@@ -1,28 +1,63 @@
-"""Augmentation on the device, a pure function of each sample's key.
+"""Resizing and augmentation on the device, a pure function of the images and of each sample's key.
 
-Shapes: R rows, C channels, H x W pixels.
+Shapes: R rows, C channels, H x W pixels as stored, S the side that the backbone takes.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from typing import Protocol
 
 import torch
+from torch.nn import functional as F
 
 from fedpeft_dist.config.schema import DataConfig
-from fedpeft_dist.data.store import Augmentation
 from fedpeft_dist.lanes.random import fold_in, uniform
 
-_FLIP, _CROP_Y, _CROP_X = range(3)
+_FLIP, _CROP_Y, _CROP_X, _AREA, _RATIO = range(5)
+WINDOW_TRIES = 10
+_RATIO_STEPS = 1024
 
 
-def make_augmentation(config: DataConfig) -> Augmentation | None:
-    """What the config's `augment` names, as a function of (images, keys)."""
-    if config.augment == "none":
-        return None
-    if config.augment == "flip":
-        return random_flip
-    return partial(_crop_then_flip, padding=config.crop_padding)
+class Transform(Protocol):
+    """What makes the backbone's input, but for normalisation: (images [R, C, H, W] in 0 .. 1, keys) to [R, C, S, S].
+
+    keys are int64 [R], or None for the images as they are: resized only.
+    """
+
+    def __call__(self, images: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor: ...
+
+
+def make_transform(config: DataConfig, interpolation: str) -> Transform:
+    """What the config's `image_size` and `augment` name.
+
+    Args:
+        interpolation: "bilinear" or "bicubic", for a config that says "auto".
+    """
+    mode = interpolation if config.interpolation == "auto" else config.interpolation
+    plain = partial(resize, size=config.image_size, mode=mode)
+
+    def transform(images: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
+        if keys is None or config.augment == "none":
+            return plain(images)
+        if config.augment == "resized_crop_flip":
+            windows = draw_windows(images.shape[-2:], keys, config.crop_scale, config.crop_ratio)
+            return random_flip(resize_windows(images, windows, config.image_size, mode), keys)
+        images = plain(images)
+        if config.augment == "crop_flip":
+            images = random_crop(images, keys, config.crop_padding)
+        return random_flip(images, keys)
+
+    return transform
+
+
+def resize(images: torch.Tensor, size: int, mode: str) -> torch.Tensor:
+    """Antialiased resizing of [R, C, H, W] in 0 .. 1 to squares; what bicubic overshoots is cut off."""
+    if images.shape[-2:] == (size, size):
+        return images
+    resized = F.interpolate(images, (size, size), mode=mode, antialias=True)
+    return resized.clamp_(0, 1) if mode == "bicubic" else resized
 
 
 def random_flip(images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -33,7 +68,7 @@ def random_flip(images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 def random_crop(images: torch.Tensor, keys: torch.Tensor, padding: int) -> torch.Tensor:
     """Shifts each image [R, C, H, W] by up to `padding` pixels each way; what comes in from outside is black."""
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    padded = F.pad(images, (padding,) * 4)
     rows, _, height, width = images.shape
     span = 2 * padding + 1
     top = (uniform(fold_in(keys, _CROP_Y)) * span).long()
@@ -44,5 +79,89 @@ def random_crop(images: torch.Tensor, keys: torch.Tensor, padding: int) -> torch
     return padded.permute(0, 2, 3, 1)[sample, y, x].permute(0, 3, 1, 2)
 
 
-def _crop_then_flip(images: torch.Tensor, keys: torch.Tensor, padding: int) -> torch.Tensor:
-    return random_flip(random_crop(images, keys, padding), keys)
+def draw_windows(
+    shape: tuple[int, int], keys: torch.Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+) -> torch.Tensor:
+    """A window of random area and aspect inside each image (Inception's crop, Szegedy et al. 2015, arXiv 1409.4842).
+
+    The first of WINDOW_TRIES draws that fits is taken; where none does, the largest central window whose aspect is in
+    the range.
+
+    Args:
+        shape: (H, W).
+        keys: int64 [R].
+        scale: range of the window's area, as a share of the image's, drawn uniformly.
+        ratio: range of its width over its height, drawn uniformly in the logarithm.
+
+    Returns:
+        int64 [R, 4]: top, left, height, width.
+    """
+    height, width = shape
+    tries = fold_in(keys.unsqueeze(1), torch.arange(WINDOW_TRIES, device=keys.device))  # [R, tries]
+    areas = (scale[0] + (scale[1] - scale[0]) * uniform(fold_in(tries, _AREA))) * (height * width)
+    # Aspects come from a table: exp could round otherwise in the vectorised body of its kernel than in the tail, and
+    # then a window would depend on the sample's place in the batch. A square root is exact everywhere.
+    aspects = torch.logspace(math.log(ratio[0]), math.log(ratio[1]), _RATIO_STEPS, base=math.e, dtype=torch.float64)
+    aspects = aspects.float().to(keys.device)[(uniform(fold_in(tries, _RATIO)) * _RATIO_STEPS).long()]
+    widths, heights = (areas * aspects).sqrt().round().long(), (areas / aspects).sqrt().round().long()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    own_height, own_width = heights.gather(1, first).squeeze(1), widths.gather(1, first).squeeze(1)
+    whole_height = min(height, round(width / ratio[0]))
+    whole_width = min(width, round(height * ratio[1]))
+    found = fits.any(dim=1)
+    own_height = torch.where(found, own_height, whole_height)
+    own_width = torch.where(found, own_width, whole_width)
+    top = (uniform(fold_in(keys, _CROP_Y)) * (height - own_height + 1)).long()
+    left = (uniform(fold_in(keys, _CROP_X)) * (width - own_width + 1)).long()
+    top = torch.where(found, top, (height - whole_height) // 2)
+    left = torch.where(found, left, (width - whole_width) // 2)
+    return torch.stack([top, left, own_height, own_width], dim=1)
+
+
+def resize_windows(images: torch.Tensor, windows: torch.Tensor, size: int, mode: str) -> torch.Tensor:
+    """Crops a window out of each image and resizes it with antialiasing, as `resize` would: [R, C, S, S].
+
+    Every sample has a window of its own size, so the two axes' resampling is written as two batched matrix products.
+
+    Args:
+        images: [R, C, H, W].
+        windows: int64 [R, 4], top, left, height, width, as `draw_windows` gives them.
+    """
+    rows, channels, height, width = images.shape
+    top, left, own_height, own_width = windows.unbind(1)
+    down = _resampling(top, own_height, height, size, mode)  # [R, S, H]
+    across = _resampling(left, own_width, width, size, mode)  # [R, S, W]
+    # The channels go beside the pixels, not into the batch: one product a sample, rounded alike in any batch.
+    resized = torch.bmm(down, images.transpose(1, 2).reshape(rows, height, channels * width))
+    resized = torch.bmm(resized.view(rows, size * channels, width), across.mT)
+    resized = resized.view(rows, size, channels, size).transpose(1, 2)
+    return resized.clamp_(0, 1) if mode == "bicubic" else resized
+
+
+def _resampling(start: torch.Tensor, length: torch.Tensor, full: int, size: int, mode: str) -> torch.Tensor:
+    """The matrices that resample `length` pixels from `start` on to `size` pixels: [R, size, full].
+
+    The filter is widened by the reduction, its weights outside the window are dropped and the rest sum to 1.
+    """
+    step = length.float().view(-1, 1, 1) / size
+    spread = step.clamp(min=1.0)
+    centre = step * (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5)
+    pixel = torch.arange(full, device=start.device).view(1, 1, -1) - start.view(-1, 1, 1)
+    weights = _FILTERS[mode](((pixel + 0.5 - centre) / spread).abs())
+    weights = torch.where((pixel >= 0) & (pixel < length.view(-1, 1, 1)), weights, 0.0)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _triangle(x: torch.Tensor) -> torch.Tensor:
+    return (1 - x).clamp(min=0)
+
+
+def _cubic(x: torch.Tensor) -> torch.Tensor:
+    """Keys's cubic convolution (1981) with a = -1/2."""
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+_FILTERS = {"bilinear": _triangle, "bicubic": _cubic}

@@ -1,4 +1,4 @@
-"""Images and labels, decoded, as uint8 in memory; every data set is a function from its config section to this.
+"""Images and labels, decoded, as uint8; every data set is a function from its config section to this.
 
 Shapes: S samples of a set, C channels, H x W pixels.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.schema import DataConfig, DigitsConfig, GlyphsConfig, SyntheticConfig
+from fedpeft_dist.config.schema import DigitsConfig, Glyphs100Config, GlyphsConfig, SyntheticConfig
 from fedpeft_dist.lanes.random import derive_seed
 
 
@@ -19,11 +19,13 @@ class ImageSet:
     """One split of a data set."""
 
     images: torch.Tensor
-    """uint8 [S, C, H, W]."""
+    """uint8 [S, C, H, W]; more than S images where `rows` picks some of them. As a rule a read-only memory map."""
     labels: torch.Tensor
     """int64 [S]."""
     groups: torch.Tensor | None = None
     """int64 [S]: whose sample it is, where the data set knows natural clients."""
+    rows: torch.Tensor | None = None
+    """int64 [S]: which of the images each sample is; None where sample k is image k."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,6 +72,19 @@ def load_glyphs(config: GlyphsConfig, seed: int) -> Dataset:
     )
 
 
+def load_glyphs100(config: Glyphs100Config, seed: int) -> Dataset:
+    """Greek and Cyrillic letters, tested on a family of fonts of its own: the same images for every seed."""
+    from fedpeft_dist.data.glyphs100 import render_split
+
+    train = render_split(True, config.images_per_letter, config.image_size)
+    test = render_split(False, config.test_images_per_letter, config.image_size)
+    return Dataset(
+        ImageSet(train.images, train.labels, train.font_ids),
+        ImageSet(test.images, test.labels, test.font_ids),
+        train.class_names,
+    )
+
+
 def load_synthetic(config: SyntheticConfig, seed: int) -> Dataset:
     """Uniform noise with random labels."""
     generator = torch.Generator().manual_seed(seed)
@@ -84,20 +99,8 @@ def load_synthetic(config: SyntheticConfig, seed: int) -> Dataset:
     )
 
 
-def no_loader(config: DataConfig, seed: int) -> Dataset:
-    """Stands for the data sets whose communication cost can be computed, but whose files cannot be read yet.
-
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError(
-        f"data.name: {config.name!r} can be used with `fedpeft cost` only, so far; to train, give digits, glyphs or "
-        "synthetic"
-    )
-
-
 def subsample(images: ImageSet, size: int | None, seed: int) -> ImageSet:
-    """A random subset, in the original order; all of it where size is None.
+    """A random subset, in the original order, of the same images, not copied; all of it where size is None.
 
     Raises:
         ConfigError: fewer samples than asked for.
@@ -108,4 +111,5 @@ def subsample(images: ImageSet, size: int | None, seed: int) -> ImageSet:
         raise ConfigError(f"data.max_train: {size} is more than the {len(images)} training samples there are")
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size].sort().values
     groups = None if images.groups is None else images.groups[chosen]
-    return ImageSet(images.images[chosen], images.labels[chosen], groups)
+    rows = chosen if images.rows is None else images.rows[chosen]
+    return ImageSet(images.images, images.labels[chosen], groups, rows)

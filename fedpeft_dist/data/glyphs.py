@@ -10,6 +10,7 @@ Shapes: C characters, F fonts, N images, S the side of a square image, R reading
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,7 +79,7 @@ def render_letters(characters: str, fonts: list[Path], size: int = MASTER_SIZE) 
         known = font.get_charmap()
         for row, character in enumerate(characters):
             if ord(character) in known:
-                drawings[row, column] = _centre(_crop(font, character), size)
+                drawings[row, column] = _centre(crop_letter(font, character), size)
     return drawings
 
 
@@ -93,12 +94,24 @@ def merge_drawings(drawings: Tensor) -> list[int]:
     """
     held = drawings.flatten(2).amax(-1) > 0  # [C, F]
     squares, aspects = _squares(drawings, held)  # [C, F, 24 * 24], [C, F]
-    classes = list(range(len(drawings)))
-    for row in range(1, len(drawings)):
+
+    def distances(row: int) -> Tensor:
         distance = (squares[:row] - squares[row]).abs().amax(-1)  # [row, F]
         distance = torch.maximum(distance, (aspects[:row] - aspects[row]).abs() / 2)
-        distance = distance.masked_fill(~(held[:row] & held[row]), torch.nan).nanmedian(-1).values
-        for other in (distance < SAME_DRAWING).nonzero().flatten().tolist():
+        return distance.masked_fill(~(held[:row] & held[row]), torch.nan).nanmedian(-1).values
+
+    return merge_rows(len(drawings), lambda row: distances(row) < SAME_DRAWING)
+
+
+def merge_rows(count: int, same_as_before: Callable[[int], Tensor]) -> list[int]:
+    """Classes of `count` rows, transitive, numbered in order of first appearance.
+
+    Args:
+        same_as_before: for a row, which of the rows before it are the same: bool [row].
+    """
+    classes = list(range(count))
+    for row in range(1, count):
+        for other in same_as_before(row).nonzero().flatten().tolist():
             old, new = max(classes[row], classes[other]), min(classes[row], classes[other])
             classes = [new if value == old else value for value in classes]
     order = {value: position for position, value in enumerate(dict.fromkeys(classes))}
@@ -163,7 +176,7 @@ def _names(alphabet: str, classes: list[int]) -> tuple[str, ...]:
     return tuple("".join(c for c, k in pairs if k == label) for label in range(max(classes) + 1))
 
 
-def _crop(font: FT2Font, character: str) -> Tensor:
+def crop_letter(font: FT2Font, character: str) -> Tensor:
     """The drawing of one character, without margins: [1, 1, height, width] float32, 0 to 1."""
     font.set_text(character, 0.0)
     font.draw_glyphs_to_bitmap(antialiased=True)
@@ -180,9 +193,12 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _centre(crop: Tensor, size: int) -> Tensor:
-    height, width = crop.shape[-2:]
-    scale = size * 0.8 / max(height, width)
-    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    return paste(crop, size, size * 0.8 / max(crop.shape[-2:]))
+
+
+def paste(crop: Tensor, size: int, scale: float) -> Tensor:
+    """A drawing [1, 1, height, width] in 0 .. 1, scaled and put in the middle of an empty square: [S, S] uint8."""
+    height, width = (max(1, round(side * scale)) for side in crop.shape[-2:])
     top, left = (size - height) // 2, (size - width) // 2
     canvas = torch.zeros(size, size, dtype=torch.uint8)
     canvas[top : top + height, left : left + width] = (_resize(crop, height, width)[0, 0] * 255).round()
@@ -196,11 +212,11 @@ def _squares(drawings: Tensor, held: Tensor, side: int = 24) -> tuple[Tensor, Te
         crop = _trim(drawings[row, column])
         squares[row, column] = _resize(crop, side, side)[0, 0]
         aspects[row, column] = torch.tensor(crop.shape[-1] / crop.shape[-2]).log()
-    blur = _gaussian(side, side / 16)
-    return (blur @ squares @ blur.T).flatten(2), aspects
+    matrix = blur(side, side / 16)
+    return (matrix @ squares @ matrix.T).flatten(2), aspects
 
 
-def _gaussian(side: int, sigma: float) -> Tensor:
+def blur(side: int, sigma: float) -> Tensor:
     """The [side, side] matrix that blurs a column of pixels; paper (0) lies beyond the edge."""
     if sigma == 0:
         return torch.eye(side)
@@ -219,7 +235,7 @@ def _reading_matrices(side: int) -> tuple[Tensor, Tensor]:
     for entry, (wanted, sigma, _) in enumerate(READINGS):
         pixels = min(wanted, side)
         average = F.adaptive_avg_pool1d(torch.eye(side)[None], pixels)[0].T  # [pixels, S]
-        down[entry, :pixels] = average @ _gaussian(side, sigma)
+        down[entry, :pixels] = average @ blur(side, sigma)
         widen = F.interpolate(torch.eye(pixels)[None], size=side, mode="linear", align_corners=False)[0].T
         up[entry, :, :pixels] = widen  # [S, pixels]
     return down, up

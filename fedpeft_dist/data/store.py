@@ -1,27 +1,26 @@
-"""A split of a data set on the device, served in batches by index: gather, resize, augment, normalise.
+"""A split of a data set, served on the device in batches by sample number: gather, resize and augment, normalise.
 
 Shapes: L lanes, B batch, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.data.augment import Transform
 from fedpeft_dist.data.datasets import ImageSet
-
-Augmentation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from fedpeft_dist.data.pixels import Pixels, ResidentPixels, StreamedPixels, send
 
 
 class DeviceStore:
-    """uint8 images that live on the device; nothing is decoded or copied from the host during a round.
+    """Nothing is decoded during a round; what comes out does not depend on where the images are kept.
 
     Args:
+        transform: resizes the images to what the backbone takes and, where keys are given, augments them.
         channels: what the backbone takes; grey images are repeated to fill it.
         mean, std: the backbone's own, per channel, for images scaled to 0 .. 1.
-        augmentation: maps (images [R, C, H, W] in 0 .. 1, keys int64 [R]) to images; used where keys are given.
+        resident: whether the images are moved to the device now (nothing is moved on the CPU), or batch by batch.
 
     Raises:
         ConfigError: colour images for a backbone that takes grey ones.
@@ -30,12 +29,12 @@ class DeviceStore:
     def __init__(
         self,
         images: ImageSet,
-        image_size: int,
+        transform: Transform,
         channels: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         device: torch.device,
-        augmentation: Augmentation | None = None,
+        resident: bool = True,
     ):
         own = images.images.shape[1]
         if own not in (1, channels):
@@ -43,31 +42,30 @@ class DeviceStore:
                 f"data: images of {own} channels for a backbone of {channels}; "
                 f"give backbone.model_args: {{in_chans: {own}}}"
             )
-        self.images = images.images.to(device)
+        self.pixels: Pixels = ResidentPixels(images, device) if resident else StreamedPixels(images, device)
         self.labels = images.labels.to(device)
-        self.image_size, self.channels, self.augmentation = image_size, channels, augmentation
+        self.device, self.transform, self.channels = device, transform, channels
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def prefetch(self, indices: torch.Tensor) -> None:
+        """Announces the indices, int64 [L, B] on the host, that `batch` will be asked for next."""
+        self.pixels.prefetch(indices.flatten())
+
     def batch(self, indices: torch.Tensor, keys: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised images and their labels.
+        """Normalised images and their labels, on the device.
 
         Args:
-            indices: int64 [L, B].
-            keys: int64 [L, B], one per sample, for augmentation; None serves the images as they are.
+            indices: int64 [L, B], on the host.
+            keys: int64 [L, B] on the device, one per sample, for augmentation; None serves the images as they are.
 
         Returns:
             float32 [L, B, C, H, W] and int64 [L, B].
         """
-        flat = indices.flatten()
-        images = self.images[flat].float().div_(255)
-        size = (self.image_size, self.image_size)
-        if images.shape[-2:] != size:
-            images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
-        if self.augmentation is not None and keys is not None:
-            images = self.augmentation(images, keys.flatten())
+        images = self.pixels.gather(indices.flatten()).float().div_(255)
+        images = self.transform(images, None if keys is None else keys.flatten())
         images = (images - self.mean) / self.std  # grey images become channels here, by broadcasting
-        return images.view(*indices.shape, self.channels, *size), self.labels[indices]
+        return images.view(*indices.shape, *images.shape[1:]), self.labels[send(indices, self.device)]

@@ -8,7 +8,7 @@ Shapes: S samples evaluated, B batch, P trainable parameters.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import numpy as np
 import torch
@@ -37,9 +37,9 @@ class Evaluator:
         """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU."""
         self._bind(vector)
         correct = torch.zeros(len(self.samples), dtype=torch.int64, device=self.runtime.device)
-        starts = range(0, len(self.samples), self.batch_size)
-        for start in starts[self.runtime.rank :: self.runtime.world_size]:
-            right = self._batch(start)
+        own = range(0, len(self.samples), self.batch_size)[self.runtime.rank :: self.runtime.world_size]
+        for start, upcoming in zip_longest(own, own[1:]):
+            right = self._batch(start, upcoming)
             correct[start : start + len(right)] = right
         return sum_over_ranks(correct).cpu()
 
@@ -53,15 +53,25 @@ class Evaluator:
         self.model.bind(self.parameters)
 
     @torch.no_grad()
-    def _batch(self, start: int) -> torch.Tensor:
-        """Whether the model is right on the samples of the batch that starts there: int64, at most [B]."""
+    def _batch(self, start: int, upcoming: int | None = None) -> torch.Tensor:
+        """Whether the model is right on the samples of the batch that starts there: int64, at most [B].
+
+        Args:
+            upcoming: where the batch after this one starts.
+        """
+        images, labels = self.store.batch(self._indices(start))
+        if upcoming is not None:
+            self.store.prefetch(self._indices(upcoming))
+        with self.runtime.autocast():
+            predictions = self.model.logits(images).argmax(dim=-1)
+        return (predictions == labels)[0, : len(self.samples) - start].long()
+
+    def _indices(self, start: int) -> torch.Tensor:
+        """The samples of the batch that starts there, padded: int64 [1, B]."""
         own = self.samples[start : start + self.batch_size]
         padded = torch.zeros(1, self.batch_size, dtype=torch.int64)
         padded[0, : len(own)] = own
-        images, labels = self.store.batch(padded.to(self.runtime.device))
-        with self.runtime.autocast():
-            predictions = self.model.logits(images).argmax(dim=-1)
-        return (predictions == labels)[0, : len(own)].long()
+        return padded
 
     def accuracy(self, vector: torch.Tensor) -> float:
         """Top-1 accuracy in 0 .. 1."""

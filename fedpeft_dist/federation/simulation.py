@@ -14,9 +14,10 @@ from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data import load_dataset
-from fedpeft_dist.data.augment import make_augmentation
+from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
+from fedpeft_dist.data.pixels import choose_resident
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
 from fedpeft_dist.lanes.random import derive_seed
@@ -47,7 +48,7 @@ class Simulation:
         self.model = build_lane_model(config, self.dataset.num_classes)
         self.initial_vector = self.model.initial_vector().to(runtime.device)
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
-        self.train_store = self._store(self.dataset.train)
+        self.train_store, self.test_store = self._make_stores()
         self._try_one_image()
 
     def _try_one_image(self) -> None:
@@ -85,8 +86,7 @@ class Simulation:
 
     @cached_property
     def test_evaluator(self) -> Evaluator:
-        store = self._store(self.dataset.test)
-        return self._evaluator(store, torch.arange(len(store)))
+        return self._evaluator(self.test_store, torch.arange(len(self.test_store)))
 
     @cached_property
     def validation_evaluator(self) -> Evaluator:
@@ -118,17 +118,14 @@ class Simulation:
             for client in clients
         ]
 
-    def _store(self, images: ImageSet) -> DeviceStore:
-        backbone, data = self.model.backbone, self.config.data
-        return DeviceStore(
-            images,
-            data.image_size,
-            backbone.channels,
-            backbone.mean,
-            backbone.std,
-            self.runtime.device,
-            make_augmentation(data),
-        )
+    def _make_stores(self) -> list[DeviceStore]:
+        """Of the training and the test images; after the model is on the device, and before lanes share the rest."""
+        backbone, splits, device = self.model.backbone, [self.dataset.train, self.dataset.test], self.runtime.device
+        transform = make_transform(self.config.data, backbone.interpolation)
+        return [
+            DeviceStore(images, transform, backbone.channels, backbone.mean, backbone.std, device, resident)
+            for images, resident in zip(splits, choose_resident(splits, device))
+        ]
 
     def _evaluator(self, store: DeviceStore, samples: torch.Tensor, batch_size: int | None = None) -> Evaluator:
         batch_size = batch_size or self.config.runtime.evaluate_batch

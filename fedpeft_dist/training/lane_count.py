@@ -40,7 +40,7 @@ def measure_activations(batch_size: int, model: LaneModel, store: DeviceStore, r
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images, _ = store.batch(torch.zeros(1, batch_size, dtype=torch.int64, device=runtime.device))
+    images, _ = store.batch(torch.zeros(1, batch_size, dtype=torch.int64))
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor), runtime.autocast():
         logits = model.logits(images)
     del logits

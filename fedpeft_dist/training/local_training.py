@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft_dist.config.schema import ClientConfig
+from fedpeft_dist.data.pixels import send
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.lanes.loss_scale import LaneLossScale
 from fedpeft_dist.lanes.optimizers import add_proximal, clip_rows, make_lane_optimizer
@@ -76,10 +77,10 @@ class LocalTrainer:
         self.model.bind(self.parameters)
         start = self.model.layout.pad(global_vector.to(self.parameters.theta.dtype))
         num_lanes, batch_size = self.parameters.num_lanes, self.config.batch_size
-        for tick in schedule_lanes(tasks, num_lanes, batch_size, self.seed, round_number):
+        for tick, upcoming in _with_next(schedule_lanes(tasks, num_lanes, batch_size, self.seed, round_number)):
             for lane, _ in tick.starting:
                 self._load(lane, start)
-            self._local_step(tick, start, lr_factor)
+            self._local_step(tick, upcoming, start, lr_factor)
             for lane, task in tick.finished:
                 delta = self.model.layout.unpad(self.parameters.theta[lane] - start)
                 loss = self.loss_sums[lane] / task.num_steps
@@ -95,13 +96,15 @@ class LocalTrainer:
         if self.loss_scale is not None:
             self.loss_scale.reset(lane)
 
-    def _local_step(self, tick: Tick, start: torch.Tensor, lr_factor: float) -> None:
+    def _local_step(self, tick: Tick, upcoming: Tick | None, start: torch.Tensor, lr_factor: float) -> None:
         """One optimizer step of every lane that has a batch."""
         device, grad = self.runtime.device, self.parameters.grad
-        mask, indices, lane_keys = (_send(t, device) for t in (tick.mask, tick.indices, tick.lane_keys))
+        keys = fold_in(tick.lane_keys.unsqueeze(1), tick.indices)
+        mask, keys = send(tick.mask, device), send(keys, device)
         active = mask.any(dim=1, keepdim=True)
-        keys = fold_in(lane_keys.unsqueeze(1), indices)
-        images, labels = self.store.batch(indices, keys)
+        images, labels = self.store.batch(tick.indices, keys)
+        if upcoming is not None:
+            self.store.prefetch(upcoming.indices)
         grad.zero_()
         with self.runtime.autocast():
             logits = self.logits(images.to(self._input_dtype), keys)
@@ -126,9 +129,13 @@ class LocalTrainer:
         return self.parameters.theta.dtype
 
 
-def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without making the host wait for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def _with_next(ticks: Iterator[Tick]) -> Iterator[tuple[Tick, Tick | None]]:
+    """Each tick with the one after it; None after the last."""
+    current = next(ticks, None)
+    while current is not None:
+        upcoming = next(ticks, None)
+        yield current, upcoming
+        current = upcoming
 
 
 def lane_losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

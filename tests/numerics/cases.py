@@ -97,8 +97,8 @@ def make_images(count: int = 40, image_size: int = 16) -> ImageSet:
     return ImageSet(images, torch.randint(0, CLASSES, (count,), generator=generator))
 
 
-def make_store(images: ImageSet, device: torch.device = CPU) -> DeviceStore:
-    return DeviceStore(images, images.images.shape[-1], 3, MEAN, STD, device)
+def make_store(images: ImageSet, device: torch.device = CPU, resident: bool = True) -> DeviceStore:
+    return DeviceStore(images, lambda pixels, keys: pixels, 3, MEAN, STD, device, resident)
 
 
 def make_runtime(precision: str = "fp32", device: torch.device = CPU) -> Runtime:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-# MKL rounds a small product by where its operands lie in memory, unless told otherwise before its first use.
-# test_exact_lanes.py asks a process of its own whether a run, too, is told.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 @pytest.fixture(autouse=True, scope="package")

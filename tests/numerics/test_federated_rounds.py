@@ -74,6 +74,7 @@ def make_config(method: str, output) -> dict:
             "data": {
                 "name": "digits",
                 "image_size": 16,
+                "interpolation": "bilinear",
                 "max_train": 120,
                 "clients": CLIENTS,
                 "partition": {"name": "dirichlet", "alpha": 0.5, "min_samples": 3},
@@ -90,7 +91,8 @@ def make_config(method: str, output) -> dict:
 
 def plain_images(images, mean, std) -> torch.Tensor:
     """Grey images, enlarged, scaled and repeated over the channels."""
-    x = F.interpolate(images.images.float() / 255, (16, 16), mode="bilinear", antialias=True)
+    own = images.images if images.rows is None else images.images[images.rows]
+    x = F.interpolate(own.float() / 255, (16, 16), mode="bilinear", antialias=True)
     return (x.expand(-1, 3, -1, -1) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 

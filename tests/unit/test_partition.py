@@ -13,14 +13,8 @@ from scipy.stats import beta, kstest
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.datasets import ImageSet
-from fedpeft_dist.data.partition import (
-    PARTITIONS,
-    IndexPartition,
-    SharedPoolPartition,
-    class_counts,
-    hold_out,
-    make_partition,
-)
+from fedpeft_dist.data.partition import IndexPartition, SharedPoolPartition, class_counts, hold_out, make_partition
+from fedpeft_dist.data.splits import SPLITS
 
 
 def image_set(labels: np.ndarray, groups: np.ndarray | None = None) -> ImageSet:
@@ -44,8 +38,12 @@ def lists(partition: IndexPartition) -> list[list[int]]:
     return [partition.indices(client).tolist() for client in range(partition.num_clients)]
 
 
-def dirichlet(alpha: float, min_samples: int = 0) -> schema.DirichletPartition:
-    return schema.DirichletPartition(name="dirichlet", alpha=alpha, min_samples=min_samples)
+def dirichlet(alpha: float, min_samples: int = 0, top_up: bool = False) -> schema.DirichletPartition:
+    return schema.DirichletPartition(name="dirichlet", alpha=alpha, min_samples=min_samples, top_up=top_up)
+
+
+def quantity(alpha: float, min_samples: int = 1) -> schema.QuantityPartition:
+    return schema.QuantityPartition(name="quantity", alpha=alpha, min_samples=min_samples)
 
 
 IID = schema.IidPartition(name="iid")
@@ -57,7 +55,11 @@ def shards(classes_per_client: int) -> schema.ShardsPartition:
 
 
 @pytest.mark.parametrize("clients", [1, 7, 10])
-@pytest.mark.parametrize("partition", [IID, dirichlet(0.3, 5), dirichlet(10.0), shards(1), shards(3)], ids=str)
+@pytest.mark.parametrize(
+    "partition",
+    [IID, dirichlet(0.3, 5), dirichlet(10.0), dirichlet(0.05, 20, top_up=True), quantity(0.5), shards(1), shards(3)],
+    ids=str,
+)
 def test_every_sample_belongs_to_exactly_one_client(partition: schema.PartitionConfig, clients: int) -> None:
     train = balanced(10, 41)
     made = split(partition, train, clients)
@@ -66,7 +68,7 @@ def test_every_sample_belongs_to_exactly_one_client(partition: schema.PartitionC
     assert [made.size(client) for client in range(clients)] == [len(own) for own in lists(made)]
 
 
-@pytest.mark.parametrize("partition", [IID, dirichlet(0.3), shards(2)], ids=str)
+@pytest.mark.parametrize("partition", [IID, dirichlet(0.3), quantity(0.5), shards(2)], ids=str)
 def test_the_split_is_a_function_of_the_seed(partition: schema.PartitionConfig) -> None:
     train = balanced(10, 40)
     assert lists(split(partition, train, 8, seed=3)) == lists(split(partition, train, 8, seed=3))
@@ -75,7 +77,7 @@ def test_the_split_is_a_function_of_the_seed(partition: schema.PartitionConfig) 
 
 def test_every_partition_of_the_schema_can_be_made() -> None:
     choices = set(schema.PartitionConfig.__origin__.__args__)
-    assert set(PARTITIONS) | {schema.PoolPartition} == choices
+    assert set(SPLITS) | {schema.PoolPartition} == choices
 
 
 def test_iid_clients_differ_by_one_sample_at_most_and_mix_all_classes() -> None:
@@ -118,6 +120,44 @@ def test_dirichlet_is_redrawn_until_every_client_has_enough(seed: int) -> None:
     assert min(bound.size(client) for client in range(10)) >= 10
     if min(free.size(client) for client in range(10)) >= 10:
         assert lists(free) == lists(bound)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_topping_up_moves_the_fewest_samples_from_the_largest_clients(seed: int) -> None:
+    """64 clients of 1,000 samples: no draw at alpha 0.1 leaves none without (PAPER's data-scale experiment)."""
+    train = balanced(10, 100)
+    free = split(dirichlet(0.02), train, 64, seed)
+    topped = split(dirichlet(0.02, 1, top_up=True), train, 64, seed)
+    before = np.array([free.size(client) for client in range(64)])
+    after = np.array([topped.size(client) for client in range(64)])
+    empty = before == 0
+    assert empty.any()
+    assert (after[empty] == 1).all()
+    assert after.sum() == before.sum()
+    assert (before - after)[~empty].sum() == empty.sum()
+    untouched = [c for c in range(64) if before[c] and before[c] == after[c]]
+    assert all(free.indices(c).tolist() == topped.indices(c).tolist() for c in untouched)
+    given = np.flatnonzero((before > after) & ~empty)
+    assert before[given].min() >= before[untouched].max()
+
+
+def test_quantity_skew_has_uneven_sizes_and_even_classes() -> None:
+    train = balanced(4, 5000)
+    made = split(quantity(0.5), train, 20)
+    sizes = np.array([made.size(client) for client in range(20)])
+    assert sizes.min() >= 1
+    assert sizes.max() > 4 * np.median(sizes)
+    counts = class_counts(made, train.labels, 4, 20)
+    large = counts[sizes >= 400]
+    assert (np.abs(large / large.sum(axis=1, keepdims=True) - 0.25) < 0.1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_quantity_sizes_follow_the_dirichlets_marginal(seed: int) -> None:
+    clients, alpha = 400, 0.7
+    made = split(quantity(alpha, min_samples=0), balanced(2, 50_000), clients, seed)
+    shares = np.array([made.size(client) for client in range(clients)]) / 100_000
+    assert kstest(shares, beta(alpha, alpha * (clients - 1)).cdf).pvalue > 1e-3
 
 
 def test_a_class_is_dealt_out_in_random_order() -> None:
@@ -227,10 +267,13 @@ def test_class_counts_stop_at_the_clients_asked_for() -> None:
         (IID, 41, r"data\.clients: 41 .* 40 training samples"),
         (dirichlet(0.1, 5), 9, r"data\.partition\.min_samples: 5 for 9 clients .* 40 training samples"),
         (dirichlet(1e-3, 4), 10, r"min_samples: 4 is not met by any of 1000 draws .*alpha: 0\.001"),
+        (dirichlet(0.1, 5, top_up=True), 9, r"data\.partition\.min_samples: 5 for 9 clients .* 40 training samples"),
+        (quantity(0.1, 5), 9, r"data\.partition\.min_samples: 5 for 9 clients .* 40 training samples"),
+        (quantity(1e-3, 4), 10, r"min_samples: 4 is not met by any of 1000 draws .*alpha: 0\.001"),
         (shards(5), 9, r"classes_per_client: 5 for 9 clients .* at most 4"),
         (NATURAL, 4, r"'natural', but 'synthetic' knows no natural clients"),
     ],
-    ids=["clients", "min_samples", "draws", "shards", "natural"],
+    ids=["clients", "min_samples", "draws", "top_up", "quantity", "quantity draws", "shards", "natural"],
 )
 def test_a_partition_that_cannot_be_is_refused(partition: schema.PartitionConfig, clients: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,9 @@
-"""Batches from the device-resident store, against torchvision and arithmetic by hand."""
+"""Batches from a store, resident or streamed, against torchvision and arithmetic by hand."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +12,10 @@ from torchvision import transforms
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import SyntheticConfig
-from fedpeft_dist.data.augment import make_augmentation
+from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.datasets import ImageSet
+from fedpeft_dist.data.image_store import read_only_tensor
+from fedpeft_dist.data.pixels import StreamedPixels, choose_resident, upload
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.lanes.random import fold_in
 
@@ -24,10 +29,12 @@ def image_set(channels: int, side: int = 12, size: int = 10) -> ImageSet:
     return ImageSet(images, torch.arange(size) % 4)
 
 
-def store_of(images: ImageSet, image_size: int, augment: str = "none", channels: int = 3) -> DeviceStore:
-    config = SyntheticConfig(name="synthetic", augment=augment, crop_padding=2)
+def store_of(
+    images: ImageSet, image_size: int, augment: str = "none", channels: int = 3, resident: bool = True
+) -> DeviceStore:
+    config = SyntheticConfig(name="synthetic", image_size=image_size, augment=augment, crop_padding=2)
     mean, std = (MEAN, STD) if channels == 3 else ((0.4,), (0.3,))
-    return DeviceStore(images, image_size, channels, mean, std, CPU, make_augmentation(config))
+    return DeviceStore(images, make_transform(config, "bilinear"), channels, mean, std, CPU, resident)
 
 
 def test_pixels_are_scaled_and_normalised_per_channel() -> None:
@@ -72,7 +79,7 @@ def test_grey_images_fill_every_channel_of_a_colour_backbone() -> None:
     indices = torch.arange(10).view(5, 2)
     keys = fold_in(torch.tensor(4), indices)
     for image_size in (12, 20):
-        for augment in ("none", "crop_flip"):
+        for augment in ("none", "crop_flip", "resized_crop_flip"):
             found, _ = store_of(grey, image_size, augment).batch(indices, keys)
             expected, _ = store_of(repeated, image_size, augment).batch(indices, keys)
             assert found.shape == (5, 2, 3, image_size, image_size)
@@ -94,8 +101,9 @@ def test_colour_images_for_another_backbone_are_refused(own: int, channels: int)
 
 @pytest.mark.parametrize("image_size", [9, 12, 17])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_sample_is_the_same_to_the_bit_in_any_batch(channels: int, image_size: int) -> None:
-    store = store_of(image_set(channels), image_size, "crop_flip")
+@pytest.mark.parametrize("augment", ["crop_flip", "resized_crop_flip"])
+def test_a_sample_is_the_same_to_the_bit_in_any_batch(channels: int, image_size: int, augment: str) -> None:
+    store = store_of(image_set(channels), image_size, augment)
     indices = torch.tensor([[0, 7, 7, 2, 9], [4, 0, 1, 1, 3], [5, 6, 8, 2, 2]])
     keys = fold_in(torch.tensor(1), torch.arange(15).view(3, 5))
     batch, labels = store.batch(indices, keys)
@@ -118,7 +126,7 @@ def test_keys_turn_augmentation_on_and_the_images_stay_as_they_are() -> None:
     first, _ = augmented.batch(indices, keys)
     assert not torch.equal(first, plain.batch(indices)[0])
     assert torch.equal(augmented.batch(indices, keys)[0], first)
-    assert torch.equal(augmented.images, before)
+    assert torch.equal(images.images, before)
     assert len(augmented) == 10
 
 
@@ -132,3 +140,93 @@ def test_what_a_crop_brings_in_is_black_before_normalisation() -> None:
     is_bright = (batch[0] - bright.view(3, 1, 1)).abs() < 1e-5
     assert (is_black | is_bright).all()
     assert is_black.any()
+
+
+def memory_mapped(images: ImageSet, path: Path) -> ImageSet:
+    np.save(path, images.images.numpy())
+    return replace(images, images=read_only_tensor(np.load(path, mmap_mode="r")))
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip", "resized_crop_flip"])
+@pytest.mark.parametrize("subset", [False, True])
+def test_wherever_images_are_kept_batches_are_the_same_to_the_bit(tmp_path: Path, augment: str, subset: bool) -> None:
+    """In memory, in a map, streamed with and without announcing the next batch, picked by rows or copied."""
+    images = image_set(3)
+    rows = torch.tensor([8, 1, 5, 3, 2, 0])
+    chosen = replace(images, labels=images.labels[rows], rows=rows) if subset else images
+    copied = ImageSet(images.images[rows], images.labels[rows]) if subset else images
+    mapped = memory_mapped(chosen, tmp_path / "images.npy")
+    stores = [store_of(kept, 9, augment) for kept in (copied, chosen, mapped)]
+    stores += [store_of(mapped, 9, augment, resident=False), store_of(mapped, 9, augment, resident=False)]
+    announced = stores[-1]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3), (2, 3), (2, 3), (1, 5), (2, 3), (4, 4), (1, 1)]
+    batches = [torch.randint(0, len(copied), shape, generator=generator) for shape in shapes]
+    for number, (indices, upcoming) in enumerate(zip(batches, [*batches[1:], batches[0]])):
+        keys = None if number == 3 else fold_in(torch.tensor(number), torch.arange(indices.numel()).view(indices.shape))
+        expected, labels = stores[0].batch(indices, keys)
+        assert torch.equal(labels, copied.labels[indices])
+        for store in stores[1:]:
+            found, own = store.batch(indices, keys)
+            if store is announced and number != 1:  # once, somebody else's batch is announced and never asked for
+                store.prefetch(upcoming if number != 4 else batches[0])
+            assert torch.equal(found, expected)
+            assert torch.equal(own, labels)
+
+
+def test_a_streamed_batch_stays_as_it_is_while_others_are_brought() -> None:
+    """The buffers are used again and again; what was handed out is not touched."""
+    images = image_set(3, size=60)
+    pixels = StreamedPixels(images, CPU)
+    parts = torch.arange(60).split(10)
+    found = []
+    for part, upcoming in zip(parts, [*parts[1:], parts[0]]):
+        found.append(pixels.gather(part))
+        pixels.prefetch(upcoming)
+    assert torch.equal(torch.cat(found), images.images)
+    assert len({buffer.data_ptr() for buffer in pixels.buffers}) == 2
+
+
+def test_announced_batches_are_gathered_in_the_background() -> None:
+    images = image_set(3)
+    pixels = StreamedPixels(images, CPU)
+    indices = torch.tensor([4, 2])
+    pixels.prefetch(indices)
+    announced = pixels.pending[1]
+    announced.result()
+    assert torch.equal(pixels.gather(indices), images.images[indices])
+    assert pixels.pending is None
+    pixels.prefetch(torch.tensor([1]))
+    assert torch.equal(pixels.gather(indices), images.images[indices])
+
+
+def test_an_error_in_the_background_is_raised_where_the_batch_is_asked_for() -> None:
+    pixels = StreamedPixels(image_set(3), CPU)
+    pixels.prefetch(torch.tensor([1000]))
+    with pytest.raises(IndexError):
+        pixels.gather(torch.tensor([1000]))
+    assert len(pixels.gather(torch.tensor([1]))) == 1
+
+
+def test_what_fits_on_the_device_is_moved_there_the_training_images_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, large, small = torch.device("cuda"), image_set(3, size=100), image_set(3, size=10)
+    size = large.images.nbytes
+    subset = replace(large, labels=large.labels[:10], rows=torch.arange(10))
+    for free, splits, expected in (
+        (3 * size, [large, small], [True, True]),
+        (2 * size, [large, small], [True, False]),
+        (size, [large, small], [False, True]),
+        (size, [subset, small], [True, True]),
+        (0, [large, small], [False, False]),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert choose_resident(splits, gpu) == expected
+    assert choose_resident([large, small], CPU) == [True, True]
+
+
+def test_uploading_goes_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedpeft_dist.data.pixels.UPLOAD_ROWS", 4)
+    images, rows = image_set(3), torch.tensor([9, 0, 4, 4, 2])
+    assert torch.equal(upload(images, CPU), images.images)
+    subset = replace(images, labels=images.labels[rows], rows=rows)
+    assert torch.equal(upload(subset, CPU), images.images[rows])

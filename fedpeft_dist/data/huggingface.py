@@ -1,0 +1,179 @@
+"""Data sets of the Hugging Face hub, or local folders in its formats, read by the library `datasets`.
+
+Only `fedpeft prefetch` downloads. Everything else reads a local folder or the library's cache, with its network off.
+
+Shapes: S samples of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import HuggingFaceConfig
+from fedpeft_dist.data.image_files import EncodedImage, Form, choose_form, decode_chunks
+from fedpeft_dist.data.source import PREFETCH, Contents, Part, Source, check_labels, check_num_classes, stamp
+
+SAVED_MARKS = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` leaves in a folder, which wants a reader of its own."""
+
+
+def huggingface_source(config: HuggingFaceConfig) -> Source:
+    """
+    Raises:
+        ConfigError: the library is missing, or the data is not on this machine.
+    """
+    _import_library()
+    keys = [config.subset, config.train_split, config.test_split, config.image_column, config.label_column]
+    identity: list[Any] = [*keys, config.client_column, config.stored_size]
+    folder = Path(config.path)
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return Source([*identity, stamp(files, folder)], lambda: _read(config, _load_both(config, offline=True)))
+    splits = _load_both(config, offline=True)
+    # The cache's folder bears the data set's name and the commit it was downloaded at.
+    cached = sorted(Path(entry["filename"]) for split in splits for entry in split.cache_files)
+    identity += [config.path, [[*path.parts[-4:], path.stat().st_size] for path in cached]]
+    return Source(identity, lambda: _read(config, splits))
+
+
+def download_huggingface(config: HuggingFaceConfig) -> None:
+    """Fetches the data set into the library's cache.
+
+    Raises:
+        ConfigError: the library is missing, or the download failed.
+    """
+    _import_library()
+    _load_both(config, offline=False)
+
+
+def _import_library() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            "data.name: 'huggingface' needs the library `datasets`; install it with "
+            "pip install 'fedpeft_dist[huggingface]'"
+        ) from None
+    return datasets
+
+
+@contextmanager
+def _library_ready(offline: bool) -> Iterator[Any]:
+    """The library without notes of its own and, where nothing is to be downloaded, without network and bars."""
+    library = _import_library()
+    import huggingface_hub
+
+    loggers = (library.logging, huggingface_hub.utils.logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    # Both read these at every request, and the environment only once; the second has gone in newer versions.
+    switches = [(library.config, "HF_HUB_OFFLINE"), (library.config, "HF_DATASETS_OFFLINE")]
+    switches.append((huggingface_hub.constants, "HF_HUB_OFFLINE"))
+    before = [(owner, key, getattr(owner, key)) for owner, key in switches if hasattr(owner, key)]
+    bars = library.is_progress_bar_enabled()
+    try:
+        for logger in loggers:
+            logger.set_verbosity_error()
+        if offline:
+            library.disable_progress_bars()
+            for owner, key, _ in before:
+                setattr(owner, key, True)
+        yield library
+    finally:
+        for owner, key, value in before:
+            setattr(owner, key, value)
+        for logger, level in zip(loggers, levels):
+            logger.set_verbosity(level)
+        if bars:
+            library.enable_progress_bars()
+
+
+def _load_both(config: HuggingFaceConfig, offline: bool) -> list[Any]:
+    """The train and the test split, as the library has them."""
+    folder = Path(config.path)
+    try:
+        with _library_ready(offline) as library:
+            if any((folder / mark).is_file() for mark in SAVED_MARKS):
+                found = library.load_from_disk(str(folder))
+            else:
+                found = library.load_dataset(config.path, config.subset)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library fails in ways too many to list
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if folder.is_dir():
+            raise ConfigError(f"data.path: '{config.path}' cannot be read ({reason})") from None
+        if offline:
+            raise ConfigError(
+                f"data.path: '{config.path}' is neither a folder nor in the library's cache ({reason}); {PREFETCH}"
+            ) from None
+        raise ConfigError(
+            f"data.path: '{config.path}' cannot be downloaded ({reason}); try again where there is internet"
+        ) from None
+    for key in ("train_split", "test_split"):
+        if not hasattr(found, "keys") or getattr(config, key) not in found:
+            names = ", ".join(found) if hasattr(found, "keys") else "only one, without a name"
+            raise ConfigError(f"data.{key}: {getattr(config, key)!r}, but the splits of '{config.path}' are: {names}")
+    return [found[config.train_split], found[config.test_split]]
+
+
+def _read(config: HuggingFaceConfig, splits: list[Any]) -> Contents:
+    for split in splits:
+        for key in ("image_column", "label_column", "client_column"):
+            column = getattr(config, key)
+            if column is not None and column not in split.column_names:
+                raise ConfigError(
+                    f"data.{key}: {column!r}, but the columns of '{config.path}' are: {', '.join(split.column_names)}"
+                )
+    class_names, labels = _read_labels(config, splits)
+    if config.classes is not None:
+        check_num_classes(f"data.classes: {config.classes}", config.classes, f"'{config.path}'", class_names)
+    form = choose_form((image for split in splits for image in _images(config, split)), config.stored_size)
+    train, test = (_part(config, split, own, form) for split, own in zip(splits, labels))
+    return Contents(class_names, replace(train, groups=_read_groups(config, splits[0])), test)
+
+
+def _read_labels(config: HuggingFaceConfig, splits: list[Any]) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """The classes' names and both splits' labels, int64 [S]: by ClassLabel, or else the values there are, sorted."""
+    columns = [list(split[config.label_column]) for split in splits]
+    names = getattr(splits[0].features[config.label_column], "names", None)
+    if names is None:
+        values = sorted({value for column in columns for value in column})
+        number = {value: index for index, value in enumerate(values)}
+        columns = [[number[value] for value in column] for column in columns]
+        names = [str(value) for value in values]
+    labels = [np.array(column, dtype=np.int64) for column in columns]
+    for own, split in zip(labels, (config.train_split, config.test_split)):
+        check_labels(own, len(names), f"'{config.path}', split {split!r},")
+    return tuple(names), labels
+
+
+def _part(config: HuggingFaceConfig, split: Any, labels: np.ndarray, form: Form) -> Part:
+    shape = (len(labels), form.channels, form.height, form.width)
+    return Part(shape, labels, lambda: decode_chunks(_images(config, split), form))
+
+
+def _read_groups(config: HuggingFaceConfig, train: Any) -> np.ndarray | None:
+    """int64 [S]: the training samples' clients, numbered in the order of their names."""
+    if config.client_column is None:
+        return None
+    clients = np.array([str(client) for client in train[config.client_column]])
+    return np.unique(clients, return_inverse=True)[1].astype(np.int64)
+
+
+def _images(config: HuggingFaceConfig, split: Any) -> Iterator[EncodedImage]:
+    """The encoded images, in order."""
+    library = _import_library()
+    column = config.image_column
+    if not isinstance(split.features[column], library.Image):
+        raise ConfigError(f"data.image_column: {column!r} of '{config.path}' holds no images")
+    for number, row in enumerate(split.select_columns([column]).cast_column(column, library.Image(decode=False))):
+        image = row[column]
+        content = image["bytes"] if image["bytes"] is not None else Path(image["path"])
+        yield EncodedImage(f"{config.path}, sample {number}", content)

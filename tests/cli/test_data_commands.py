@@ -1,0 +1,149 @@
+"""The commands over data sets of files, as a user runs them; each kind of mistake is one `error:` line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.data_fixtures import run_tree, write_cifar100, write_image_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def fedpeft(folder: Path, *arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a folder; `limit` is the largest file that it may write, in bytes."""
+    command = [sys.executable, "-m", "fedpeft_dist", *arguments]
+    if limit is not None:
+        command = ["prlimit", f"--fsize={limit}", *command]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def write_config(folder: Path, **data: object) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump(run_tree(folder / "runs", **data)))
+
+
+def test_train_evaluate_and_partition_over_one_store(tmp_path: Path) -> None:
+    write_cifar100(tmp_path / "data")
+    write_config(tmp_path, name="cifar100", augment="crop_flip", max_train=120)
+    trained = fedpeft(tmp_path, "train", "config.yaml")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr == ""
+    evaluated = fedpeft(tmp_path, "evaluate", "runs/run", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stderr == ""
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert json.loads(evaluated.stdout)["accuracy"] == pytest.approx(summary["final_accuracy"])
+    divided = fedpeft(tmp_path, "partition", "config.yaml")
+    assert divided.returncode == 0, divided.stderr
+    stores = [path for path in (tmp_path / "data" / ".store").iterdir() if path.is_dir()]
+    assert len(stores) == 1
+
+
+def test_prefetch_builds_the_store_and_says_where(tmp_path: Path) -> None:
+    write_cifar100(tmp_path / "data")
+    write_config(tmp_path, name="cifar100")
+    done = fedpeft(tmp_path, "prefetch", "config.yaml", "data.store=elsewhere")
+    assert done.returncode == 0, done.stderr
+    weights, data = done.stdout.splitlines()
+    assert weights.endswith("nothing to download")
+    assert (tmp_path / data.split()[-1] / "meta.json").is_file()
+    assert not (tmp_path / "data" / ".store").exists()
+
+
+def break_nothing(folder: Path) -> None:
+    pass
+
+
+def remove_file(folder: Path) -> None:
+    (folder / "data" / "cifar-100-python" / "test").unlink()
+
+
+def truncate_file(folder: Path) -> None:
+    path = folder / "data" / "cifar-100-python" / "train"
+    path.write_bytes(path.read_bytes()[:10_000])
+
+
+def truncate_image(folder: Path) -> None:
+    write_image_folder(folder / "images")
+    path = folder / "images" / "test" / "bee" / "1.jpg"
+    Image.new("RGB", (20, 12), (9, 99, 199)).save(path)
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def make_folders(folder: Path) -> None:
+    write_image_folder(folder / "images")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "data", "words"),
+    [
+        (break_nothing, {"root": "absent"}, ["cifar-100-python/train and 2 more", "data.root: 'absent'", "prefetch"]),
+        (remove_file, {}, ["cifar-100-python/test", "data.root: 'data'", "fedpeft prefetch CONFIG"]),
+        (truncate_file, {}, ["data.root", "cifar-100-python/train", "cannot be read"]),
+        (break_nothing, {"store": "config.yaml/store"}, ["data.store", "config.yaml/store", "give data.store"]),
+        (break_nothing, {"max_train": 201}, ["data.max_train: 201", "200"]),
+        (truncate_image, {"name": "image_folder", "root": "images"}, ["test/bee/1.jpg", "cannot be read"]),
+        (
+            make_folders,
+            {"name": "image_folder", "root": "images", "classes": 5},
+            ["data.classes: 5", "has 2 (ape, bee)"],
+        ),
+        (
+            make_folders,
+            {"name": "image_folder", "root": "image"},
+            ["data.root", "image/train", "folder for each class"],
+        ),
+        (break_nothing, {"name": "resisc45"}, ["data.name: 'resisc45'", "data/NWPU-RESISC45", "by hand"]),
+        (break_nothing, {"name": "pcam"}, ["pcam/camelyonpatch_level_2_split_train_x.h5", "prefetch"]),
+        (break_nothing, {"name": "huggingface", "path": "a/b"}, ["data.path: 'a/b'", "neither a folder", "prefetch"]),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, prepare, data: dict, words: list[str]) -> None:
+    write_cifar100(tmp_path / "data")
+    prepare(tmp_path)
+    write_config(tmp_path, **{"name": "cifar100"} | data)
+    assert_refused(fedpeft(tmp_path, "train", "config.yaml"), words)
+    assert not list(tmp_path.rglob("*.building"))
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_works(tmp_path: Path) -> None:
+    write_cifar100(tmp_path / "data")
+    write_config(tmp_path, name="cifar100")
+    words = ["data.store: 'data/.store'", "770,000 bytes are needed", "were free"]
+    assert_refused(fedpeft(tmp_path, "train", "config.yaml", limit=300_000), words)
+    assert not list(tmp_path.rglob("*.building"))
+    done = fedpeft(tmp_path, "train", "config.yaml")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
+    """The address is looked up by a proxy that is not there."""
+    write_config(tmp_path, name="cifar10")
+    command = ["env", "https_proxy=http://127.0.0.1:9", "http_proxy=http://127.0.0.1:9", sys.executable]
+    command += ["-m", "fedpeft_dist", "prefetch", "config.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert_refused(done, ["data.name: 'cifar10'", "cannot be downloaded", "data.root: 'data'"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+
+def test_cost_of_folders_needs_their_names_only(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+    write_config(tmp_path, name="image_folder")
+    done = fedpeft(tmp_path, "cost", "config.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert_refused(fedpeft(tmp_path, "cost", "config.yaml", "data.root=absent"), ["data.root", "absent/train"])
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line

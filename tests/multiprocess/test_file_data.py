@@ -1,0 +1,50 @@
+"""Data sets of files on several ranks: one builds the store, and the trained weights do not depend on their number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.data_fixtures import run_tree, write_cifar100
+
+
+def train(folder: Path, num_ranks: int, augment: str) -> dict:
+    """Trains in a folder of its own, store included. Returns the run's summary."""
+    output = folder / f"{augment}-{num_ranks}"
+    output.mkdir()
+    data = {"name": "cifar100", "root": str(folder / "data"), "store": str(output / "store"), "augment": augment}
+    tree = run_tree(output, **data, max_train=150, crop_padding=2)
+    (output / "config.yaml").write_text(yaml.safe_dump(tree))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] * (num_ranks > 1)
+    command = [sys.executable, *launcher, "-m", "fedpeft_dist", "train", str(output / "config.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len([path for path in (output / "store").iterdir() if path.is_dir()]) == 1
+    return json.loads((output / "run" / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("file_data")
+    write_cifar100(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> str:
+    return train(folder, 1, "none")["weights_sha256"]
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "resized_crop_flip"])
+def test_two_ranks_train_what_one_trains(folder: Path, plain: str, augment: str) -> None:
+    one, two = train(folder, 1, augment), train(folder, 2, augment)
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["weights_sha256"] == two["weights_sha256"] != plain
+    assert one["final_accuracy"] == two["final_accuracy"]
