@@ -17,6 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 WEIGHTS_FILE = Path(__file__).with_name("glyph_vit.safetensors")
 IMAGE_SIZE = 32
 
+TIMM_NAME = "vit_tiny_patch16_224"
+"""A registered timm model that is this one when it is made with ARCHITECTURE."""
 ARCHITECTURE: dict[str, Any] = {
     "img_size": IMAGE_SIZE,
     "patch_size": 8,

@@ -1,27 +1,25 @@
-"""timm models as frozen backbones: by name, with timm's weights, a local checkpoint's, or none."""
+"""timm models as frozen backbones: by name, with timm's own weights, a local checkpoint's, or none."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import logging
-import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from timm.models import adapt_input_conv, load_checkpoint, load_state_dict
 from torch import nn
 
-from fedpeft_dist.backbones.glyph_vit import build_glyph_vit
+from fedpeft_dist.backbones.checkpoints import load_local_checkpoint
+from fedpeft_dist.backbones.errors import one_line
+from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, build_glyph_vit
+from fedpeft_dist.backbones.hub import PretrainedWeights
+from fedpeft_dist.backbones.names import GLYPH_VIT, check_name
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
 
-logger = logging.getLogger(__name__)
-
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".npz")
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ class Backbone:
     """Of the whole model with its head, before any method changes it: what full fine-tuning would send."""
     sha256: str
     """Of all its tensors, head included; empty on the meta device. What was trained goes with this backbone only."""
+    interpolation: str = "bicubic"
+    """How images are resized for it: as it was pre-trained, or bicubic where that is neither bicubic nor bilinear."""
 
     @property
     def channels(self) -> int:
@@ -56,18 +56,22 @@ def build_backbone(
         device: "meta" makes the shapes alone, and loads nothing.
 
     Raises:
-        ConfigError: an unknown name, arguments the model does not take, a checkpoint that is missing or does not fit.
+        ConfigError: an unknown name, arguments the model does not take, weights that are not on this machine or do not
+            fit. Nothing is ever downloaded here.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed reseeds CUDA too
         model = _create(config, num_classes, image_size, device)
     if config.checkpoint is not None and device != "meta":
-        _load_checkpoint(model, Path(config.checkpoint))
+        load_local_checkpoint(model, Path(config.checkpoint), classifier_names(model))
     channels = getattr(model, "in_chans", None) or _first_convolution(model).in_channels
     mean, std = (_per_channel(model.pretrained_cfg[key], channels) for key in ("mean", "std"))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = "" if device == "meta" else _hash_tensors(model)
-    return Backbone(model.eval(), mean, std, image_size, num_parameters, digest)
+    interpolation = model.pretrained_cfg.get("interpolation")
+    if interpolation not in INTERPOLATIONS:
+        interpolation = INTERPOLATIONS[0]
+    return Backbone(model.eval(), mean, std, image_size, num_parameters, digest, interpolation)
 
 
 def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -> None:
@@ -84,86 +88,87 @@ def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -
     model.to(device)
 
 
-def _create(config: BackboneConfig, num_classes: int, image_size: int, device: str) -> nn.Module:
+def model_arguments(config: BackboneConfig, image_size: int) -> dict[str, Any]:
+    """What the model is made with, beside its classes: `model_args` and, where its input size is fixed, that size."""
     arguments = dict(config.model_args)
-    load_own = config.pretrained and config.checkpoint is None and device != "meta"
+    default = PRETRAINED_CFG if config.name == GLYPH_VIT else _pretrained_weights(config).source
+    if default.get("fixed_input_size") and default["input_size"][-1] != image_size:
+        arguments.setdefault("img_size", image_size)
+    return arguments
+
+
+def prefetch_weights(config: BackboneConfig) -> str | None:
+    """Downloads the weights that a run of this backbone starts from, where they are not on this machine already.
+
+    Returns:
+        Where they lie; None where there is nothing to download: a local checkpoint, the embedded backbone, no weights.
+
+    Raises:
+        ConfigError: an unknown name, a model that timm has no weights for, or a download that failed.
+    """
+    check_name(config.name)
+    if config.name == GLYPH_VIT or not config.pretrained or config.checkpoint is not None:
+        return None
+    return str(_pretrained_weights(config).download())
+
+
+def _pretrained_weights(config: BackboneConfig) -> PretrainedWeights:
+    """Where timm has its weights for the model; what `model_args` say about that has the last word, as in timm."""
+    arguments = config.model_args
+    name, _, tag = config.name.partition(".")
+    source = arguments.get("pretrained_cfg") or tag or None
     try:
-        if config.name == "glyph_vit":
-            if image_size != 32:
-                arguments.setdefault("img_size", image_size)
+        resolved = timm.models.resolve_pretrained_cfg(name, source, arguments.get("pretrained_cfg_overlay"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"backbone.model_args: no pretrained_cfg for timm ({one_line(error)})") from error
+    return PretrainedWeights(config.name, resolved.to_dict(), arguments.get("cache_dir"))
+
+
+def _create(config: BackboneConfig, num_classes: int, image_size: int, device: str) -> nn.Module:
+    load_own = config.pretrained and config.checkpoint is None and device != "meta"
+    check_name(config.name)
+    arguments = dict(config.model_args)
+    file = None
+    try:
+        arguments = model_arguments(config, image_size)
+        if config.name == GLYPH_VIT:
             return build_glyph_vit(num_classes, pretrained=load_own, device=device, **arguments)
-        if not timm.is_model(config.name):
-            names = [*timm.list_models(), "glyph_vit"]
-            near = difflib.get_close_matches(config.name.split(".")[0], names, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
-            raise ConfigError(f"backbone.name: {config.name!r} is no timm model; {hint}")
-        default = timm.models.get_pretrained_cfg(config.name, allow_unregistered=True)
-        if default is not None and default.fixed_input_size and default.input_size[-1] != image_size:
-            arguments.setdefault("img_size", image_size)
+        if load_own:
+            weights = _pretrained_weights(config)
+            file = weights.require()
+            arguments["pretrained_cfg_overlay"] = arguments.get("pretrained_cfg_overlay", {}) | weights.overlay(file)
         with torch.device(device):
             return timm.create_model(config.name, pretrained=load_own, num_classes=num_classes, **arguments)
     except ConfigError:
         raise
-    except Exception as error:  # timm and PyTorch refuse a name or an argument in many ways, and so does a download
-        if not load_own or isinstance(error, (TypeError, ValueError, AssertionError)):
-            raise ConfigError(f"backbone: {config.name} cannot be made with {arguments}: {_one_line(error)}") from error
+    except Exception as error:  # timm and PyTorch refuse an argument in many ways, and a file that does not fit
+        if file is None or isinstance(error, (TypeError, ValueError, AssertionError)):
+            given = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+            raise ConfigError(f"backbone: {config.name} cannot be made with {given}: {one_line(error)}") from error
         raise ConfigError(
-            f"backbone.pretrained: the weights of {config.name!r} cannot be had ({_one_line(error)}); "
+            f"backbone.pretrained: the weights of {config.name!r} in '{file}' cannot be loaded ({one_line(error)}); "
             "give backbone.checkpoint a local file, or pretrained: false"
         ) from error
 
 
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Loads a local file; only the classifier may be missing from it or be of another shape."""
-    if path.suffix not in CHECKPOINT_SUFFIXES:
-        raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(CHECKPOINT_SUFFIXES)}")
-    if not path.is_file():
-        raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
-    try:
-        if path.suffix == ".npz":
-            load_checkpoint(model, str(path))
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters of them is in the error
-            state = load_state_dict(str(path), weights_only=True)
-        adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        state = adapt(state, model) if adapt is not None else state
-        own = model.state_dict()
-        heads = tuple(f"{name}." for name in classifier_names(model))
-        state = {k: v for k, v in state.items() if k not in own or _fits(k, v, own[k], heads)}
-        _adapt_channels(state, model)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # each format fails in its own many ways, safetensors and pickle by classes of their own
-        raise ConfigError(f"backbone.checkpoint: '{path}' cannot be loaded ({_one_line(error)})") from error
-    missing = [key for key in missing if not key.startswith(heads)]
-    if missing:
-        raise ConfigError(
-            f"backbone.checkpoint: '{path}' lacks {len(missing)} of the model's tensors, {missing[0]!r} among them"
-        )
-    if unexpected:
-        logger.info("%s: %d tensors have no place in the model and are left out", path, len(unexpected))
-
-
-def _fits(name: str, theirs: torch.Tensor, own: torch.Tensor, heads: tuple[str, ...]) -> bool:
-    """False for a classifier of another number of classes, which the model's new one replaces."""
-    return not name.startswith(heads) or theirs.shape == own.shape
-
-
-def _adapt_channels(state: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Sums or repeats the first convolution's weights over colours, where the model takes other ones, as timm does."""
-    first = model.pretrained_cfg.get("first_conv")
-    name = f"{first}.weight"
-    if not isinstance(first, str) or name not in state:
-        return
-    channels = model.get_submodule(first).in_channels
-    if state[name].shape[1] != channels:
-        state[name] = adapt_input_conv(channels, state[name])
-
-
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the classifier layers, as timm's model config tells them."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    return _as_names(model.pretrained_cfg.get("classifier"))
+
+
+def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
+    """The same, before the model is made.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    check_name(config.name)
+    default = PRETRAINED_CFG if config.name == GLYPH_VIT else _pretrained_weights(config).source
+    return _as_names(default.get("classifier"))
+
+
+def _as_names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _hash_tensors(model: nn.Module) -> str:
@@ -182,8 +187,3 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     if len(values) == channels:
         return tuple(values)
     return (sum(values) / len(values),) * channels
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 300 else text[:300] + "..."

@@ -331,7 +331,7 @@ WEIGHTS = {
     "others.npz": lambda path: np.savez(path, a=np.zeros(3)),
     "payload.npz": lambda path: np.savez(path, a=np.array([Payload()], dtype=object)),
     "folder.pth": lambda path: path.mkdir(),
-    "weights.bin": lambda path: torch.save(tiny_weights(), path),
+    "weights.ckpt": lambda path: torch.save(tiny_weights(), path),
 }
 
 
@@ -342,8 +342,8 @@ def test_checkpoint_that_cannot_be_loaded(refuse: Refuse, folder: Path, name: st
     assert_tells(line, "backbone.checkpoint", name)
     if name == "lacking.safetensors":
         assert_tells(line, "blocks.0.attn.qkv.weight")
-    if name == "weights.bin":
-        assert_tells(line, ".safetensors, .pth, .npz")
+    if name == "weights.ckpt":
+        assert_tells(line, ".safetensors, .pth, .pth.tar, .pt, .bin, .npz")
 
 
 def test_checkpoint_that_is_not_there(refuse: Refuse) -> None:
@@ -360,6 +360,7 @@ def write_run(folder: Path, *overrides: str) -> tuple[RunDirectory, RunConfig]:
     run = RunDirectory(folder / "runs" / "old")
     run.write_config(config)
     run.write_state(INTERRUPTED, 1)
+    run.lock().release()
     return run, config
 
 

@@ -265,7 +265,7 @@ class Opaque:
     ("file_name", "content", "message"),
     [
         ("missing.pth", None, "no such file"),
-        ("weights.bin", {}, r"must end in one of \.safetensors, \.pth, \.npz"),
+        ("weights.ckpt", {}, r"must end in one of \.safetensors, \.pth, .*\.npz"),
         ("short.safetensors", "cut", "cannot be loaded"),
         ("noise.pth", b"noise" * 50, "cannot be loaded"),
         ("noise.npz", b"noise" * 50, "cannot be loaded"),

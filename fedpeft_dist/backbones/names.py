@@ -1,0 +1,37 @@
+"""Names of backbones: timm's, with or without a pre-training tag, and the embedded one's."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+
+from fedpeft_dist.backbones.errors import one_line
+from fedpeft_dist.config.errors import ConfigError
+
+GLYPH_VIT = "glyph_vit"
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        ConfigError: no such model, or no such pre-training of it.
+    """
+    if name == GLYPH_VIT:
+        return
+    if not timm.is_model(name):
+        names = [*timm.list_models(), GLYPH_VIT]
+        near = difflib.get_close_matches(name.split(".")[0], names, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise ConfigError(f"backbone.name: {name!r} is no timm model; {hint}")
+    try:
+        timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:
+        known = names_with_weights(name)
+        hint = f"; known: {', '.join(known)}" if known else ""
+        raise ConfigError(f"backbone.name: {name!r}: {one_line(error).rstrip('.')}{hint}") from None
+
+
+def names_with_weights(name: str) -> list[str]:
+    """The same architecture's names under which timm has weights."""
+    return timm.list_models(name.partition(".")[0], pretrained=True)

@@ -1,0 +1,195 @@
+"""The formats of an export: which methods go into each, what stands in its folder, and what loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from fedpeft_dist.backbones.timm_backbone import classifier_names
+from fedpeft_dist.config.schema import AdapterConfig, LoraConfig, MethodConfig, PromptConfig
+from fedpeft_dist.export.folder import README, SIGNATURE
+from fedpeft_dist.export.trained_run import LORA_A, TrainedRun, merge
+
+HERE = "PATH/TO/THIS/FOLDER"
+
+
+class Format(Protocol):
+    limits: str
+    """Why a method may not go into it."""
+
+    def fits(self, method: MethodConfig) -> bool: ...
+
+    def write(self, run: TrainedRun, folder: Path) -> None:
+        """Fills an empty folder."""
+
+    def expression(self, run: TrainedRun, folder: str) -> str:
+        """Python that loads what lies in the folder."""
+
+
+class TimmFormat:
+    """The whole trained model, as timm's `local-dir:` source takes it."""
+
+    limits = "the modules that it adds are none of timm's"
+
+    def fits(self, method: MethodConfig) -> bool:
+        return not isinstance(method, PromptConfig | AdapterConfig)
+
+    def write(self, run: TrainedRun, folder: Path) -> None:
+        write_model(run, merge(run), folder)
+        lines = [
+            "import timm",
+            f"model = {self.expression(run, HERE)}",
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        ]
+        _write_readme(run, folder, "The whole trained model, for timm:", lines)
+
+    def expression(self, run: TrainedRun, folder: str) -> str:
+        return f"{_timm_model(folder)}.eval()"
+
+
+class PeftFormat:
+    """LoRA's matrices and the classifier, and the backbone too where timm cannot make it by name (`base`)."""
+
+    limits = "it takes LoRA only"
+
+    def fits(self, method: MethodConfig) -> bool:
+        return isinstance(method, LoraConfig)
+
+    def write(self, run: TrainedRun, folder: Path) -> None:
+        method = run.config.method
+        assert isinstance(method, LoraConfig)
+        adapter = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": None,  # a name would have peft ask the hub for it; README.md tells the base
+            "inference_mode": True,
+            "r": method.rank,
+            "lora_alpha": int(method.alpha) if method.alpha.is_integer() else method.alpha,
+            "lora_dropout": method.dropout,
+            "target_modules": [name.removesuffix(LORA_A) for name in run.trained if name.endswith(LORA_A)],
+            "modules_to_save": list(classifier_names(run.backbone.model)),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "use_rslora": False,
+        }
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in run.trained.items()}
+        _write_tensors(folder / "adapter_model.safetensors", tensors)
+        _write_json(folder / "adapter_config.json", adapter)
+        if not run.timm_has_weights:
+            (folder / "base").mkdir()
+            write_model(run, run.frozen, folder / "base")
+        lines = [
+            "import timm",
+            "from peft import PeftModel",
+            f"model = {self.expression(run, HERE)}",
+        ]
+        _write_readme(run, folder, "A LoRA adapter with the trained classifier, for Hugging Face peft:", lines)
+
+    def expression(self, run: TrainedRun, folder: str) -> str:
+        base = _timm_model(f"{folder}/base")
+        if run.timm_has_weights:
+            arguments = {"num_classes": run.num_classes, **run.architecture[1]}
+            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+            base = f"timm.create_model({run.config.backbone.name!r}, pretrained=True, {given})"
+        return f"PeftModel.from_pretrained({base}, {folder!r}).eval()"
+
+
+class SafetensorsFormat:
+    """The trained parameters by name, and what they are in the file's metadata: strings, each of them JSON or plain."""
+
+    limits = ""
+
+    def fits(self, method: MethodConfig) -> bool:
+        return True
+
+    def write(self, run: TrainedRun, folder: Path) -> None:
+        config = run.config
+        metadata = {
+            **run.metadata,
+            "backbone": config.backbone.model_dump_json(),
+            "method": config.method.model_dump_json(),
+            "data": config.data.name,
+            "classes": json.dumps(run.num_classes),
+            "image_size": json.dumps(config.data.image_size),
+            "interpolation": run.interpolation,
+            "mean": json.dumps(run.backbone.mean),
+            "std": json.dumps(run.backbone.std),
+        }
+        _write_tensors(folder / "trainable.safetensors", run.trained, metadata)
+        lines = [
+            "from safetensors import safe_open",
+            f'with safe_open("{HERE}/trainable.safetensors", framework="pt") as file:',
+            "    metadata = file.metadata()  # backbone, method, classes, image_size, mean, std, ...",
+            "    tensors = {name: file.get_tensor(name) for name in file.keys()}",
+        ]
+        _write_readme(run, folder, "The trained parameters by name:", lines)
+
+    def expression(self, run: TrainedRun, folder: str) -> str:
+        return f"safetensors.torch.load_file({folder + '/trainable.safetensors'!r})"
+
+
+def _timm_model(folder: str) -> str:
+    return f"timm.create_model({'local-dir:' + folder!r}, pretrained=True)"
+
+
+def write_model(run: TrainedRun, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """A timm model with these tensors: model.safetensors, and the config.json that timm rebuilds it from."""
+    name, arguments = run.architecture
+    own, size = run.backbone.model.pretrained_cfg, run.config.data.image_size
+    source = {
+        "input_size": [run.backbone.channels, size, size],
+        "fixed_input_size": bool(own.get("fixed_input_size")),
+        "interpolation": run.interpolation,
+        "crop_pct": 1.0,  # the run sees whole images, resized to squares
+        "crop_mode": "squash",
+        "mean": run.backbone.mean,
+        "std": run.backbone.std,
+        "num_classes": run.num_classes,
+        "pool_size": None,
+        "first_conv": own.get("first_conv"),
+        "classifier": own.get("classifier"),
+        "license": own.get("license"),
+    }
+    config = {
+        "architecture": name,
+        "num_classes": run.num_classes,
+        "num_features": run.backbone.model.num_features,
+        "model_args": arguments,
+        "pretrained_cfg": source,
+    }
+    _write_tensors(folder / "model.safetensors", state)
+    _write_json(folder / "config.json", config)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    # Copied: safetensors refuses tensors that share memory, as tied ones do.
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(copies, path, metadata={"format": "pt", **(metadata or {})})
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_readme(run: TrainedRun, folder: Path, title: str, lines: Sequence[str]) -> None:
+    config, backbone = run.config, run.backbone
+    size = config.data.image_size
+    text = [
+        f"# {config.method.name} on {config.backbone.name}: {run.num_classes} classes of {config.data.name}",
+        "",
+        title,
+        "",
+        *(f"    {line}" for line in lines),
+        "",
+        f"Images are resized whole to {size} x {size} ({run.interpolation}), scaled to 0 .. 1 and normalised, in "
+        f"{backbone.channels} channels, with mean {list(backbone.mean)} and std {list(backbone.std)}.",
+        "",
+        f"{SIGNATURE} The trained parameters' sha256: {run.metadata.get('weights_sha256', 'unknown')}.",
+    ]
+    (folder / README).write_text("\n".join(text) + "\n", encoding="utf-8")

@@ -1,0 +1,333 @@
+"""timm's own weights: taken from this machine's caches without a look at the network, downloaded by prefetch only."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+from torch import nn
+
+from fedpeft_dist.backbones import hub
+from fedpeft_dist.backbones.timm_backbone import build_backbone, prefetch_weights
+from fedpeft_dist.config import schema
+from fedpeft_dist.config.errors import ConfigError
+
+NAME, REPOSITORY, CLASSES = "test_vit", "models--timm--test_vit.r160_in1k", 5
+URL_FILE = "weights-1234.pth"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Any try to reach the network fails the test, even where the code under test swallows the error."""
+    tries: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        tries.append(arguments)
+        raise AssertionError(f"the network is used: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert not tries
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty caches of the hub (`hub`) and of torch (`torch`)."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path
+
+
+def config_of(name: str = NAME, **values: Any) -> schema.BackboneConfig:
+    return schema.BackboneConfig(name=name, **values)
+
+
+def build(config: schema.BackboneConfig, num_classes: int = CLASSES, image_size: int = 160) -> nn.Module:
+    return build_backbone(config, num_classes, image_size, seed=1).model
+
+
+def random_state(name: str = NAME, num_classes: int = 1000) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    model = timm.create_model(name, num_classes=num_classes)
+    return {
+        key: torch.rand(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+        for key, tensor in model.state_dict().items()
+    }
+
+
+def fill_cache(cache: Path, state: dict[str, torch.Tensor], file: str = "model.safetensors") -> Path:
+    """As the hub's own client leaves a download: a blob, a link to it in a snapshot, and the branch's commit."""
+    repository, commit = cache / REPOSITORY, "a" * 40
+    for folder in ("blobs", "refs", f"snapshots/{commit}"):
+        (repository / folder).mkdir(parents=True)
+    blob = repository / "blobs" / ("b" * 64)
+    save_file(state, blob) if file.endswith(".safetensors") else torch.save(state, blob)
+    (repository / "refs" / "main").write_text(commit)
+    link = repository / "snapshots" / commit / file
+    link.symlink_to(Path("../../blobs") / blob.name)
+    return link
+
+
+@pytest.mark.parametrize("name", [NAME, f"{NAME}.r160_in1k"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_cached_weights_are_loaded_without_the_network(caches: Path, name: str, file: str) -> None:
+    state = random_state()
+    fill_cache(caches / "hub", state, file)
+    loaded = build(config_of(name)).state_dict()
+    fresh = build(config_of(name, pretrained=False)).state_dict()
+    assert loaded.keys() == state.keys()
+    for key, tensor in loaded.items():
+        assert torch.equal(tensor, fresh[key] if key.startswith("head.") else state[key]), key
+
+
+def test_the_fake_cache_is_laid_out_as_a_real_one(caches: Path) -> None:
+    """By the hub's own client. (Its download looks at the network even for local files only.)"""
+    link = fill_cache(caches / "hub", random_state())
+    cache = huggingface_hub.scan_cache_dir(caches / "hub")
+    assert not cache.warnings
+    assert [repository.repo_id for repository in cache.repos] == ["timm/test_vit.r160_in1k"]
+    assert prefetch_weights(config_of()) == str(link)
+
+
+def test_cached_weights_are_adapted_as_timm_adapts_them(caches: Path) -> None:
+    """Another image size and other colours; and the same classes keep their head."""
+    state = random_state()
+    fill_cache(caches / "hub", state)
+    model = build(config_of(model_args={"in_chans": 1}), num_classes=1000, image_size=64)
+    overlay = {"file": str(next((caches / "hub").rglob("*.safetensors")))}
+    expected = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, img_size=64)
+    assert torch.equal(model.head.weight, state["head.weight"])
+    for (key, mine), theirs in zip(model.state_dict().items(), expected.state_dict().values()):
+        assert torch.equal(mine, theirs), key
+
+
+def test_a_folder_given_to_timm_is_looked_through(caches: Path) -> None:
+    fill_cache(caches / "elsewhere", random_state())
+    build(config_of(model_args={"cache_dir": str(caches / "elsewhere")}))
+
+
+def stale_ref(cache: Path) -> None:
+    """A commit that is known, but none of its files."""
+    (fill_cache(cache, random_state())).unlink()
+
+
+def dangling_link(cache: Path) -> None:
+    fill_cache(cache, random_state())
+    next((cache / REPOSITORY / "blobs").iterdir()).unlink()
+
+
+def unfinished_download(cache: Path) -> None:
+    stale_ref(cache)
+    blob = next((cache / REPOSITORY / "blobs").iterdir())
+    blob.rename(blob.with_suffix(".incomplete"))
+
+
+def known_as_absent(cache: Path) -> None:
+    """The client notes what a repository does not have."""
+    stale_ref(cache)
+    folder = cache / REPOSITORY / ".no_exist" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+
+
+@pytest.mark.parametrize("damage", [None, stale_ref, dangling_link, unfinished_download, known_as_absent])
+def test_absent_weights_are_told_without_the_network(caches: Path, damage: Any) -> None:
+    if damage is not None:
+        damage(caches / "hub")
+    with pytest.raises(ConfigError) as error:
+        build(config_of())
+    message = str(error.value)
+    assert message.startswith("backbone.pretrained: the weights of 'test_vit' (huggingface.co/timm/test_vit.r160_in1k)")
+    for words in ("not on this machine", "`fedpeft prefetch CONFIG`", "backbone.checkpoint", "pretrained: false"):
+        assert words in message
+    assert "\n" not in message
+
+
+def test_a_damaged_file_in_the_cache_is_named(caches: Path) -> None:
+    link = fill_cache(caches / "hub", random_state())
+    link.write_bytes(link.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"the weights of 'test_vit' in '.*model\.safetensors' cannot be loaded"):
+        build(config_of())
+
+
+def test_weights_that_do_not_fit_the_arguments_are_told(caches: Path) -> None:
+    fill_cache(caches / "hub", random_state())
+    with pytest.raises(ConfigError, match=r"in '.*model\.safetensors' cannot be loaded .*cls_token") as error:
+        build(config_of(model_args={"embed_dim": 32, "num_heads": 2}))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_pretraining_is_told_with_the_known_ones() -> None:
+    for attempt in (build, prefetch_weights):
+        with pytest.raises(ConfigError, match=r"backbone\.name: 'resnet10t\.nosuch': .*known: resnet10t\.c3_in1k"):
+            attempt(config_of("resnet10t.nosuch"))
+
+
+def test_shapes_alone_need_no_weights() -> None:
+    assert build_backbone(config_of(), CLASSES, 160, 1, "meta").num_parameters
+
+
+def test_an_architecture_that_was_never_trained_is_told() -> None:
+    untrained = next(
+        name
+        for name in timm.list_models("vit_*")
+        if not (cfg := timm.models.get_pretrained_cfg(name)) or not cfg.has_weights
+    )
+    for attempt in (lambda: build(config_of(untrained)), lambda: prefetch_weights(config_of(untrained))):
+        with pytest.raises(ConfigError, match=rf"backbone\.pretrained: timm has no weights for '{untrained}'; give "):
+            attempt()
+
+
+# --- weights at an address of their own --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def from_url() -> schema.BackboneConfig:
+    """A model whose weights come from an address, as some of timm's do."""
+    overlay = {"hf_hub_id": None, "url": f"https://example.invalid/folder/{URL_FILE}"}
+    return config_of(model_args={"pretrained_cfg_overlay": overlay})
+
+
+def test_weights_of_an_address_are_found_in_torchs_folder(caches: Path, from_url: schema.BackboneConfig) -> None:
+    with pytest.raises(ConfigError, match=r"\(https://example\.invalid/folder/weights-1234\.pth\) are not on this"):
+        build(from_url)
+    state = random_state()
+    folder = caches / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / URL_FILE)
+    assert torch.equal(build(from_url).pos_embed, state["pos_embed"])
+    assert prefetch_weights(from_url) == str(folder / URL_FILE)
+
+
+def test_a_file_that_timms_config_names_is_taken(caches: Path) -> None:
+    state = random_state()
+    save_file(state, caches / "own.safetensors")
+    config = config_of(model_args={"pretrained_cfg_overlay": {"file": str(caches / "own.safetensors")}})
+    assert torch.equal(build(config).pos_embed, state["pos_embed"])
+    assert prefetch_weights(config) == str(caches / "own.safetensors")
+    (caches / "own.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"own\.safetensors\) are not on this machine"):
+        build(config)
+    with pytest.raises(ConfigError, match=r"own\.safetensors \(no such file\)"):
+        prefetch_weights(config)
+
+
+def test_the_kind_of_a_file_depends_on_where_it_comes_from() -> None:
+    """The hub has timm's own layout even of models whose first publication had not."""
+    source = timm.models.get_pretrained_cfg("vit_tiny_patch16_224").to_dict()
+    assert source["custom_load"]
+    assert source["hf_hub_id"]
+    assert not hub.PretrainedWeights("m", source).overlay(Path("f"))["custom_load"]
+    assert hub.PretrainedWeights("m", source | {"hf_hub_id": None}).overlay(Path("f"))["custom_load"] is True
+
+
+# --- prefetch ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [config_of("glyph_vit"), config_of(pretrained=False), config_of(checkpoint="w.pth")],
+    ids=["embedded", "no weights", "checkpoint"],
+)
+def test_nothing_to_prefetch(config: schema.BackboneConfig) -> None:
+    assert prefetch_weights(config) is None
+
+
+def test_prefetch_checks_the_name() -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.name: 'test_vitt' is no timm model; did you mean .*test_vit"):
+        prefetch_weights(config_of("test_vitt"))
+
+
+class FakeHub:
+    """Downloads from a folder, as the hub's client would from the network."""
+
+    def __init__(self, cache: Path, files: dict[str, dict[str, torch.Tensor]]):
+        self.cache, self.files, self.asked = cache, files, []
+
+    def __call__(self, repository: str, name: str, revision: str | None, cache_dir: str | None) -> str:
+        self.asked.append((repository, name))
+        if name not in self.files:
+            raise EntryNotFoundError(f"{name} is not in {repository}")
+        return str(fill_cache(self.cache, self.files[name], name))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_prefetch_downloads_once_and_training_finds_it(
+    caches: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    state = random_state()
+    client = FakeHub(caches / "hub", {file: state})
+    monkeypatch.setattr(hub, "hf_hub_download", client)
+    path = prefetch_weights(config_of())
+    assert Path(path).is_file()
+    assert Path(path).name == file
+    asked = list(client.asked)
+    assert asked[0] == ("timm/test_vit.r160_in1k", "model.safetensors")
+    assert prefetch_weights(config_of()) == path
+    assert client.asked == asked
+    assert torch.equal(build(config_of()).pos_embed, state["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    "failure", [LocalEntryNotFoundError("no\nconnection"), OSError("disk full"), RuntimeError("?")]
+)
+def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise failure
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(ConfigError) as error:
+        prefetch_weights(config_of())
+    message = str(error.value)
+    assert message.startswith("backbone.name: the weights of 'test_vit' cannot be downloaded from huggingface.co/timm/")
+    assert " ".join(str(failure).split()) in message
+    assert "\n" not in message
+
+
+def test_a_failed_download_from_an_address_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, from_url: schema.BackboneConfig, caches: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(ConfigError, match=r"cannot be downloaded from https://example\.invalid/.*service not known"):
+        prefetch_weights(from_url)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: torch.save(random_state(), path))
+    path = prefetch_weights(from_url)
+    assert Path(path) == caches / "torch" / "hub" / "checkpoints" / URL_FILE
+    build(from_url)
+
+
+# --- what the model's config says about images -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "interpolation"),
+    [
+        (config_of("glyph_vit"), "bilinear"),
+        (config_of(NAME, pretrained=False), "bicubic"),
+        (config_of("vit_base_patch16_224.mae", pretrained=False, model_args={"depth": 1}), "bicubic"),
+        (
+            config_of(NAME, pretrained=False, model_args={"pretrained_cfg_overlay": {"interpolation": "bilinear"}}),
+            "bilinear",
+        ),
+        (
+            config_of(NAME, pretrained=False, model_args={"pretrained_cfg_overlay": {"interpolation": "random"}}),
+            "bicubic",
+        ),
+    ],
+)
+def test_interpolation_is_the_pretrainings(config: schema.BackboneConfig, interpolation: str) -> None:
+    backbone = build_backbone(config, CLASSES, 32, seed=1)
+    assert backbone.interpolation == interpolation
