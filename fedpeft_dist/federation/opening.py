@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from fedpeft_dist.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from fedpeft_dist.config.load import result_keys, with_values
@@ -41,6 +42,12 @@ class Run:
     """The global trainable parameters: float32 [P]."""
     next_round: int
     totals: dict[str, float]
+    lock: FileLock | None
+    """Held by rank 0 for as long as the run is open."""
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
     def save(self) -> None:
         """Writes a checkpoint of this moment."""
@@ -73,11 +80,32 @@ def open_run(config: RunConfig, runtime: Runtime) -> Run | None:
         return None
     with failing_together(runtime):
         simulation = Simulation(config, runtime)
+    # Only now, so that a config that cannot be run leaves no file; what another writer did meanwhile is read again.
+    with failing_together(runtime):
+        lock = directory.lock() if runtime.is_main else None
+    try:
+        return _open_locked(config, directory, simulation, lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _open_locked(
+    config: RunConfig, directory: RunDirectory, simulation: Simulation, lock: FileLock | None
+) -> Run | None:
+    runtime = simulation.runtime
+    with failing_together(runtime):
+        state = directory.read_state()
         checkpoint = load_newest_checkpoint(directory.checkpoints)
         if checkpoint is not None:
             check_same_backbone(checkpoint.backbone_sha256, simulation.model.backbone.sha256, directory.path)
+    if state is not None and _is_over(state, config, directory, runtime):
+        if lock is not None:
+            lock.release()
+        return None
     config = with_values(config, "runtime", lanes=simulation.lanes)
-    run = _start(config, directory, simulation, checkpoint)
+    run = _start(config, directory, simulation, checkpoint, lock)
     assert_same_on_all_ranks(vector_bytes(run.vector), "the global vector before the first round", runtime)
     barrier()  # nobody writes before everybody has read
     return run
@@ -94,13 +122,19 @@ def _is_over(state: dict, config: RunConfig, directory: RunDirectory, runtime: R
     return reason is not None
 
 
-def _start(config: RunConfig, directory: RunDirectory, simulation: Simulation, checkpoint: Checkpoint | None) -> Run:
+def _start(
+    config: RunConfig,
+    directory: RunDirectory,
+    simulation: Simulation,
+    checkpoint: Checkpoint | None,
+    lock: FileLock | None,
+) -> Run:
     device = simulation.runtime.device
     size = simulation.model.layout.num_parameters
     server = make_server_optimizer(config.server.optimizer, size, device)
     if checkpoint is None:
-        return Run(config, directory, simulation, server, simulation.initial_vector, 0, dict(NO_TOTALS))
+        return Run(config, directory, simulation, server, simulation.initial_vector, 0, dict(NO_TOTALS), lock)
     for name, tensor in checkpoint.server_state.items():
         server.state[name].copy_(tensor)
     vector = checkpoint.vector.to(device)
-    return Run(config, directory, simulation, server, vector, checkpoint.next_round, checkpoint.totals)
+    return Run(config, directory, simulation, server, vector, checkpoint.next_round, checkpoint.totals, lock)

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import class_counts
 from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.assignment import assign
 from fedpeft_dist.federation.opening import Run, open_run
 from fedpeft_dist.federation.participation import sample_cohort
+from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.collectives import barrier
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.runtime.process import Runtime
@@ -19,6 +21,17 @@ from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RunDirectory
 from fedpeft_dist.tracking.run_log import RunLog
 from fedpeft_dist.training.rates import rate_factor
+
+
+def start_and_run(config: RunConfig) -> str:
+    """Sets this process up as the config's runtime says and runs the config; returns what `run_federation` does.
+
+    Raises:
+        ConfigError: as `run_federation`, and for a device or a precision that this machine lacks.
+    """
+    with process.start(config.runtime) as runtime:
+        choices = {"device": runtime.device.type, "precision": runtime.precision}
+        return run_federation(with_values(config, "runtime", **choices), runtime)
 
 
 def run_federation(config: RunConfig, runtime: Runtime) -> str:
@@ -30,6 +43,7 @@ def run_federation(config: RunConfig, runtime: Runtime) -> str:
     Raises:
         ConfigError: a config that cannot be run, or a directory that holds another run.
     """
+    run: Run | None = None
     with listen_for_stop() as stop:
         try:
             run = open_run(config, runtime)
@@ -39,18 +53,22 @@ def run_federation(config: RunConfig, runtime: Runtime) -> str:
         except BaseException:
             _mark_failed(config)  # by whichever rank it hits: the others may be stuck, or killed before they can
             raise
+        finally:
+            if run is not None:
+                run.close()
 
 
 def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
     """Runs the rounds that are left; returns `complete` or `interrupted`."""
     config, simulation, federation = run.config, run.simulation, run.config.federation
     population = simulation.partition.num_clients
-    labels, classes = simulation.dataset.train.labels, simulation.dataset.num_classes
+    dataset = simulation.dataset
     largest_weight = simulation.partition.largest_total(federation.cohort)
     aggregator = Aggregator(len(run.vector), largest_weight, runtime.device)
     with RunLog(config, run.directory, runtime, run.totals, run.next_round) as log:
         if runtime.is_main:
-            log.write_setting(class_counts(simulation.partition, labels, classes, MAX_CLIENTS), population)
+            counts = class_counts(simulation.partition, dataset.train.labels, dataset.num_classes, MAX_CLIENTS)
+            log.write_setting(counts, population, dataset.class_names)
         for round_number in range(run.next_round, federation.rounds):
             started = time.perf_counter()
             cohort = sample_cohort(federation.participation, population, federation.cohort, config.seed, round_number)

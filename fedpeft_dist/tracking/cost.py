@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.data import count_classes
-from fedpeft_dist.methods import build_lane_model
 
 BYTES_PER_PARAMETER = 4
 """float32 on the wire."""
@@ -31,6 +29,9 @@ def compute_cost(config: RunConfig) -> Cost:
     Raises:
         ConfigError: the backbone cannot be made, or the method does not fit it.
     """
+    from fedpeft_dist.data import count_classes  # here, so that a report has no need of timm
+    from fedpeft_dist.methods import build_lane_model
+
     model = build_lane_model(config, count_classes(config.data), device="meta")
     parameters = model.layout.num_parameters
     per_client = uplink_bytes(parameters, 1)

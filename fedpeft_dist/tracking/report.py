@@ -1,64 +1,61 @@
-"""Tables and plots over finished runs: what each method sends and what accuracy it buys."""
+"""A report over the runs below a directory: what each method sends, what accuracy it buys, and how sure that is.
+
+Runs are read (report_runs), grouped over their seeds (report_groups), called by what tells them apart (report_labels),
+compared (report_tables), and written as text (report_formats), as a picture (report_plot), as a page (report_page).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
-from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.files import write_atomically, write_text
-from fedpeft_dist.tracking.cost import MIB, uplink_bytes
-from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, read_json, read_metrics
-
-COLUMNS = (
-    ("run", "run", "{}"),
-    ("method", "method", "{}"),
-    ("trained_parameters", "trained parameters", "{:,}"),
-    ("mib_per_client", "MiB per client and round", "{:,.4f}"),
-    ("mib_total", "total MiB", "{:,.2f}"),
-    ("share_of_full", "share of full's bytes", "{:.2%}"),
-    ("final_accuracy", "final accuracy", "{:.4f}"),
-)
-"""Key, heading, format."""
-TEXT_COLUMNS = ("run", "method")
-SUMMARY_KEYS = ("method", "trainable_parameters", "backbone_parameters", "uplink_bytes_total", "final_accuracy")
-"""What is read of a run's summary."""
+from fedpeft_dist.tracking.cost import BYTES_PER_PARAMETER, MIB
+from fedpeft_dist.tracking.report_formats import csv_text, escape_markdown, json_table, markdown_table
+from fedpeft_dist.tracking.report_groups import Group, Grouping, group_runs
+from fedpeft_dist.tracking.report_page import write_page
+from fedpeft_dist.tracking.report_plot import plot_accuracy
+from fedpeft_dist.tracking.report_runs import Run, epsilon_of, read_runs
+from fedpeft_dist.tracking.report_tables import Table, comparison_tables, main_table, run_table, unfinished_table
+from fedpeft_dist.tracking.run_directory import COMPLETE
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run as a report sees it; summary is None while it is unfinished."""
-
+class Report:
     name: str
-    state: str
-    summary: dict[str, Any] | None
-    metrics: list[dict[str, Any]]
+    """Of the directory."""
+    runs: tuple[Run, ...]
+    grouping: Grouping
+    main: Table
+    """One row a group, in the order of the groups."""
+    comparisons: tuple[Table, ...]
+    unfinished: Table
+
+    @property
+    def unfinished_runs(self) -> list[Run]:
+        return [run for run in self.runs if run.state != COMPLETE]
 
 
-def read_runs(directory: Path) -> list[Run]:
-    """The runs at or below a directory, by name.
-
-    Raises:
-        ConfigError: there is none, or one's files cannot be read.
+def make_report(directory: Path) -> Report:
     """
-    runs = []
-    for state_file in sorted(directory.rglob("state.json")):
-        run = RunDirectory(state_file.parent)
-        state = run.read_state()["state"]
-        summary = read_json(run.summary_file, *SUMMARY_KEYS) if state == COMPLETE else None
-        metrics = read_metrics(run.metrics_file) if run.metrics_file.exists() else []
-        name = str(run.path.relative_to(directory)) if run.path != directory else run.path.name
-        runs.append(Run(name, state, summary, metrics))
-    if not runs:
-        raise ConfigError(f"{directory}: no run's directory (state.json) at or below it")
-    return runs
+    Raises:
+        ConfigError: there is no run at or below the directory, or none that can be read.
+    """
+    runs = read_runs(directory)
+    grouping = group_runs(runs)
+    tables = tuple(comparison_tables(grouping))
+    name = directory.absolute().name
+    return Report(name, tuple(runs), grouping, main_table(grouping), tables, unfinished_table(runs))
 
 
-def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
+def printed_tables(report: Report) -> list[Table]:
+    """What is worth showing on a terminal: no table without rows."""
+    return [table for table in (report.main, *report.comparisons, report.unfinished) if table.rows]
+
+
+def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row a run, fewest bytes first; bytes are of the uplink. An unfinished run has its state alone."""
     rows = []
     for run in runs:
@@ -67,65 +64,79 @@ def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
             parameters = run.summary["trainable_parameters"]
             row |= {
                 "method": run.summary["method"],
+                "seed": run.seed,
                 "trained_parameters": parameters,
-                "mib_per_client": uplink_bytes(parameters, 1) / MIB,
+                "mib_per_client": parameters * BYTES_PER_PARAMETER / MIB,
                 "mib_total": run.summary["uplink_bytes_total"] / MIB,
                 "share_of_full": parameters / run.summary["backbone_parameters"],
                 "final_accuracy": run.summary["final_accuracy"],
             }
+            if run.summary.get("privacy") is not None:
+                row["epsilon"] = epsilon_of(run.summary)
         rows.append(row)
     return sorted(rows, key=lambda row: (row.get("mib_total", float("inf")), row["run"]))
 
 
-def rich_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=0)  # narrow enough for 80 columns
-    for key, heading, _ in COLUMNS:
-        table.add_column(heading, justify="left" if key in TEXT_COLUMNS else "right")
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
+def json_report(report: Report) -> dict[str, Any]:
+    """What `--json` prints."""
+    unfinished = [
+        {"run": run.name, "state": run.state, "rounds_done": run.rounds_done, "problem": run.problem}
+        for run in report.unfinished_runs
+    ]
+    return {
+        "runs": run_rows(report.runs),
+        "groups": [_group_row(group, report.grouping) for group in report.grouping.groups],
+        "tables": [json_table(table) for table in (report.main, *report.comparisons) if table.rows],
+        "unfinished": unfinished,
+    }
 
 
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
-    lines.append("|" + "|".join(" --- " if key in TEXT_COLUMNS else " ---: " for key, _, _ in COLUMNS) + "|")
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+def write_report(directory: Path, report: Report) -> list[Path]:
+    """Writes the report beside the runs, as text, tables, a picture and a page; returns their paths.
+
+    Raises:
+        OSError: they cannot be written there.
+    """
+    plot = directory / "accuracy_against_bytes.png"
+    texts = {
+        directory / "report.md": markdown_report(report, plot.name),
+        directory / "report.csv": csv_text(run_table(report.runs, report.grouping)),
+        directory / "report_groups.csv": csv_text(report.main),
+    }
+    page = directory / "report.html"
+    write_atomically(plot, lambda path: plot_accuracy(report.grouping, report.unfinished_runs, path))
+    for path, text in texts.items():
+        write_text(path, text)
+    write_page(page, report)
+    return [*texts, plot, page]
 
 
-def write_report(directory: Path, runs: list[Run], table: str) -> list[Path]:
-    """Writes report.md and accuracy_against_bytes.png beside the runs; returns their paths."""
-    plot, text = directory / "accuracy_against_bytes.png", directory / "report.md"
-    write_atomically(plot, lambda path: _plot_accuracy(runs, path))
-    write_text(text, f"# Runs below {directory.name}\n\n{table}\n![Accuracy against bytes]({plot.name})\n")
-    return [text, plot]
+def markdown_report(report: Report, plot: str) -> str:
+    parts = [f"# Runs below {escape_markdown(report.name)}\n"]
+    if report.main.rows:
+        parts.append(markdown_table(report.main))
+    parts.append(f"![Accuracy against bytes]({plot})\n")
+    for table in (*report.comparisons, report.unfinished):
+        if table.rows:
+            parts.append(f"## {escape_markdown(table.title)}\n\n{markdown_table(table)}")
+    return "\n".join(parts)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    if "final_accuracy" not in row:
-        return [row["run"], row["state"], *[""] * (len(COLUMNS) - 2)]
-    return [form.format(row[key]) for key, _, form in COLUMNS]
-
-
-def _plot_accuracy(runs: list[Run], path: Path) -> None:
-    """Accuracy after each round against the MiB that all clients together have sent by then."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for run in runs:
-        sent, accuracy, total = [], [], 0
-        for row in run.metrics:
-            total += row["uplink_bytes"]
-            if row["accuracy"] is not None:
-                sent.append(total / MIB)
-                accuracy.append(row["accuracy"])
-        if sent:
-            axes.plot(sent, accuracy, marker=".", label=run.name)
-    axes.set(
-        xscale="log", xlabel="MiB sent by all clients (uplink)", ylabel="accuracy of the global model", ylim=(0, 1)
-    )
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        figure.legend(loc="outside right upper")  # beside the lines, wherever they run
-    figure.savefig(path, dpi=120)
+def _group_row(group: Group, grouping: Grouping) -> dict[str, Any]:
+    final, best = group.accuracy, group.best_accuracy
+    return {
+        "label": group.label,
+        "method": group.method,
+        "axes": {axis: group.axes[axis].label for axis in grouping.varying()},
+        "runs": [run.name for run in group.runs],
+        "seeds": group.seeds,
+        "trained_parameters": group.parameters,
+        "cohort": group.cohort,
+        "mib_per_client": group.mib_per_client,
+        "mib_per_round": group.mib_per_round,
+        "mib_total": group.mib_total,
+        "share_of_full": group.share_of_full,
+        "epsilon": group.epsilon,
+        "final_accuracy": {"mean": final.mean, "std": final.std},
+        "best_accuracy": {"mean": best.mean, "std": best.std},
+    }

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from filelock import FileLock, Timeout
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import dump_config, load_config, result_keys
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import write_atomically, write_text
 
+if TYPE_CHECKING:
+    import torch
+
+# torch and safetensors stand inside the methods that need them: a report reads hundreds of runs and no tensor.
+
 RUNNING, INTERRUPTED, COMPLETE, FAILED = "running", "interrupted", "complete", "failed"
+
+
+class RunInUseError(ConfigError):
+    """Another process is writing this run."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,10 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def partition_file(self) -> Path:
+        return self.path / "partition.json"
+
+    @property
     def state_file(self) -> Path:
         return self.path / "state.json"
 
@@ -54,6 +66,36 @@ class RunDirectory:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / "lock"
+
+    def lock(self) -> FileLock:
+        """Makes this process the run's only writer, until the lock is released or the process ends, however it does.
+
+        Raises:
+            RunInUseError: another process is.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.lock_file)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RunInUseError(
+                f"{self.path}: another process is writing this run; wait for it, or give another output.name"
+            ) from None
+        return lock
+
+    def in_use(self) -> bool:
+        """Whether some process holds the lock at this moment."""
+        if not self.lock_file.exists():
+            return False
+        try:
+            self.lock().release()
+        except RunInUseError:
+            return True
+        return False
 
     def check_writable(self) -> None:
         """
@@ -93,6 +135,8 @@ class RunDirectory:
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_trainable(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        from safetensors.torch import save_file
+
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(self.trainable_file, lambda path: save_file(tensors, path, metadata=metadata))
 
@@ -102,6 +146,8 @@ class RunDirectory:
         Raises:
             ConfigError: there is no such file, or it cannot be read.
         """
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(self.trainable_file, framework="pt") as file:
                 names = file.keys()
@@ -114,6 +160,19 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")
+
+    def write_partition(
+        self, counts: Sequence[Sequence[int]], num_clients: int, class_names: Sequence[str] | None = None
+    ) -> None:
+        """Who holds what, for a report, which has no data at hand.
+
+        Args:
+            counts: samples of each class (inner) that the first clients (outer) hold.
+            num_clients: of the whole population.
+        """
+        names = None if class_names is None else list(class_names)
+        found = {"num_clients": num_clients, "class_names": names, "counts": counts}
+        write_text(self.partition_file, json.dumps(found) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,9 @@ class RunLog:
         if self.writer is not None:
             self.writer.close()
 
-    def write_setting(self, counts: np.ndarray, num_clients: int) -> None:
-        """The config and the partition, for TensorBoard, on rank 0; counts as `class_counts` gives them."""
+    def write_setting(self, counts: np.ndarray, num_clients: int, class_names: Sequence[str] | None = None) -> None:
+        """The config and the partition, for TensorBoard and reports, on rank 0; counts as `class_counts` gives them."""
+        self.directory.write_partition(counts.tolist(), num_clients, class_names)
         self.writer.write_setting(self.config, counts, num_clients)
 
     def round_done(

@@ -1,9 +1,8 @@
-"""Reports over runs, pictures of partitions, and what a run prints where there is no terminal."""
+"""Pictures of partitions, what a run leaves about its own, and what it prints where there is no terminal."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,143 +10,12 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.tracking import report
-from fedpeft_dist.tracking.cost import MIB, uplink_bytes
+from fedpeft_dist.config.load import parse_config
+from fedpeft_dist.runtime import process
 from fedpeft_dist.tracking.partition_view import partition_figure, partition_table
 from fedpeft_dist.tracking.progress import RoundProgress
-from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory
-
-COHORT, ROUNDS = 4, 3
-
-
-def make_run(path: Path, parameters: int, state: str = COMPLETE, accuracy: float = 0.5) -> None:
-    """A run's directory as the round loop leaves it, with the keys that a report reads."""
-    directory = RunDirectory(path)
-    path.mkdir(parents=True)
-    sent = uplink_bytes(parameters, COHORT)
-    for number in range(1, ROUNDS + 1):
-        value = None if number == 2 else accuracy * number / ROUNDS
-        directory.append_metrics({"round": number, "accuracy": value, "uplink_bytes": sent})
-    directory.write_state(state, ROUNDS)
-    if state == COMPLETE:
-        directory.write_summary(
-            {
-                "method": path.name,
-                "trainable_parameters": parameters,
-                "backbone_parameters": 2**20,
-                "uplink_bytes_total": sent * ROUNDS,
-                "final_accuracy": accuracy,
-            }
-        )
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    make_run(tmp_path / "full", 2**20, accuracy=0.75)
-    make_run(tmp_path / "sweep" / "head", 2**12, accuracy=0.625)
-    make_run(tmp_path / "sweep" / "lora", 2**16, state=INTERRUPTED)
-    return tmp_path
-
-
-def test_rows_come_with_the_fewest_bytes_first_and_unfinished_runs_last(runs: Path) -> None:
-    rows = report.table_rows(report.read_runs(runs))
-    assert rows == [
-        {
-            "run": "sweep/head",
-            "state": "complete",
-            "method": "head",
-            "trained_parameters": 4096,
-            "mib_per_client": 4096 * 4 / MIB,
-            "mib_total": 4096 * 4 * COHORT * ROUNDS / MIB,
-            "share_of_full": 1 / 256,
-            "final_accuracy": 0.625,
-        },
-        {
-            "run": "full",
-            "state": "complete",
-            "method": "full",
-            "trained_parameters": 2**20,
-            "mib_per_client": 4.0,
-            "mib_total": 48.0,
-            "share_of_full": 1.0,
-            "final_accuracy": 0.75,
-        },
-        {"run": "sweep/lora", "state": "interrupted"},
-    ]
-    assert json.loads(json.dumps(rows)) == rows
-
-
-def test_a_run_can_be_reported_on_alone(runs: Path) -> None:
-    (run,) = report.read_runs(runs / "full")
-    assert (run.name, run.state, len(run.metrics)) == ("full", COMPLETE, ROUNDS)
-    assert run.metrics[1]["accuracy"] is None
-
-
-def test_the_markdown_table(runs: Path) -> None:
-    lines = report.markdown_table(report.table_rows(report.read_runs(runs))).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert len(lines) == 5
-    assert {len(row) for row in cells} == {len(report.COLUMNS)}
-    assert cells[0][0] == "run"
-    assert cells[1] == ["---", "---", *["---:"] * (len(report.COLUMNS) - 2)]
-    assert cells[2] == ["sweep/head", "head", "4,096", "0.0156", "0.19", "0.39%", "0.6250"]
-    assert cells[3] == ["full", "full", "1,048,576", "4.0000", "48.00", "100.00%", "0.7500"]
-    assert cells[4] == ["sweep/lora", "interrupted", "", "", "", "", ""]
-
-
-def test_the_printed_table_has_the_same_cells(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = report.rich_table(report.table_rows(report.read_runs(runs)))
-    assert table.row_count == 3
-    Console(width=200).print(table)
-    printed = capsys.readouterr().out
-    for cell in ("sweep/head", "4,096", "0.6250", "100.00%", "interrupted"):
-        assert cell in printed
-
-
-def test_the_report_is_written_with_its_plot(runs: Path) -> None:
-    found = report.read_runs(runs)
-    table = report.markdown_table(report.table_rows(found))
-    text, plot = report.write_report(runs, found, table)
-    assert table in text.read_text()
-    assert plot.name in text.read_text()
-    picture = imread(plot)
-    assert picture.shape[0] > 300
-    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
-
-
-def test_the_plot_has_a_line_a_run_of_accuracy_over_bytes_sent(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
-    lines = {}
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, label, **_: lines.update({label: (list(x), list(y))}))
-    monkeypatch.setattr(Axes, "legend", lambda self: None)
-    report.write_report(runs, report.read_runs(runs), "")
-    assert set(lines) == {"full", "sweep/head", "sweep/lora"}
-    sent, accuracy = lines["full"]
-    assert sent == [4.0 * COHORT, 4.0 * COHORT * 3]  # round 2 was not evaluated, but its bytes count
-    assert accuracy == pytest.approx([0.25, 0.75])
-
-
-def test_a_report_on_runs_that_have_just_begun_warns_of_nothing(tmp_path: Path) -> None:
-    RunDirectory(tmp_path / "new").write_state("running", 0)
-    runs = report.read_runs(tmp_path)
-    assert report.table_rows(runs) == [{"run": "new", "state": "running"}]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _, plot = report.write_report(tmp_path, runs, report.markdown_table(report.table_rows(runs)))
-    assert plot.exists()
-
-
-def test_a_directory_without_runs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no run's directory \(state\.json\)"):
-        report.read_runs(tmp_path)
-
-
-def test_a_complete_run_without_its_summary_is_named(runs: Path) -> None:
-    (runs / "full" / "summary.json").unlink()
-    with pytest.raises(ConfigError, match=r"full.summary\.json"):
-        report.read_runs(runs)
+from fedpeft_dist.tracking.run_directory import RunDirectory
+from fedpeft_dist.tracking.run_log import NO_TOTALS, RunLog
 
 
 def test_the_partition_table_has_a_line_a_client(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +48,22 @@ def test_the_partition_figure_shows_the_counts(tmp_path: Path) -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("class", "client")
     figure.savefig(tmp_path / "partition.png", dpi=60)
     assert imread(tmp_path / "partition.png").ndim == 3
+
+
+def test_a_run_leaves_its_partition_for_reports(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(0, 50, size=(100, 100))
+    config, directory = (
+        parse_config({"output": {"name": "run"}, "runtime": {"device": "cpu"}}, "test"),
+        RunDirectory(tmp_path / "run"),
+    )
+    with process.start(config.runtime) as runtime:
+        with RunLog(config, directory, runtime, dict(NO_TOTALS), 0) as log:
+            log.write_setting(counts, 1_000_000, [f"class {number}" for number in range(100)])
+    found = json.loads(directory.partition_file.read_text())
+    assert found["counts"] == counts.tolist()
+    assert (found["num_clients"], found["class_names"][99]) == (1_000_000, "class 99")
+    assert directory.partition_file.stat().st_size < 2**16
+    assert not list(directory.path.glob(".partition*"))
 
 
 def row(number: int, accuracy: float | None = 0.5, loss: float | None = 0.25) -> dict[str, float | None]:

@@ -1,0 +1,172 @@
+"""Reading runs for a report: config, state, summary and metrics of every run's directory, and nothing heavy.
+
+A run whose files cannot be read is kept, as damaged and with what is wrong, so that it does not hide the others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import result_keys
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.tracking.cost import MIB
+from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, read_json, read_metrics
+
+DAMAGED = "damaged"
+"""The state of a run whose files cannot be read, in a report only."""
+COUNTS = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total")
+SUMMARY_KEYS = ("method", *COUNTS, "final_accuracy")
+"""What a report cannot do without."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A round that was evaluated."""
+
+    round: int
+    accuracy: float
+    mib_sent: float
+    """Uplink, of all clients, up to this round."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as a report sees it. `summary` is None unless it is complete, `keys` are empty where it has no config."""
+
+    name: str
+    state: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    """Dotted config key to value, for what can change a result."""
+    summary: dict[str, Any] | None = None
+    curve: tuple[Point, ...] = ()
+    rounds_done: int = 0
+    partition: dict[str, Any] | None = None
+    problem: str | None = None
+    """What is damaged."""
+
+    @property
+    def seed(self) -> int | None:
+        return self.keys.get("seed")
+
+
+def read_runs(directory: Path) -> list[Run]:
+    """The runs at or below a directory, by name.
+
+    Raises:
+        ConfigError: there is none, or none whose files can be read.
+    """
+    runs = []
+    for state_file in sorted(directory.rglob("state.json")):
+        path = state_file.parent
+        name = path.relative_to(directory).as_posix() if path != directory else path.absolute().name
+        runs.append(_read_run(RunDirectory(path), name))
+    if not runs:
+        raise ConfigError(f"{directory}: no run's directory (state.json) at or below it")
+    if all(run.problem for run in runs):
+        others = f" (and {len(runs) - 1} more damaged)" if len(runs) > 1 else ""
+        raise ConfigError(f"{runs[0].problem}{others}")
+    return runs
+
+
+def _read_run(directory: RunDirectory, name: str) -> Run:
+    try:
+        state = directory.read_state() or {}
+        config = directory.stored_config()
+        keys = {} if config is None else report_keys(config)
+        summary = None
+        if state.get("state") == COMPLETE:
+            if config is None:
+                raise ConfigError(f"{directory.config_file}: missing, though the run is complete")
+            summary = _read_summary(directory.summary_file)
+        rows = _read_rows(directory.metrics_file)
+        curve = _curve(directory.metrics_file, rows)
+        partition = _read_partition(directory.partition_file)
+    except ConfigError as error:
+        return Run(name, DAMAGED, problem=" ".join(str(error).split()))
+    next_round = state.get("next_round")
+    rounds_done = len(rows) or (next_round if type(next_round) is int else 0)
+    return Run(name, str(state.get("state")), keys, summary, curve, rounds_done, partition)
+
+
+def report_keys(config: RunConfig) -> dict[str, Any]:
+    """`result_keys`, with the free-form arguments of a backbone as one value, so that every key has a known meaning."""
+    free = "backbone.model_args"
+    keys = {key: value for key, value in result_keys(config).items() if not key.startswith(free)}
+    arguments = config.backbone.model_args
+    keys[free] = ", ".join(f"{name}={json.dumps(arguments[name])}" for name in sorted(arguments))
+    return {key: plain(value) for key, value in keys.items()}
+
+
+def plain(value: Any) -> Any:
+    """A config's value as one that can be compared and shown: a list as text."""
+    return json.dumps(value) if isinstance(value, list | tuple | dict) else value
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = read_json(path, *SUMMARY_KEYS)
+    wrong = [key for key in COUNTS if type(summary[key]) is not int or summary[key] < 1]
+    wrong += ["final_accuracy"] * (not is_number(summary["final_accuracy"]))
+    if wrong:
+        raise ConfigError(f"{path}: cannot be read ({wrong[0]} is {summary[wrong[0]]!r}, no valid number)")
+    return summary
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rounds of a metrics.jsonl; none before the first."""
+    try:
+        rows = read_metrics(path) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not is_number(row.get("uplink_bytes")) or not is_number(row.get("round")):
+            raise ConfigError(f"{path}: line {number} cannot be read as a round's metrics")
+    return rows
+
+
+def _curve(path: Path, rows: list[dict[str, Any]]) -> tuple[Point, ...]:
+    points, sent = [], 0
+    for row in rows:
+        sent += row["uplink_bytes"]
+        accuracy = row.get("accuracy")
+        if accuracy is None:
+            continue
+        if not is_number(accuracy):
+            raise ConfigError(f"{path}: accuracy of round {row['round']} is {accuracy!r}, no number")
+        points.append(Point(int(row["round"]), float(accuracy), sent / MIB))
+    return tuple(points)
+
+
+def _read_partition(path: Path) -> dict[str, Any] | None:
+    """As `RunDirectory.write_partition` left it; None for a run that has none."""
+    if not path.exists():
+        return None
+    found = read_json(path, "num_clients", "counts")
+    counts = found["counts"]
+    rows = counts if isinstance(counts, list) else []
+    if not rows or not all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows):
+        raise ConfigError(f"{path}: cannot be read (counts are no table of clients and classes)")
+    if not all(type(count) is int and count >= 0 for row in rows for count in row):
+        raise ConfigError(f"{path}: cannot be read (counts are no numbers of samples)")
+    if type(found["num_clients"]) is not int:
+        raise ConfigError(f"{path}: cannot be read (num_clients is {found['num_clients']!r})")
+    names = found.get("class_names")
+    if not isinstance(names, list) or len(names) != len(rows[0]):
+        found["class_names"] = None
+    return found
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def epsilon_of(summary: Mapping[str, Any]) -> float | None:
+    """The privacy that a run was accounted for, where it was private."""
+    privacy = summary.get("privacy")
+    epsilon = privacy.get("epsilon") if isinstance(privacy, Mapping) else None
+    return float(epsilon) if is_number(epsilon) else None

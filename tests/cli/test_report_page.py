@@ -1,0 +1,196 @@
+"""report.html in a real browser, from file://: sorting, the filter, highlighting, no request, no overflow."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft_dist.tracking.report import make_report, write_report
+from fedpeft_dist.tracking.run_directory import INTERRUPTED
+from tests.report_fixtures import curve, make_run, partition_counts
+
+pytest.importorskip("selenium", reason="selenium is not installed")
+
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+
+METHODS = {"head": 0.5, "bias": 0.75, "adapter": 0.625, "full": 0.6875}
+NASTY = "n</script><img src=x onerror=alert(1)>\"'é"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report over two data sets, two partitions and two seeds, and an unfinished run named to break out."""
+    folder = tmp_path_factory.mktemp("runs")
+    for data in ("digits", "glyphs"):
+        for partition in ({"name": "dirichlet", "alpha": 0.1}, {"name": "iid"}):
+            for method, accuracy in METHODS.items():
+                for seed in (1, 2):
+                    tree = {
+                        "seed": seed,
+                        "method": {"name": method},
+                        "data": {"name": data, "clients": 8, "partition": partition},
+                        "federation": {"cohort": 4},
+                    }
+                    final = accuracy + seed / 100 + (0.1 if partition["name"] == "iid" else 0.0)
+                    counts = partition_counts(seed) if partition["name"] == "dirichlet" else [[5] * 10] * 8
+                    path = folder / f"{data}-{partition['name']}-{method}-{seed}"
+                    make_run(path, tree, curve(final, rounds=10), counts=counts)
+    make_run(folder / NASTY.replace("/", "\N{FRACTION SLASH}"), {"method": {"name": "lora"}}, state=INTERRUPTED)
+    write_report(folder, make_report(folder))
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("chromium and chromedriver are not installed")
+    options = Options()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(driver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture(params=[1600, 380])
+def opened(request: pytest.FixtureRequest, browser: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
+    """The page, freshly opened at each width; afterwards nothing has gone wrong and nothing was asked for."""
+    size = {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def rows(browser: webdriver.Chrome) -> list[WebElement]:
+    return [row for row in browser.find_elements(By.CSS_SELECTOR, "#groups tbody tr") if row.is_displayed()]
+
+
+def column(browser: webdriver.Chrome, heading: str) -> list[str]:
+    headings = browser.find_elements(By.CSS_SELECTOR, "#groups thead th")
+    number = [text_of(cell) for cell in headings].index(heading)
+    return [text_of(row.find_elements(By.CSS_SELECTOR, "td, th")[number]) for row in rows(browser)]
+
+
+def text_of(element: WebElement) -> str:
+    return element.get_property("textContent").strip()
+
+
+def sort_by(browser: webdriver.Chrome, heading: str) -> WebElement:
+    for cell in browser.find_elements(By.CSS_SELECTOR, "#groups thead th"):
+        if text_of(cell) == heading:
+            cell.find_element(By.TAG_NAME, "button").click()
+            return cell
+    raise AssertionError(f"no column {heading}")
+
+
+def lines(browser: webdriver.Chrome, chart: str = "chart-round") -> list[Any]:
+    return browser.find_elements(By.CSS_SELECTOR, f"#{chart} polyline")
+
+
+@pytest.mark.parametrize(
+    ("heading", "key"),
+    [
+        ("final accuracy", lambda text: float(text.split()[0])),
+        ("trained parameters", lambda text: int(text.replace(",", ""))),
+        ("method", str),
+    ],
+)
+def test_a_click_on_a_heading_sorts(opened: webdriver.Chrome, heading: str, key: Callable[[str], Any]) -> None:
+    before = column(opened, heading)
+    assert len(before) == 16
+    cell = sort_by(opened, heading)
+    assert column(opened, heading) == sorted(before, key=key)
+    assert cell.get_attribute("aria-sort") == "ascending"
+    sort_by(opened, heading)
+    assert column(opened, heading) == sorted(before, key=key, reverse=True)
+    assert cell.get_attribute("aria-sort") == "descending"
+    others = opened.find_elements(By.CSS_SELECTOR, "#groups th[aria-sort]:not([aria-sort='none'])")
+    assert others == [cell]
+
+
+def test_the_filter_holds_for_the_table_and_the_lines(opened: webdriver.Chrome) -> None:
+    assert len(lines(opened)) == len(lines(opened, "chart-mib")) == 16
+    box = opened.find_element(By.ID, "filter")
+    box.send_keys("Bias iid")
+    assert column(opened, "method") == ["bias", "bias"]
+    assert column(opened, "partition") == ["iid", "iid"]
+    assert len(lines(opened)) == len(lines(opened, "chart-mib")) == 2
+    assert opened.find_element(By.ID, "matches").text == "2 of 16 groups"
+    assert len(opened.find_elements(By.CSS_SELECTOR, "#chart-round polygon")) == 2  # two seeds make a band
+    box.send_keys(" nonsense")
+    assert rows(opened) == []
+    assert lines(opened) == []
+
+
+def test_ticked_groups_are_highlighted(opened: webdriver.Chrome) -> None:
+    first, _, third, *_ = rows(opened)
+    first.find_element(By.CSS_SELECTOR, ".pick").click()
+    third.find_element(By.CSS_SELECTOR, "th").click()  # anywhere in a row
+    legend = [item.text for item in opened.find_elements(By.CSS_SELECTOR, "#legend li")]
+    assert len(legend) == 2
+    bright = [line for line in lines(opened) if "faded" not in line.get_attribute("style")]
+    assert len(bright) == 2
+    assert len(lines(opened)) == 16
+    opened.find_element(By.ID, "clear").click()
+    assert not any(box.is_selected() for box in opened.find_elements(By.CSS_SELECTOR, "#groups input"))
+    assert [item.text for item in opened.find_elements(By.CSS_SELECTOR, "#legend li")] == list(METHODS)
+
+
+def test_unfinished_runs_are_listed_and_can_be_drawn(opened: webdriver.Chrome) -> None:
+    cells = [text_of(cell) for cell in opened.find_elements(By.CSS_SELECTOR, "main > section:last-child tbody *")]
+    assert NASTY.replace("/", "\N{FRACTION SLASH}") in cells
+    assert "interrupted" in cells
+    opened.find_element(By.ID, "show-unfinished").click()
+    assert len(lines(opened)) == 17
+    assert not opened.find_elements(By.TAG_NAME, "img")
+
+
+def test_partitions_are_drawn(opened: webdriver.Chrome) -> None:
+    pictures = opened.find_elements(By.CSS_SELECTOR, "#pictures canvas")
+    assert len(pictures) == 3  # iid, and dirichlet with either seed: both data sets were dealt out alike
+    colours = "return new Set(this.getContext('2d').getImageData(0, 0, 10, 8).data).size".replace(
+        "this", "arguments[0]"
+    )
+    assert all(opened.execute_script(colours, picture) > 2 for picture in pictures)
+    assert all(picture.get_attribute("aria-label") for picture in pictures)
+
+
+def test_a_pointer_reads_a_line(opened: webdriver.Chrome) -> None:
+    opened.find_element(By.ID, "filter").send_keys("bias iid digits")
+    svg = opened.find_element(By.CSS_SELECTOR, "#chart-round svg")
+    webdriver.ActionChains(opened).scroll_to_element(svg).perform()
+    script = """
+      const line = document.querySelector("#chart-round polyline");
+      const points = line.getAttribute("points").split(" ").at(-1).split(",");
+      const frame = document.querySelector("#chart-round svg").getBoundingClientRect();
+      const place = {clientX: frame.left + Number(points[0]), clientY: frame.top + Number(points[1])};
+      document.querySelector("#chart-round svg").dispatchEvent(new PointerEvent("pointermove", place));
+      return document.querySelector("#chart-round .tip").textContent;
+    """
+    assert opened.execute_script(script) == "bias, digits, iid: 0.8650 ± 0.0071, round 10, 1.25 MiB"
+
+
+def test_tables_are_tables_to_everyone(opened: webdriver.Chrome) -> None:
+    for table in opened.find_elements(By.TAG_NAME, "table"):
+        assert text_of(table.find_element(By.TAG_NAME, "caption"))
+        assert table.find_elements(By.CSS_SELECTOR, "thead th[scope=col] button")
+        assert table.find_elements(By.CSS_SELECTOR, "tbody th[scope=row]")
+        frame = table.find_element(By.XPATH, "..")
+        assert frame.get_attribute("tabindex") == "0"  # a keyboard can scroll it
+    titles = [text_of(caption) for caption in opened.find_elements(By.CSS_SELECTOR, "#tables caption")]
+    assert "Data distribution: digits" in titles
+    assert "Communication: iid" in titles

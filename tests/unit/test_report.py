@@ -1,0 +1,709 @@
+"""Reports: which runs are averaged, what the tables compare, what is written, and what is said of damaged runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import statistics
+import subprocess
+import sys
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.image import imread
+from rich.console import Console
+
+from fedpeft_dist import cli
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import parse_config
+from fedpeft_dist.tracking import report_runs
+from fedpeft_dist.tracking.report import Report, json_report, make_report, markdown_report, run_rows, write_report
+from fedpeft_dist.tracking.report_formats import csv_text, rich_tables
+from fedpeft_dist.tracking.report_groups import Statistic, group_runs
+from fedpeft_dist.tracking.report_labels import short_names
+from fedpeft_dist.tracking.report_page import MAX_POINTS, group_series, partition_pictures, script_json
+from fedpeft_dist.tracking.report_tables import Table, comparison_tables
+from fedpeft_dist.tracking.run_directory import INTERRUPTED, RunDirectory
+from tests.report_fixtures import FULL, PARAMETERS, curve, make_run, partition_counts
+
+MIB, COHORT = 2**20, 4
+DIGITS = {"name": "digits", "clients": 16}
+
+
+def tree(method: str = "bias", seed: int = 1, **sections: Any) -> dict[str, Any]:
+    federation = {"rounds": 3, "cohort": COHORT}
+    return {"seed": seed, "method": {"name": method}, "data": DIGITS, "federation": federation, **sections}
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+def headings(table: Table) -> list[str]:
+    return [column.heading for column in table.columns]
+
+
+def tables(report: Report, kind: str) -> list[Table]:
+    return [table for table in report.comparisons if table.kind == kind]
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    make_run(tmp_path / "full", tree("full"), (0.25, None, 0.75))
+    make_run(tmp_path / "sweep" / "head", tree("head"), (0.25, None, 0.625))
+    make_run(tmp_path / "sweep" / "lora", tree("lora"), state=INTERRUPTED)
+    return tmp_path
+
+
+# --- rows and groups ---------------------------------------------------------------------------------------------
+
+
+def test_rows_come_with_the_fewest_bytes_first_and_unfinished_runs_last(runs: Path) -> None:
+    rows = run_rows(make_report(runs).runs)
+    assert rows == [
+        {
+            "run": "sweep/head",
+            "state": "complete",
+            "method": "head",
+            "seed": 1,
+            "trained_parameters": 4096,
+            "mib_per_client": 4096 * 4 / MIB,
+            "mib_total": 4096 * 4 * COHORT * 3 / MIB,
+            "share_of_full": 1 / 256,
+            "final_accuracy": 0.625,
+        },
+        {
+            "run": "full",
+            "state": "complete",
+            "method": "full",
+            "seed": 1,
+            "trained_parameters": FULL,
+            "mib_per_client": 4.0,
+            "mib_total": 48.0,
+            "share_of_full": 1.0,
+            "final_accuracy": 0.75,
+        },
+        {"run": "sweep/lora", "state": "interrupted"},
+    ]
+
+
+def test_a_run_can_be_reported_on_alone(runs: Path) -> None:
+    report = make_report(runs / "full")
+    assert [run.name for run in report.runs] == ["full"]
+    assert [point.mib_sent for point in report.runs[0].curve] == [16.0, 48.0]  # round 2's bytes count
+
+
+def test_seeds_are_averaged_and_nothing_else_is(tmp_path: Path) -> None:
+    accuracies = (0.5, 0.75, 0.625)
+    for seed, accuracy in zip((1, 42, 3407), accuracies):
+        make_run(tmp_path / f"bias-{seed}", tree(seed=seed), curve(accuracy))
+        make_run(tmp_path / f"slow-{seed}", tree(seed=seed, client={"optimizer": {"lr": 0.5}}), curve(accuracy / 2))
+    slow, fast = sorted(make_report(tmp_path).grouping.groups, key=lambda group: group.accuracy.mean)
+    assert fast.accuracy == Statistic(statistics.fmean(accuracies), statistics.stdev(accuracies), 3)
+    assert str(fast.accuracy) == "0.6250 ± 0.1250"
+    assert slow.accuracy.mean == pytest.approx(statistics.fmean(accuracies) / 2)
+    assert (fast.label, slow.label) == ("bias, lr 0.01", "bias, lr 0.5")
+    assert fast.seeds == [1, 42, 3407]
+
+
+def test_one_seed_has_no_standard_deviation(runs: Path) -> None:
+    group = make_report(runs).grouping.groups[0]
+    assert group.accuracy == Statistic(0.625, None, 1)
+    assert str(group.accuracy) == "0.6250"
+
+
+def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
+    for name, seed, accuracy in (("a", 1, 0.5), ("again", 1, 0.5), ("b", 2, 0.75)):
+        make_run(tmp_path / name, tree(seed=seed), curve(accuracy))
+    (group,) = make_report(tmp_path).grouping.groups
+    assert group.accuracy == Statistic(0.625, statistics.stdev((0.5, 0.75)), 2)
+    assert len(group.runs) == 3
+
+
+def test_seeds_from_different_machines_are_one_group(tmp_path: Path) -> None:
+    for seed, lanes in ((1, 2), (2, 4)):
+        make_run(tmp_path / str(seed), tree(seed=seed, runtime={"lanes": lanes}), curve(0.5))
+    (group,) = make_report(tmp_path).grouping.groups
+    assert (group.accuracy.seeds, group.label) == (2, "bias")
+
+
+def test_one_seed_with_different_lanes_is_a_comparison(tmp_path: Path) -> None:
+    for lanes in (2, 4):
+        make_run(tmp_path / str(lanes), tree(runtime={"lanes": lanes}), curve(0.5))
+    assert [group.label for group in make_report(tmp_path).grouping.groups] == ["bias, lanes 2", "bias, lanes 4"]
+
+
+def test_what_a_run_does_not_depend_on_sets_no_groups_apart(tmp_path: Path) -> None:
+    for seed, root in ((1, "here"), (2, "there")):
+        make_run(tmp_path / root, tree(seed=seed, data={**DIGITS, "root": root}, output={"root": root}), curve(0.5))
+    assert len(make_report(tmp_path).grouping.groups) == 1
+
+
+def test_methods_are_told_by_what_differs_from_their_defaults(tmp_path: Path) -> None:
+    methods = [
+        {"name": "adapter"},
+        {"name": "adapter", "bottleneck": 8, "shared": False},
+        {"name": "prompt"},
+        {"name": "prompt", "depth": "shallow"},
+    ]
+    for number, method in enumerate(methods):
+        make_run(tmp_path / str(number), tree() | {"method": method}, curve(0.5))
+    make_run(tmp_path / "full", tree("full"), curve(0.5))
+    make_run(tmp_path / "scratch", tree("full", backbone={"pretrained": False}), curve(0.5))
+    assert {group.label for group in make_report(tmp_path).grouping.groups} == {
+        "adapter",
+        "adapter (bottleneck 8, shared false)",
+        "prompt",
+        "prompt (depth shallow)",
+        "full",
+        "full from scratch",
+    }
+
+
+def test_checkpoints_are_told_by_their_files(tmp_path: Path) -> None:
+    for number, path in enumerate((None, "/a/b/mae.pth", "/a/c/mae.pth", "/a/moco.npz")):
+        make_run(tmp_path / str(number), tree(backbone={"name": "vit", "checkpoint": path}), curve(0.5))
+    labels = {group.axes["backbone"].label for group in make_report(tmp_path).grouping.groups}
+    assert labels == {"vit", "vit (checkpoint b/mae.pth)", "vit (checkpoint c/mae.pth)", "vit (checkpoint moco.npz)"}
+
+
+def test_groups_have_labels_of_their_own_whatever_they_differ_in(tmp_path: Path) -> None:
+    trees = [
+        tree(),
+        tree(backbone={"model_args": {"drop_path_rate": 0.1}}),
+        tree(backbone={"model_args": {"depth": 2}}),
+        tree(server={"optimizer": {"lr": 0.5}}),
+        tree(client={"optimizer": {"name": "adamw"}}),
+        tree(client={"steps": 5}),
+        tree(data={**DIGITS, "partition": {"name": "iid"}}),
+        tree(data={**DIGITS, "partition": {"name": "dirichlet", "min_samples": 1}}),
+        tree(data={**DIGITS, "max_train": 500}),
+        tree(data={"name": "cifar100"}),
+        tree(federation={"rounds": 5, "cohort": COHORT}),
+        tree(federation={"rounds": 3, "cohort": 2}),
+    ]
+    for number, one in enumerate(trees):
+        make_run(tmp_path / str(number), one, curve(0.5))
+    report = make_report(tmp_path)
+    assert len({group.label for group in report.grouping.groups}) == len(trees)
+    for table in report.comparisons:
+        for row in table.rows:
+            cells = [cell.value["group"] for cell in row if isinstance(cell.value, dict)]
+            assert len(cells) == len(set(cells))
+
+
+def test_no_mixture_of_experiments_puts_two_groups_into_one_cell() -> None:
+    """In random mixtures a group has a label of its own, no row or title comes twice, no cell holds two groups."""
+    draw = random.Random(0)
+    choices: dict[str, list[Any]] = {
+        "seed": [1, 2],
+        "method": [{"name": "bias"}, {"name": "full"}, {"name": "lora"}, {"name": "lora", "rank": 4}],
+        "backbone": [{}, {}, {"pretrained": False}, {"checkpoint": "x.pth"}, {"model_args": {"depth": 2}}],
+        "data": [
+            {"name": name, "clients": clients, "partition": partition, "max_train": max_train}
+            for name in ("cifar100", "pcam")
+            for clients in (64, 16)
+            for partition in ({"name": "iid"}, {"name": "dirichlet"}, {"name": "dirichlet", "min_samples": 1})
+            for max_train in (None, None, 1000)
+        ],
+        "federation": [{"cohort": 8}, {"cohort": 8}, {"cohort": 16}, {"rounds": 10}],
+        "client": [{}, {}, {"optimizer": {"lr": 0.1}}, {"optimizer": {"name": "adamw"}}],
+        "runtime": [{}, {"lanes": 2}],
+    }
+    for _ in range(40):
+        runs = []
+        for number in range(draw.choice((2, 6, 30))):
+            config = parse_config({key: draw.choice(found) for key, found in choices.items()}, "test")
+            size = draw.choice((100, 200))
+            counted = {"trainable_parameters": size, "backbone_parameters": 1000, "uplink_bytes_total": size}
+            summary = {"method": config.method.name, "final_accuracy": draw.random(), **counted}
+            runs.append(report_runs.Run(str(number), "complete", report_runs.report_keys(config), summary))
+        grouping = group_runs(runs)
+        found = comparison_tables(grouping)
+        assert len({group.label for group in grouping.groups}) == len(grouping.groups)
+        assert len({table.title for table in found}) == len(found)
+        for table in found:
+            cells = [cell.value["group"] for row in table.rows for cell in row if isinstance(cell.value, dict)]
+            assert len(cells) == len(set(cells))
+            names = [tuple(cell.text for cell in row if not isinstance(cell.value, dict)) for row in table.rows]
+            assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["client.optimizer.lr", "federation.rounds"], ["lr", "rounds"]),
+        (["client.optimizer.lr", "server.optimizer.lr"], ["client.optimizer.lr", "server.optimizer.lr"]),
+        (["client.optimizer.name", "server.momentum"], ["optimizer", "momentum"]),
+        (["clients", "data.clients"], ["clients", "data.clients"]),
+    ],
+)
+def test_keys_are_shortened_as_far_as_they_stay_apart(keys: list[str], expected: list[str]) -> None:
+    assert list(short_names(keys).values()) == expected
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def test_the_main_table(runs: Path) -> None:
+    table = make_report(runs).main
+    assert headings(table) == [
+        "method",
+        "trained parameters",
+        "clients a round",
+        "MiB per client and round",
+        "MiB a round",
+        "total MiB",
+        "share of full's bytes",
+        "final accuracy",
+        "seeds",
+    ]
+    assert texts(table) == [
+        ["head", "4,096", "4", "0.0156", "0.062", "0.19", "0.39%", "0.6250", "1"],
+        ["full", "1,048,576", "4", "4.0000", "16.000", "48.00", "100.00%", "0.7500", "1"],
+    ]
+
+
+def test_the_main_table_shows_the_keys_that_vary_and_no_others(tmp_path: Path) -> None:
+    for method, lr in (("head", 0.1), ("bias", 0.2)):
+        for alpha in (0.1, 0.5):
+            data = {**DIGITS, "partition": {"name": "dirichlet", "alpha": alpha}}
+            make_run(
+                tmp_path / f"{method}{alpha}", tree(method, data=data, client={"optimizer": {"lr": lr}}), curve(0.5)
+            )
+    table = make_report(tmp_path).main
+    assert headings(table)[:4] == ["method", "partition", "lr", "trained parameters"]
+    assert [row[:3] for row in texts(table)] == [
+        ["head", "dirichlet 0.1", "0.1"],
+        ["head", "dirichlet 0.5", "0.1"],
+        ["bias", "dirichlet 0.1", "0.2"],
+        ["bias", "dirichlet 0.5", "0.2"],
+    ]
+    assert table.note == "Varies along with these: client.optimizer.lr."
+
+
+def test_the_communication_table_is_the_papers(tmp_path: Path) -> None:
+    """Cohorts are rows, data sets columns; a data set's own alpha stands at its head and splits nothing."""
+    for data, alpha, extra in (("cifar100", 0.1, 100), ("pcam", 0.5, 2)):
+        for method, cohort in (("full", 8), ("full", 1), ("head", 8)):
+            for seed in (1, 42):
+                config = tree(
+                    method,
+                    seed,
+                    data={"name": data, "clients": 64, "partition": {"name": "dirichlet", "alpha": alpha}},
+                    federation={"cohort": cohort},
+                )
+                accuracy = 0.5 + seed / 1000 + cohort / 100
+                path = tmp_path / data / f"{method}-{cohort}-{seed}"
+                make_run(path, config, curve(accuracy), parameters=PARAMETERS[method] * 25 + extra)
+    (table,) = tables(make_report(tmp_path), "communication")
+    assert headings(table) == [
+        "method",
+        "tuned parameters x clients",
+        "MiB a round",
+        "cifar100, dirichlet 0.1",
+        "pcam, dirichlet 0.5",
+    ]
+    assert texts(table) == [
+        ["head", "0.10M x 8", "3.13", "0.6015 ± 0.0290", "0.6015 ± 0.0290"],
+        ["full", "26.21M x 1", "100.00", "0.5315 ± 0.0290", "0.5315 ± 0.0290"],
+        ["full", "26.21M x 8", "800.00", "0.6015 ± 0.0290", "0.6015 ± 0.0290"],
+    ]
+    assert table.rows[0][2].value == [pytest.approx((102400 + extra) * 32 / MIB) for extra in (2, 100)]
+
+
+def test_client_stability_and_distribution_have_a_table_for_each_setting(tmp_path: Path) -> None:
+    accuracy, expected = 0.1, {}
+    for partition in ({"name": "dirichlet", "alpha": 0.1}, {"name": "iid"}):
+        for clients, cohort in ((64, 8), (64, 64), (16, 16), (16, 2)):
+            for method in ("head", "bias"):
+                data = {"name": "cifar100", "clients": clients, "partition": partition}
+                name = f"{partition['name']}-{clients}-{cohort}-{method}"
+                make_run(tmp_path / name, tree(method, data=data, federation={"cohort": cohort}), curve(accuracy))
+                expected[name] = f"{accuracy:.4f}"
+                accuracy += 0.01
+    report = make_report(tmp_path)
+    dirichlet, iid = tables(report, "clients")
+    assert (dirichlet.title, iid.title) == ("Client stability: dirichlet 0.1", "Client stability: iid")
+    assert headings(dirichlet) == ["method", "N=16, C=0.125", "N=16, C=1", "N=64, C=0.125", "N=64, C=1"]
+    cells = ("16-2", "16-16", "64-8", "64-64")
+    for table, name in ((dirichlet, "dirichlet"), (iid, "iid")):
+        for row, method in zip(texts(table), ("head", "bias")):
+            assert row == [method, *(expected[f"{name}-{cell}-{method}"] for cell in cells)]
+    distributions = tables(report, "partition")
+    assert len(distributions) == 4
+    assert distributions[0].title == "Data distribution: N=16, C=0.125"
+    assert headings(distributions[0]) == ["method", "dirichlet 0.1", "iid"]
+    assert texts(distributions[0])[0] == ["head", expected["dirichlet-16-2-head"], expected["iid-16-2-head"]]
+
+
+def test_data_scale_and_backbones_have_tables(tmp_path: Path) -> None:
+    for max_train, accuracy in ((1000, 0.25), (5000, 0.375), (None, 0.5)):
+        data = {"name": "cifar100", "max_train": max_train, "partition": {"name": "dirichlet", "min_samples": 1}}
+        make_run(tmp_path / f"scale-{max_train}", tree(data=data), curve(accuracy))
+    for name, accuracy in (("vit_base_patch16_224.mae", 0.75), ("vit_base_patch16_224.augreg_in21k", 0.5)):
+        make_run(tmp_path / name, tree(backbone={"name": name}, data={"name": "cifar100"}), curve(accuracy))
+    report = make_report(tmp_path)
+    (scale,) = tables(report, "data.max_train")
+    assert headings(scale) == ["method", "1000", "5000", "all"]
+    assert texts(scale) == [["bias", "0.2500", "0.3750", "0.5000"]]
+    (backbone,) = tables(report, "backbone")
+    assert texts(backbone) == [["bias", "0.5000", "0.7500"]]
+
+
+def test_an_option_that_differs_too_is_told_in_the_row_and_merges_nothing(tmp_path: Path) -> None:
+    for partition in ("dirichlet", "iid"):
+        for lr, accuracy in ((0.1, 0.25), (0.2, 0.75)):
+            data = {**DIGITS, "partition": {"name": partition}}
+            config = tree(data=data, client={"optimizer": {"lr": lr}})
+            make_run(tmp_path / f"{partition}{lr}", config, curve(accuracy))
+    report = make_report(tmp_path)
+    (table,) = tables(report, "partition")
+    assert texts(table) == [["bias, lr 0.1", "0.2500", "0.2500"], ["bias, lr 0.2", "0.7500", "0.7500"]]
+    by_rate = tables(report, "client.optimizer.lr")
+    assert [headings(found) for found in by_rate] == [["method", "0.1", "0.2"]] * 2
+    assert [found.title for found in by_rate] == [
+        "By client.optimizer.lr: dirichlet 0.1",
+        "By client.optimizer.lr: iid",
+    ]
+
+
+def test_nothing_to_compare_makes_no_tables(tmp_path: Path) -> None:
+    make_run(tmp_path / "one", tree(), curve(0.5))
+    assert make_report(tmp_path).comparisons == ()
+
+
+def test_epsilon_is_shown_where_a_run_was_private(tmp_path: Path) -> None:
+    make_run(tmp_path / "public", tree("head"), curve(0.5))
+    make_run(tmp_path / "private", tree("bias"), curve(0.5), privacy={"epsilon": 5.0, "dp_delta": 1e-3})
+    make_run(tmp_path / "noisy", tree("lora"), curve(0.5), privacy={"epsilon": None, "dp_delta": None})
+    report = make_report(tmp_path)
+    column = headings(report.main).index("epsilon")
+    assert [row[column] for row in texts(report.main)] == ["", "5", "no guarantee"]
+    assert [row.get("epsilon", "absent") for row in run_rows(report.runs)] == ["absent", 5.0, None]
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 200])
+def test_printed_tables_keep_within_the_terminal(
+    tmp_path: Path, width: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for cohort in (2, 4, 8, 16):
+        for alpha in (0.1, 0.5):
+            data = {**DIGITS, "partition": {"name": "dirichlet", "alpha": alpha}}
+            config = tree("full", data=data, federation={"cohort": cohort})
+            make_run(tmp_path / f"{cohort}-{alpha}", config, curve(cohort / 100 + alpha))
+    report = make_report(tmp_path)
+    console = Console(width=width, color_system=None, force_terminal=False)
+    for table in (report.main, *report.comparisons):
+        for piece in rich_tables(table, width):
+            console.print(piece)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    for group in report.grouping.groups:
+        assert str(group.accuracy) in printed
+    assert "1,048,576" in printed
+
+
+# --- unfinished and damaged runs ---------------------------------------------------------------------------------
+
+
+def test_unfinished_runs_are_listed_everywhere(runs: Path) -> None:
+    report = make_report(runs)
+    assert texts(report.unfinished) == [["sweep/lora", "interrupted", "3"]]
+    assert "| sweep/lora | interrupted | 3 |" in markdown_report(report, "plot.png")
+    found = json_report(report)
+    assert found["unfinished"] == [{"run": "sweep/lora", "state": "interrupted", "rounds_done": 3, "problem": None}]
+    write_report(runs, report)
+    assert "sweep/lora" in (runs / "report.html").read_text()
+    rows = csv_rows(runs / "report.csv")
+    assert [(row["run"], row["state"]) for row in rows] == [
+        ("full", "complete"),
+        ("sweep/head", "complete"),
+        ("sweep/lora", "interrupted"),
+    ]
+
+
+def test_a_report_on_runs_that_have_just_begun_warns_of_nothing(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "new").write_state("running", 0)  # the state comes before the config
+    report = make_report(tmp_path)
+    assert run_rows(report.runs) == [{"run": "new", "state": "running"}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = write_report(tmp_path, report)
+    assert all(path.exists() for path in written)
+    assert "No run is complete yet." in (tmp_path / "report.html").read_text()
+
+
+def test_a_directory_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no run's directory \(state\.json\)"):
+        make_report(tmp_path)
+
+
+SUMMARY = {"method": "bias", "trainable_parameters": 8, "backbone_parameters": 9, "uplink_bytes_total": 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", None),
+        ("summary.json", '{"method": "bi'),
+        ("summary.json", json.dumps(SUMMARY)),
+        ("summary.json", json.dumps({**SUMMARY, "final_accuracy": None})),
+        ("summary.json", json.dumps({**SUMMARY, "final_accuracy": float("nan")})),
+        ("summary.json", json.dumps({**SUMMARY, "final_accuracy": 0.5, "backbone_parameters": 0})),
+        ("config.yaml", None),
+        ("config.yaml", "method: [1"),
+        ("config.yaml", "method: {name: unheard}"),
+        ("state.json", ""),
+        ("metrics.jsonl", "7\n"),
+        ("metrics.jsonl", '{"round": 1}\n'),
+        ("metrics.jsonl", '{"round": 1, "uplink_bytes": 4, "accuracy": "high"}\n'),
+        ("metrics.jsonl", b"\xff\xfe\n"),
+        ("partition.json", "{"),
+        ("partition.json", '{"num_clients": 3, "counts": [[1], [2, 3]]}'),
+        ("partition.json", '{"num_clients": 3, "counts": []}'),
+    ],
+)
+def test_a_damaged_run_is_named_and_hides_no_other(runs: Path, name: str, content: str | bytes | None) -> None:
+    path = runs / "full" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    report = make_report(runs)
+    damaged, unfinished = report.unfinished_runs
+    assert (damaged.name, damaged.state, unfinished.state) == ("full", "damaged", "interrupted")
+    assert str(path) in damaged.problem
+    assert "\n" not in damaged.problem
+    assert [group.label for group in report.grouping.groups] == ["head"]
+    assert json_report(report)["unfinished"][0]["problem"] == damaged.problem
+    assert headings(report.unfinished)[-1] == "what is wrong"
+    write_report(runs, report)
+
+
+def test_nothing_but_damaged_runs_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path / name, tree(), curve(0.5)).summary_file.unlink()
+    with pytest.raises(ConfigError, match=r"a.summary\.json.*1 more damaged"):
+        make_report(tmp_path)
+
+
+def test_a_metrics_file_that_was_cut_short_and_none_at_all_are_no_damage(runs: Path) -> None:
+    metrics = runs / "full" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-10])
+    (runs / "sweep" / "head" / "metrics.jsonl").unlink()
+    report = make_report(runs)
+    assert [len(group.curve()) for group in report.grouping.groups] == [0, 1]
+    write_report(runs, report)
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def test_markdown(runs: Path) -> None:
+    lines = markdown_report(make_report(runs), "plot.png").splitlines()
+    assert lines[0] == f"# Runs below {runs.name}"
+    assert lines[2].startswith("| method | trained parameters | clients a round |")
+    assert lines[3].startswith("| --- | ---: | ---: |")
+    assert lines[4] == "| head | 4,096 | 4 | 0.0156 | 0.062 | 0.19 | 0.39% | 0.6250 | 1 |"
+    assert "![Accuracy against bytes](plot.png)" in lines
+
+
+def test_csv_has_whole_numbers_and_every_key_that_varies(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / f"a{seed}", tree(seed=seed, client={"epochs": seed}), curve(1 / 3))
+    write_report(tmp_path, make_report(tmp_path))
+    rows = csv_rows(tmp_path / "report.csv")
+    assert [row["client.epochs"] for row in rows] == ["1", "2"]
+    assert "client.batch_size" not in rows[0]
+    assert float(rows[0]["final_accuracy"]) == 1 / 3
+    assert rows[0]["weights_sha256"] != rows[1]["weights_sha256"]
+    assert {"seed", "best_accuracy", "samples_per_second", "trainable_parameters", "uplink_bytes_total"} <= set(rows[0])
+    groups = csv_rows(tmp_path / "report_groups.csv")
+    assert [float(group["final accuracy"]) for group in groups] == [1 / 3, 1 / 3]
+
+
+def test_csv_tells_mean_and_spread_apart(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / f"a{seed}", tree(seed=seed), curve(seed / 4))
+    (row,) = csv.DictReader(csv_text(make_report(tmp_path).main).splitlines())
+    assert (float(row["final accuracy"]), row["seeds"]) == (0.375, "2")
+    assert float(row["std"]) == statistics.stdev((0.25, 0.5))
+
+
+def test_json_is_one_object(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedpeft", "report", str(runs), "--json"])
+    before = sorted(runs.rglob("*"))
+    cli.main()
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(runs.rglob("*")) == before
+    assert found["runs"] == run_rows(make_report(runs).runs)
+    assert [group["final_accuracy"] for group in found["groups"]] == [
+        {"mean": 0.625, "std": None},
+        {"mean": 0.75, "std": None},
+    ]
+    assert found["groups"][0]["runs"] == ["sweep/head"]
+    main, communication = found["tables"]
+    assert main["columns"][0] == "method"
+    assert main["rows"][0][-2] == {"mean": 0.625, "std": None, "seeds": 1, "group": "head"}
+    assert communication["kind"] == "communication"
+
+
+def test_the_command_prints_tables_and_says_what_it_wrote(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedpeft", "report", str(runs)])
+    cli.main()
+    printed = capsys.readouterr().out
+    for words in ("All groups", "Communication", "Unfinished runs", "0.6250", "interrupted"):
+        assert words in printed
+    written = [line.removeprefix("written: ") for line in printed.splitlines() if line.startswith("written: ")]
+    names = ["report.md", "report.csv", "report_groups.csv", "accuracy_against_bytes.png", "report.html"]
+    assert [Path(path).name for path in written] == names
+    assert all(Path(path).stat().st_size for path in written)
+
+
+def test_the_report_itself_is_no_run(runs: Path) -> None:
+    first = write_report(runs, make_report(runs))
+    again = make_report(runs)
+    assert len(again.runs) == 3
+    assert write_report(runs, again) == first
+
+
+def test_reading_runs_imports_nothing_heavy(runs: Path) -> None:
+    probe = (
+        "import sys; from pathlib import Path; from fedpeft_dist.tracking.report import make_report, json_report; "
+        f"json_report(make_report(Path({str(runs)!r}))); "
+        "print([name for name in ('torch', 'timm', 'matplotlib', 'torchvision') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout == "[]\n"
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_the_plot_is_a_picture(runs: Path) -> None:
+    write_report(runs, make_report(runs))
+    picture = imread(runs / "accuracy_against_bytes.png")
+    assert picture.shape[0] > 300
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
+
+
+def test_the_plot_has_a_line_for_each_group_and_unfinished_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(runs / "full2", tree("full", 2), (0.5, None, 0.25))
+    lines = {}
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *_, label, **__: lines.update({label: (list(x), list(y))}))
+    write_report(runs, make_report(runs))
+    assert set(lines) == {"full", "head", "sweep/lora (interrupted)"}
+    sent, accuracy = lines["full"]
+    assert sent == [4.0 * COHORT, 4.0 * COHORT * 3]  # round 2 was not evaluated, but its bytes count
+    assert accuracy == pytest.approx([0.375, 0.5])  # over both seeds
+
+
+def test_a_long_curve_is_thinned_out_and_keeps_its_end(tmp_path: Path) -> None:
+    make_run(tmp_path / "long", tree(), curve(0.5, rounds=1001))
+    (series,) = group_series(make_report(tmp_path).grouping)
+    assert len(series["round"]) == MAX_POINTS
+    assert (series["round"][0], series["round"][-1], series["mean"][-1]) == (1, 1001, 0.5)
+
+
+def test_a_curve_has_the_rounds_that_all_seeds_evaluated(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", tree(seed=1), (0.25, 0.5, 0.75, 0.5))
+    make_run(
+        tmp_path / "b",
+        tree(seed=2, federation={"rounds": 3, "cohort": COHORT, "evaluate_every": 2}),
+        (None, 0.25, None, 0.5),
+    )
+    (series,) = group_series(make_report(tmp_path).grouping)
+    assert series["round"] == [2, 4]
+    assert series["mean"] == [0.375, 0.5]
+    assert series["std"] == [pytest.approx(statistics.stdev((0.5, 0.25)), abs=1e-6), 0.0]
+
+
+def test_each_distinct_partition_has_one_picture(tmp_path: Path) -> None:
+    for method in ("head", "bias"):
+        for seed in (1, 2):
+            make_run(tmp_path / f"{method}{seed}", tree(method, seed), curve(0.5), counts=partition_counts(seed))
+    make_run(tmp_path / "without", tree("lora"), curve(0.5))
+    pictures, left_out = partition_pictures(make_report(tmp_path).runs)
+    assert left_out == 0
+    assert [(picture["title"], picture["runs"]) for picture in pictures] == [
+        ("digits, dirichlet 0.1, N=8, seed 1", 2),
+        ("digits, dirichlet 0.1, N=8, seed 2", 2),
+    ]
+    assert pictures[1]["counts"] == partition_counts(2)
+    assert {picture["most"] for picture in pictures} == {np.max([partition_counts(1), partition_counts(2)])}
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+NASTY = "a</script><b onclick='x'>&amp; \"q\" {{data}} é💡 <!-- |"
+
+
+class Page(HTMLParser):
+    """Counts elements and keeps texts, as a browser would see them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_names_of_runs_are_never_markup(tmp_path: Path) -> None:
+    name = NASTY.replace("/", "\N{FRACTION SLASH}")
+    make_run(tmp_path / name, tree("lora"), state=INTERRUPTED)
+    make_run(tmp_path / "done", tree(backbone={"model_args": {"note": NASTY}}), curve(0.5))
+    make_run(tmp_path / "other", tree(), curve(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(tmp_path, make_report(tmp_path))
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags.count("script") == 2
+    assert "b" not in page.tags
+    assert name in page.texts
+    data = json.loads(next(text for text in page.texts if text.startswith('{"series"')))
+    assert name in {series["label"].removesuffix(" (interrupted)") for series in data["series"]}
+    markdown = (tmp_path / "report.md").read_text()
+    assert "<b" not in markdown
+    assert "&lt;!-- \\|" in markdown
+
+
+def test_json_in_a_script_cannot_end_it() -> None:
+    text = script_json({"name": NASTY})
+    assert "<" not in text
+    assert json.loads(text) == {"name": NASTY}
+
+
+def test_the_page_refers_to_nothing_outside_itself(runs: Path) -> None:
+    write_report(runs, make_report(runs))
+    page = Page((runs / "report.html").read_text())
+    assert [value for name, value in page.attributes if name in ("src", "href")] == ["data:,"]
+    assert any(value and value.startswith("default-src 'none'") for _, value in page.attributes)
+
+
+def test_a_page_over_many_runs_stays_small(tmp_path: Path) -> None:
+    for number in range(60):
+        config = tree(seed=number % 3, client={"epochs": number // 3 + 1})
+        make_run(tmp_path / str(number), config, curve(0.5, rounds=50), counts=partition_counts(number % 3, 64, 100))
+    write_report(tmp_path, make_report(tmp_path))
+    assert (tmp_path / "report.html").stat().st_size < 2**19
