@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -44,16 +44,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     if run_config.output.name is None:
         run_config = with_values(run_config, "output", name=default_run_name(config, run_config))
 
-    from fedpeft_dist.federation.rounds import run_federation
-    from fedpeft_dist.runtime import process
+    from fedpeft_dist.federation.rounds import start_and_run
 
-    with process.start(run_config.runtime) as runtime:
-        choices = {"device": runtime.device.type, "precision": runtime.precision}
-        state = run_federation(with_values(run_config, "runtime", **choices), runtime)
-    if state == "interrupted":
-        if runtime.is_main:
-            print("interrupted; run the same command to go on", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED)
+    if start_and_run(run_config) == "interrupted":
+        _leave_interrupted()
 
 
 @app.command()
@@ -129,21 +123,64 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's directory.", show_default=False)],
+    overrides: Overrides = None,
+    export_format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="timm, peft or safetensors.", show_default=False)
+    ] = ...,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The export's folder; RUN/export/FORMAT without it.")
+    ] = None,
+) -> None:
+    """Write what a run has trained for use elsewhere: in timm, in Hugging Face peft, or as named tensors."""
+    from fedpeft_dist.export import export_run
+    from fedpeft_dist.tracking.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    if not directory.config_file.exists():
+        raise ConfigError(f"{run}: no run's directory, it has no config.yaml")
+    folder, expression = export_run(
+        load_config(directory.config_file, overrides or ()), directory, export_format, output
+    )
+    print(f"written: {folder}")
+    print(f"reload:  {expression}")
+
+
+@app.command()
+def prefetch(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Fetch a config's weights and data on a machine with internet, and decode the images; `train` never downloads."""
+    run_config = load_config(config, overrides or ())
+
+    from fedpeft_dist.backbones.timm_backbone import prefetch_weights
+    from fedpeft_dist.data.download import prefetch_data
+
+    print(f"weights: {prefetch_weights(run_config.backbone) or 'nothing to download'}", flush=True)
+    print(f"data:    {prefetch_data(run_config.data) or 'nothing to download'}")
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where runs are; searched recursively.")],
     as_json: AsJson = False,
 ) -> None:
-    """Tabulate the runs below a directory, and write the same as markdown with a plot."""
-    from fedpeft_dist.tracking.report import markdown_table, read_runs, rich_table, table_rows, write_report
+    """Compare the runs below a directory: tables here, and markdown, CSV and a page to look at (report.html) there."""
+    from fedpeft_dist.tracking.report import json_report, make_report, printed_tables, write_report
+    from fedpeft_dist.tracking.report_formats import rich_tables
 
-    runs = read_runs(directory)
-    rows = table_rows(runs)
+    found = make_report(directory)
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps(json_report(found)))
         return
-    Console().print(rich_table(rows))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a file or a pipe has no edge that a row should break at
+    for table in printed_tables(found):
+        for piece in rich_tables(table, console.width):
+            console.print(piece)
+            console.print()
     try:
-        written = write_report(directory, runs, markdown_table(rows))
+        written = write_report(directory, found)
     except OSError as error:
         raise ConfigError(f"{directory}: the report cannot be written there ({error})") from None
     for path in written:
@@ -152,12 +189,49 @@ def report(
 
 @app.command()
 def pretrain(
-    output: Annotated[Path | None, typer.Option(help="Where the weights go.", show_default=False)] = None,
+    output: Annotated[Path, typer.Option(help="Where the weights go.")] = Path("glyph_vit.safetensors"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer make a weaker backbone.")] = 6000,
 ) -> None:
     """Rebuild the embedded backbone, glyph_vit, from its recipe."""
     from fedpeft_dist.pretrain import pretrain as run_recipe
 
-    run_recipe(output or Path("glyph_vit.safetensors"))
+    run_recipe(output, steps=steps)
+
+
+sweep_app = typer.Typer(help="Work through many runs that one file describes.", no_args_is_help=True)
+app.add_typer(sweep_app, name="sweep")
+SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's YAML file.", show_default=False)]
+
+
+@sweep_app.command("list")
+def sweep_list(sweep: SweepPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """List a sweep's cells, in the order of their indices, with how far each has got."""
+    from fedpeft_dist.sweeps import cell_rows, count_states, load_sweep
+
+    rows = cell_rows(load_sweep(sweep, overrides or ()))
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['index']:>4}  {row['state']:<11}  {row['name']}")
+    print(f"{len(rows)} cells: {count_states(rows)}")
+
+
+@sweep_app.command("run")
+def sweep_run(
+    sweep: SweepPath,
+    overrides: Overrides = None,
+    index: Annotated[int | None, typer.Option(help="The one cell to run.", show_default=False)] = None,
+) -> None:
+    """Run a sweep's cells one after another, or one of them; what is complete is skipped, so are cells in work."""
+    from fedpeft_dist.sweeps import load_sweep, pick_cell, work_through
+
+    cells = load_sweep(sweep, overrides or ())
+    outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)])
+    if outcome.interrupted:
+        _leave_interrupted()
+    if outcome.failed:
+        raise SystemExit(1)
 
 
 def main() -> None:
@@ -174,7 +248,15 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-def _fail(message: str) -> None:
+def _leave_interrupted() -> NoReturn:
+    from fedpeft_dist.runtime.process import find_launch
+
+    if find_launch().rank == 0:
+        print("interrupted; run the same command to go on", file=sys.stderr)
+    raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _fail(message: str) -> NoReturn:
     from fedpeft_dist.runtime.process import find_launch
 
     # Every rank makes the same mistake; one rank a machine tells it. The others leave it the time to: torchrun ends all

@@ -12,12 +12,15 @@ import yaml
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.load import load_config
 from fedpeft_dist.data import DATASETS
-from fedpeft_dist.data.partition import PARTITIONS
+from fedpeft_dist.data.splits import SPLITS
 from fedpeft_dist.federation.server_optimizers import SERVER_OPTIMIZERS
 from fedpeft_dist.methods import METHODS
+from fedpeft_dist.sweeps import load_sweep
 
 REPOSITORY = Path(__file__).parents[2]
-PATHS = [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))]
+ALL_PATHS = [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))]
+SWEEPS = [path for path in ALL_PATHS if path.startswith("configs/sweeps/")]
+PATHS = [path for path in ALL_PATHS if path not in SWEEPS]
 PAPER_DATA = ("cifar100", "resisc45", "pcam")
 
 # The clients' learning rates; prompt_shallow and adapter_per_block take those of their like, lora and norm are ours.
@@ -40,14 +43,15 @@ def test_loads(path: str) -> None:
     load_config(REPOSITORY / path)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ALL_PATHS)
 def test_opens_with_the_command_that_runs_it(path: str) -> None:
     comment = []
     for line in (REPOSITORY / path).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         comment.append(line.lstrip("# "))
-    assert f"fedpeft train {path}" in " ".join(comment)
+    command = "sweep run" if path in SWEEPS else "train"
+    assert f"fedpeft {command} {path}" in " ".join(comment)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path.startswith("configs/paper/")])
@@ -91,6 +95,56 @@ def test_paper_setting(data: str, method: str) -> None:
     assert config.data.max_train == (20_000 if data == "pcam" else None)
 
 
+EXPERIMENT_CELLS = {
+    "communication": (5 + 4) * 3,
+    "stability": 5 * 2 * 4 * 3,
+    "scale": 5 * 3 * 3,
+    "pretraining": 5 * 2 * 3,
+}
+
+
+@pytest.mark.parametrize("path", SWEEPS)
+def test_a_sweep_has_the_cells_that_it_says(path: str) -> None:
+    """Its comment tells the number, which for the paper's data sets is the paper's; every cell's config is valid."""
+    cells = load_sweep(REPOSITORY / path)
+    text = (REPOSITORY / path).read_text(encoding="utf-8")
+    assert f"= {len(cells)} cells." in text
+    if "offline" not in path:
+        assert len(cells) == EXPERIMENT_CELLS[Path(path).stem]
+    assert len({cell.config.output.name for cell in cells}) == len(cells)
+
+
+def test_every_experiment_but_privacy_has_a_sweep_for_each_data_set() -> None:
+    found = {(Path(path).parent.name, Path(path).stem) for path in SWEEPS}
+    paper = {(data, name) for data in PAPER_DATA for name in EXPERIMENT_CELLS} - {("resisc45", "scale")}
+    offline = {(data, name) for data in ("digits", "glyphs100") for name in (*EXPERIMENT_CELLS, "rates")}
+    assert found == paper | offline
+
+
+@pytest.mark.parametrize("data", PAPER_DATA)
+def test_sweeps_take_the_methods_rates_from_the_presets(data: str) -> None:
+    for cell in load_sweep(REPOSITORY / "configs" / "sweeps" / data / "communication.yaml"):
+        method = cell.name.partition("-")[0]
+        assert cell.config.client.optimizer.lr == RATES[method][PAPER_DATA.index(data)]
+        assert cell.config.seed in (1, 42, 3407)
+
+
+def test_the_communication_sweep_varies_the_cohort_of_full_and_head() -> None:
+    cells = load_sweep(REPOSITORY / "configs" / "sweeps" / "cifar100" / "communication.yaml")
+    found = {(cell.config.method.name, cell.config.federation.cohort) for cell in cells}
+    expected = {("full", m) for m in (8, 4, 2, 1)} | {("head", 8), ("head", 64)}
+    assert found == expected | {(method, 8) for method in ("bias", "adapter", "prompt")}
+
+
+def test_the_scale_sweeps_subsample_and_top_up() -> None:
+    for data, sizes in (("cifar100", {1000, 5000, 10_000}), ("pcam", {1000, 1500, 2000})):
+        cells = load_sweep(REPOSITORY / "configs" / "sweeps" / data / "scale.yaml")
+        assert {cell.config.data.max_train for cell in cells} == sizes
+        assert all(cell.config.data.partition.top_up for cell in cells)
+        assert {cell.config.data.partition.min_samples for cell in cells} == {1}
+        assert {cell.config.data.partition.alpha for cell in cells} == {0.5 if data == "pcam" else 0.1}
+
+
 def test_paper_methods() -> None:
     methods = {name: paper_config("cifar100", name).method for name in RATES}
     assert methods["scratch"] == methods["full"] == schema.FullConfig(name="full")
@@ -107,7 +161,7 @@ def test_paper_methods() -> None:
         (METHODS, schema.MethodConfig, set()),
         (DATASETS, schema.DataConfig, set()),
         # A pool is no split of the samples: make_partition builds it by itself.
-        (PARTITIONS, schema.PartitionConfig, {schema.PoolPartition}),
+        (SPLITS, schema.PartitionConfig, {schema.PoolPartition}),
         (SERVER_OPTIMIZERS, schema.ServerOptimizerConfig, set()),
     ],
     ids=["methods", "data sets", "partitions", "server optimizers"],

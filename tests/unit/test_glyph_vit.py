@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, WEIGHTS_FILE, build_glyph_vit
+from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.glyphs import ALPHABETS
 from fedpeft_dist.pretrain import letter_drawings, pretrain, sample_letters, schedule
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "glyph_vit.md"
-TINY = {"steps": 3, "batch_size": 4, "held_out_images": 8, "warmup_steps": 1}
+TINY = {"steps": 3, "batch_size": 4, "held_out_images": 8}
 
 
 def quiet(_: str) -> None:
@@ -104,6 +105,13 @@ def test_pretraining_refuses_empty_sizes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size: 0"):
         pretrain(tmp_path / "w.safetensors", batch_size=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "weights.safetensors"):
+        with pytest.raises(ConfigError, match=r"--output.*cannot be written"):
+            pretrain(output)
 
 
 def test_samples_are_letters_in_the_models_range() -> None:

@@ -1,0 +1,123 @@
+"""Workers that share a sweep: real processes on real cells."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
+
+BASE = {
+    "backbone": {"name": "vit_tiny_patch16_224", "pretrained": False},
+    "method": {"name": "bias"},
+    "data": {"name": "digits", "image_size": 16, "clients": 4, "partition": {"name": "iid"}},
+    "federation": {"rounds": 2, "cohort": 2},
+    "client": {"epochs": 1, "batch_size": 64},
+    "runtime": {"device": "cpu", "lanes": 2},
+}
+BASE["backbone"]["model_args"] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Six cells: four that run, one that cannot (more clients than samples), one more that runs."""
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE), encoding="utf-8")
+    path = tmp_path / "sweep.yaml"
+    tree = {
+        "base": "base.yaml",
+        "output": "out",
+        "axes": {"client.optimizer.lr": [0.01, 0.1]},
+        "cells": {"impossible": {"data.clients": 5000}, "last": {"method": {"name": "head"}}},
+        "seeds": [1, 2],
+    }
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def start(sweep: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fedpeft_dist", "sweep", "run", str(sweep), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=sweep.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(worker: subprocess.Popen) -> tuple[int, str, str]:
+    output, errors = worker.communicate(timeout=300)
+    return worker.returncode, output, errors
+
+
+def runs(sweep: Path) -> dict[str, RunDirectory]:
+    return {path.parent.name: RunDirectory(path.parent) for path in sorted((sweep.parent / "out").glob("*/state.json"))}
+
+
+def test_two_workers_share_the_cells_and_a_failure_stops_nobody(sweep: Path) -> None:
+    results = [finish(worker) for worker in [start(sweep), start(sweep)]]
+    assert [code for code, _, _ in results] == [1, 1]
+    for _, _, errors in results:
+        assert "cell 4 impossible-seed1 failed: data.clients: 5000 is more than the 1297 training samples" in errors
+        assert "Traceback" not in errors
+    found = runs(sweep)
+    assert sorted(found) == [
+        *("last-seed1", "last-seed2"),
+        *("lr0.01-seed1", "lr0.01-seed2", "lr0.1-seed1", "lr0.1-seed2"),
+    ]
+    for run in found.values():
+        assert run.read_state()["state"] == COMPLETE
+        rows = run.metrics_file.read_text(encoding="utf-8").splitlines()
+        assert [json.loads(row)["round"] for row in rows] == [1, 2]
+    # Every cell was run by one of them: what a worker did not complete it found complete or in work.
+    completed = [int(output.splitlines()[-1].split(" complete")[0]) for _, output, _ in results if "complete" in output]
+    assert sum(completed) == 6
+
+    code, output, _ = finish(start(sweep))
+    assert code == 1
+    assert output.splitlines()[-1] == "6 skipped, 2 failed"
+
+
+def test_one_cell_by_its_index_is_the_same_run_as_train(sweep: Path) -> None:
+    assert finish(start(sweep, "--index", "3"))[0] == 0
+    found = runs(sweep)
+    assert list(found) == ["lr0.1-seed2"]
+    digest = json.loads(found["lr0.1-seed2"].summary_file.read_text())["weights_sha256"]
+    command = [
+        *(sys.executable, "-m", "fedpeft_dist", "train", "base.yaml", "client.optimizer.lr=0.1", "seed=2"),
+        *("output.root=alone", "output.name=run"),
+    ]
+    subprocess.run(command, cwd=sweep.parent, check=True, capture_output=True, timeout=300)
+    assert json.loads((sweep.parent / "alone" / "run" / "summary.json").read_text())["weights_sha256"] == digest
+
+    code, output, _ = finish(start(sweep, "--index", "3"))
+    assert code == 0
+    assert "already complete" in output
+    code, _, errors = finish(start(sweep, "--index", "4"))
+    assert code == 2
+    assert errors.startswith("error: data.clients: 5000")
+    code, _, errors = finish(start(sweep, "--index", "8"))
+    assert (code, errors) == (2, f"error: --index: 8 is no cell of {sweep}; give 0 to 7\n")
+
+
+def test_a_cell_in_work_is_left_alone_and_a_killed_worker_leaves_it_free(sweep: Path) -> None:
+    slow = start(sweep, "--index", "0", "federation.rounds=100000")
+    run = RunDirectory(sweep.parent / "out" / "lr0.01-seed1")
+    deadline = time.monotonic() + 120
+    while not run.metrics_file.exists():
+        assert time.monotonic() < deadline
+        assert slow.poll() is None
+        time.sleep(0.1)
+    code, _, errors = finish(start(sweep, "--index", "0", "federation.rounds=100000"))
+    assert code == 2
+    assert "another process is writing this run" in errors
+    code, output, _ = finish(start(sweep, "federation.rounds=1"))
+    assert code == 1
+    assert output.splitlines()[-1] == "5 complete, 1 taken, 2 failed"
+    slow.kill()
+    slow.communicate()
+    assert not run.in_use()

@@ -1,0 +1,180 @@
+"""Sweep files: what they expand to, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedpeft_dist import cli
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.sweeps import Cell, cell_rows, load_sweep, pick_cell
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RunDirectory, RunInUseError
+
+BASE = {"data": {"name": "digits", "clients": 4}, "federation": {"rounds": 2, "cohort": 2}, "output": {"root": "runs"}}
+
+
+def write(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "base.yaml", BASE)
+    write(tmp_path / "lora.yaml", {"extends": "base.yaml", "method": {"name": "lora", "rank": 4}})
+    return tmp_path
+
+
+def expand(folder: Path, overrides: tuple[str, ...] = (), **sweep: Any) -> list[Cell]:
+    return load_sweep(write(folder / "sweep.yaml", {"base": "base.yaml", **sweep}), overrides)
+
+
+def test_axes_are_combined_in_order_with_the_seed_fastest(folder: Path) -> None:
+    cells = expand(
+        folder,
+        axes={
+            "method": {"lora": {"extends": "lora.yaml"}, "head": {"method": {"name": "head"}}},
+            "federation.cohort": [1, 2],
+        },
+        seeds=[5, 1],
+    )
+    assert [cell.name for cell in cells] == [
+        *("lora-cohort1-seed5", "lora-cohort1-seed1", "lora-cohort2-seed5", "lora-cohort2-seed1"),
+        *("head-cohort1-seed5", "head-cohort1-seed1", "head-cohort2-seed5", "head-cohort2-seed1"),
+    ]
+    assert [cell.index for cell in cells] == list(range(8))
+    third = cells[2].config
+    assert (third.method.name, third.method.rank, third.federation.cohort, third.seed) == ("lora", 4, 2, 5)
+    assert cells[7].config.method.name == "head"
+
+
+def test_further_cells_come_after_the_axes(folder: Path) -> None:
+    cells = expand(
+        folder,
+        axes={"method": {"head": {"method": {"name": "head"}}}},
+        cells={"lora-m1": {"extends": "lora.yaml", "federation.cohort": 1, "client": {"optimizer": {"lr": 0.5}}}},
+        seeds=[1, 2],
+    )
+    assert [cell.name for cell in cells] == ["head-seed1", "head-seed2", "lora-m1-seed1", "lora-m1-seed2"]
+    assert cells[2].config.method.rank == 4
+    assert cells[2].config.federation.cohort == 1
+    assert cells[2].config.client.optimizer.lr == 0.5
+
+
+def test_a_later_axis_wins_and_set_goes_over_the_base(folder: Path) -> None:
+    cells = expand(
+        folder,
+        set={"federation.rounds": 7, "client": {"epochs": 3}},
+        axes={
+            "first": {"a": {"client.epochs": 4, "client.batch_size": 8}},
+            "second": {"b": {"client.epochs": 5}},
+        },
+    )
+    assert len(cells) == 1
+    client = cells[0].config.client
+    assert (cells[0].config.federation.rounds, client.epochs, client.batch_size) == (7, 5, 8)
+
+
+def test_keys_go_over_the_files_that_choices_extend(folder: Path) -> None:
+    write(
+        folder / "other.yaml",
+        {"extends": "base.yaml", "client": {"epochs": 9, "batch_size": 9}, "federation": {"rounds": 9}},
+    )
+    cells = expand(
+        folder,
+        set={"federation.rounds": 7},
+        axes={"first": {"a": {"client.epochs": 4}}, "second": {"b": {"extends": "other.yaml"}}},
+    )
+    client = cells[0].config.client
+    assert (cells[0].config.federation.rounds, client.epochs, client.batch_size) == (7, 4, 9)
+
+
+def test_directories_lie_below_the_output_and_overrides_go_over_everything(folder: Path) -> None:
+    axes = {"seedless": {"x": {}}}
+    named = expand(folder, axes=axes, output="elsewhere/s")[0]
+    assert str(named.directory.path) == "elsewhere/s/x-seed1"
+    unnamed = expand(folder, axes=axes)[0]
+    assert str(unnamed.directory.path) == f"runs/{folder.name}-sweep/x-seed1"
+    moved = expand(folder, ("output.root=/tmp/else", "federation.rounds=9"), axes=axes, output="elsewhere/s")[0]
+    assert str(moved.directory.path) == "/tmp/else/x-seed1"
+    assert moved.config.federation.rounds == 9
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"axis": {}}, r"sweep\.yaml: axis: unknown key of a sweep; known here: base, output, set, axes, cells, seeds"),
+        ({"axes": {}}, r"sweep\.yaml: a sweep without axes and cells has nothing to run"),
+        ({"cells": {"a/b": {}}}, r"sweep\.yaml: 'a/b' cannot be part of a directory's name"),
+        ({"axes": {"federation.cohort": [1, 1]}}, r"sweep\.yaml: two cells are called 'cohort1-seed1'"),
+        ({"axes": {"a": {"x": {}}}, "cells": {"x": {}}}, r"sweep\.yaml: two cells are called 'x-seed1'"),
+        (
+            {"axes": {"federation.chort": [1]}},
+            r"sweep\.yaml, cell chort1-seed1: federation\.chort: unknown key; did you",
+        ),
+        ({"cells": {"a": {"extends": "none.yaml"}}}, r"none\.yaml: no such config file"),
+        ({"cells": {"a": {"extends": 3}}}, r"extends: 3 is not a path"),
+        ({"cells": {"a": {}}, "seeds": []}, r"sweep\.yaml: seeds: "),
+        ({"cells": {"a": {"federation.cohort": 9}}}, r"cell a-seed1: federation\.cohort: 9 is larger"),
+        ({"base": 3, "cells": {"a": {}}}, r"sweep\.yaml: base: 3: "),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_by_name(folder: Path, sweep: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        expand(folder, **sweep)
+
+
+def test_a_sweep_needs_a_base(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"base: missing"):
+        load_sweep(write(folder / "sweep.yaml", {"cells": {"a": {}}}))
+    with pytest.raises(ConfigError, match=r"no such config file; did you mean base\.yaml"):
+        load_sweep(folder / "bas.yaml")
+
+
+def test_a_cell_is_picked_by_its_index(folder: Path) -> None:
+    cells = expand(folder, cells={"a": {}, "b": {}})
+    assert pick_cell(cells, 1, folder).name == "b-seed1"
+    for index in (-1, 2):
+        with pytest.raises(ConfigError, match=rf"--index: {index} is no cell of .*; give 0 to 1"):
+            pick_cell(cells, index, folder)
+
+
+def test_states_are_those_of_the_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    cells = expand(folder, cells={name: {} for name in "abc"}, output="out")
+    cells[0].directory.write_state(COMPLETE, 2)
+    cells[1].directory.write_state(FAILED, 1)
+    assert [row["state"] for row in cell_rows(cells)] == [COMPLETE, FAILED, "waiting"]
+    longer = expand(folder, ("federation.rounds=3",), cells={"a": {}}, output="out")
+    assert cell_rows(longer)[0]["state"] == "waiting"
+
+
+def test_list_prints_every_cell(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(folder / "sweep.yaml", {"base": "base.yaml", "axes": {"federation.cohort": [1, 2]}, "seeds": [1, 2]})
+    monkeypatch.setattr("sys.argv", ["fedpeft", "sweep", "list", str(path)])
+    cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[2].split() == ["2", "waiting", "cohort2-seed1"]
+    assert lines[-1] == "4 cells: 4 waiting"
+    monkeypatch.setattr("sys.argv", ["fedpeft", "sweep", "list", str(path), "--json"])
+    cli.main()
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["cohort1-seed1", "cohort1-seed2", "cohort2-seed1", "cohort2-seed2"]
+
+
+def test_only_one_holds_a_runs_lock(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    assert not directory.in_use()
+    lock = directory.lock()
+    assert directory.in_use()
+    with pytest.raises(RunInUseError, match="another process is writing this run"):
+        directory.lock()
+    lock.release()
+    assert not directory.in_use()
+    directory.lock().release()
