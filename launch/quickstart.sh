@@ -6,7 +6,7 @@
 # With a single CUDA device it is one process: NCCL gives each process a device of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/setup.sh
+source launch/setup.sh ""
 
 export OMP_NUM_THREADS=1
 ranks=2

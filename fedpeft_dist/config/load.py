@@ -228,7 +228,9 @@ def nest_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{key}: {parent} is already given a value by another override")
-        node[leaf] = copy.deepcopy(value)  # a later dotted key may go into it
+        both_sections = isinstance(node.get(leaf), dict) and isinstance(value, dict)
+        # Copied, since a later dotted key may go into it.
+        node[leaf] = merge_trees(node[leaf], value, f"{key}.") if both_sections else copy.deepcopy(value)
     return tree
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data import cifar, datasets, huggingface, image_folder, image_store, pcam, resisc45
+from fedpeft_dist.data.source import check_num_classes
 
 SOURCES = {
     schema.Cifar10Config: cifar.cifar_source,
@@ -24,7 +25,11 @@ SOURCES = {
 
 def load_files(config: schema.DataConfig, seed: int) -> datasets.Dataset:
     """A data set of files, through its store on disk; the same for every seed."""
-    return image_store.open_store(SOURCES[type(config)](config), config)
+    dataset = image_store.open_store(SOURCES[type(config)](config), config)
+    expected = getattr(config, "classes", None)
+    if expected is not None:  # checked here too, since a store that is there already is not read anew
+        check_num_classes(f"data.classes: {expected}", expected, f"the {config.name} data", dataset.class_names)
+    return dataset
 
 
 DATASETS = {

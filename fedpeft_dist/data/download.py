@@ -86,6 +86,8 @@ def _download(config: schema.DataConfig) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
+            if all((root / file).is_file() for file in files):  # fetched by another process meanwhile
+                return
             shutil.rmtree(incoming, ignore_errors=True)  # of a download that was killed
             try:
                 incoming.mkdir()
@@ -95,7 +97,6 @@ def _download(config: schema.DataConfig) -> None:
                     (incoming / file).replace(root / file)
             finally:
                 shutil.rmtree(incoming, ignore_errors=True)
-                lock.unlink(missing_ok=True)
     except Exception as error:  # the disk, the network and torchvision's checks fail by classes of their own
         if created and root.is_dir() and not any(root.iterdir()):
             root.rmdir()

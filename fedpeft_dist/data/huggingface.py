@@ -34,7 +34,8 @@ def huggingface_source(config: HuggingFaceConfig) -> Source:
     identity: list[Any] = [*keys, config.client_column, config.stored_size]
     folder = Path(config.path)
     if folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        own = Path(config.store or Path(config.root) / ".store").resolve()  # may lie in the same folder
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and own not in p.resolve().parents)
         return Source([*identity, stamp(files, folder)], lambda: _read(config, _load_both(config, offline=True)))
     splits = _load_both(config, offline=True)
     # The cache's folder bears the data set's name and the commit it was downloaded at.

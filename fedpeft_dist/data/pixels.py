@@ -110,6 +110,7 @@ def choose_resident(splits: list[ImageSet], device: torch.device) -> list[bool]:
     """Which splits are kept on the device: the first ones that fit into DEVICE_SHARE of its free memory together."""
     if device.type == "cpu":
         return [True] * len(splits)
+    torch.cuda.empty_cache()  # what earlier runs of this process have left in PyTorch's own pool
     budget, chosen = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0], []
     for split in splits:
         size = len(split) * split.images[0].nbytes

@@ -67,6 +67,25 @@ def open_run(config: RunConfig, runtime: Runtime) -> Run | None:
         ConfigError: on every rank, where any of them finds something that it cannot use.
     """
     directory = RunDirectory(Path(config.output.root) / config.output.name)
+    config, state = _look(config, directory, runtime)
+    if _is_over(state, config, directory, runtime):
+        return None
+    with failing_together(runtime):
+        simulation = Simulation(config, runtime)
+    # Only now, so that a config that cannot be run leaves no file.
+    with failing_together(runtime):
+        lock = directory.lock() if runtime.is_main else None
+    run = None
+    try:
+        run = _open_locked(config, directory, simulation, lock)
+    finally:
+        if run is None and lock is not None:
+            lock.release()
+    return run
+
+
+def _look(config: RunConfig, directory: RunDirectory, runtime: Runtime) -> tuple[RunConfig, dict | None]:
+    """What stands in the directory, the same on all ranks: the config as that run has begun it, and its state."""
     with failing_together(runtime):
         directory.check_writable()
         stored, state = directory.stored_config(), directory.read_state()
@@ -76,34 +95,22 @@ def open_run(config: RunConfig, runtime: Runtime) -> Run | None:
             check_same_run(stored, config, directory.path)
     found = json.dumps([result_keys(config), state])
     assert_same_on_all_ranks(found.encode(), "the config, or what stands in the run's directory,", runtime)
-    if state is not None and _is_over(state, config, directory, runtime):
-        return None
-    with failing_together(runtime):
-        simulation = Simulation(config, runtime)
-    # Only now, so that a config that cannot be run leaves no file; what another writer did meanwhile is read again.
-    with failing_together(runtime):
-        lock = directory.lock() if runtime.is_main else None
-    try:
-        return _open_locked(config, directory, simulation, lock)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
+    return config, state
 
 
 def _open_locked(
     config: RunConfig, directory: RunDirectory, simulation: Simulation, lock: FileLock | None
 ) -> Run | None:
+    """Looks again, now that nobody else writes: another process may have while this one was building."""
     runtime = simulation.runtime
+    config, state = _look(config, directory, runtime)
+    if _is_over(state, config, directory, runtime):
+        return None
+    simulation.config = config
     with failing_together(runtime):
-        state = directory.read_state()
         checkpoint = load_newest_checkpoint(directory.checkpoints)
         if checkpoint is not None:
             check_same_backbone(checkpoint.backbone_sha256, simulation.model.backbone.sha256, directory.path)
-    if state is not None and _is_over(state, config, directory, runtime):
-        if lock is not None:
-            lock.release()
-        return None
     config = with_values(config, "runtime", lanes=simulation.lanes)
     run = _start(config, directory, simulation, checkpoint, lock)
     assert_same_on_all_ranks(vector_bytes(run.vector), "the global vector before the first round", runtime)
@@ -111,11 +118,14 @@ def _open_locked(
     return run
 
 
-def _is_over(state: dict, config: RunConfig, directory: RunDirectory, runtime: Runtime) -> bool:
+def _is_over(state: dict | None, config: RunConfig, directory: RunDirectory, runtime: Runtime) -> bool:
+    if state is None:
+        return False
     launch, reason = runtime.launch, None
     if state["state"] == COMPLETE and state["next_round"] >= config.federation.rounds:
         reason = "already complete"
-    if state["state"] == INTERRUPTED and launch.restart and state.get("launch") == launch.job:
+    # Only torchrun names its launch; a job that Slurm has put back into its queue is there to go on.
+    if state["state"] == INTERRUPTED and launch.restart and launch.job and state.get("launch") == launch.job:
         reason = "was interrupted under this launch, a restart does not undo it"
     if reason is not None and runtime.is_main:
         print(f"{directory.path}: {reason}")

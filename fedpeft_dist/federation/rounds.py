@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from contextlib import nullcontext
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
@@ -18,23 +18,26 @@ from fedpeft_dist.runtime.collectives import barrier
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RunDirectory
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED
 from fedpeft_dist.tracking.run_log import RunLog
 from fedpeft_dist.training.rates import rate_factor
 
 
-def start_and_run(config: RunConfig) -> str:
+def start_and_run(config: RunConfig, stop: StopRequest | None = None) -> str:
     """Sets this process up as the config's runtime says and runs the config; returns what `run_federation` does.
+
+    Args:
+        stop: of a caller that listens for signals itself; None listens here, for as long as the run lasts.
 
     Raises:
         ConfigError: as `run_federation`, and for a device or a precision that this machine lacks.
     """
     with process.start(config.runtime) as runtime:
         choices = {"device": runtime.device.type, "precision": runtime.precision}
-        return run_federation(with_values(config, "runtime", **choices), runtime)
+        return run_federation(with_values(config, "runtime", **choices), runtime, stop)
 
 
-def run_federation(config: RunConfig, runtime: Runtime) -> str:
+def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None = None) -> str:
     """Runs a config, from its newest checkpoint where it has one, and leaves its directory complete.
 
     Returns:
@@ -44,14 +47,15 @@ def run_federation(config: RunConfig, runtime: Runtime) -> str:
         ConfigError: a config that cannot be run, or a directory that holds another run.
     """
     run: Run | None = None
-    with listen_for_stop() as stop:
+    with listen_for_stop() if stop is None else nullcontext(stop) as stop:
         try:
             run = open_run(config, runtime)
             return COMPLETE if run is None else run_rounds(run, runtime, stop)
         except ConfigError:
             raise
         except BaseException:
-            _mark_failed(config)  # by whichever rank it hits: the others may be stuck, or killed before they can
+            if run is not None:  # else it may be another process's
+                _mark_failed(run)  # by whichever rank it hits: the others may be stuck, or killed before they can
             raise
         finally:
             if run is not None:
@@ -114,9 +118,8 @@ def _is_due(rounds_done: int, every: int, num_rounds: int) -> bool:
     return rounds_done == num_rounds or (every > 0 and rounds_done % every == 0)
 
 
-def _mark_failed(config: RunConfig) -> None:
-    """Where a run has begun to be written; what it did is in its checkpoints."""
-    directory = RunDirectory(Path(config.output.root) / config.output.name)
-    state = directory.read_state()
+def _mark_failed(run: Run) -> None:
+    """Where it has begun to be written; what it did is in its checkpoints."""
+    state = run.directory.read_state()
     if state is not None and state["state"] != COMPLETE:
-        directory.write_state(FAILED, state.get("next_round", 0))
+        run.directory.write_state(FAILED, state.get("next_round", 0))

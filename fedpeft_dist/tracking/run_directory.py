@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 RUNNING, INTERRUPTED, COMPLETE, FAILED = "running", "interrupted", "complete", "failed"
 
 
+LOCK_SECONDS = 1.0
+"""`in_use` holds the lock for a moment to see whether it can be had; whoever wants it in earnest waits that out."""
+
+
 class RunInUseError(ConfigError):
     """Another process is writing this run."""
 
@@ -75,26 +79,31 @@ class RunDirectory:
         """Makes this process the run's only writer, until the lock is released or the process ends, however it does.
 
         Raises:
-            RunInUseError: another process is.
+            RunInUseError: another process is, and stays so for LOCK_SECONDS.
+            ConfigError: the directory cannot be made or locked.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.lock_file)
         try:
-            lock.acquire(blocking=False)
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.lock_file)
+            lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.05)
         except Timeout:
             raise RunInUseError(
                 f"{self.path}: another process is writing this run; wait for it, or give another output.name"
             ) from None
+        except (OSError, NotImplementedError) as error:  # the second where a file system knows no locks
+            raise ConfigError(f"output.root: '{self.path}' cannot be locked ({error}); give another folder") from None
         return lock
 
     def in_use(self) -> bool:
         """Whether some process holds the lock at this moment."""
         if not self.lock_file.exists():
             return False
+        lock = FileLock(self.lock_file)
         try:
-            self.lock().release()
-        except RunInUseError:
+            lock.acquire(blocking=False)
+        except Timeout:
             return True
+        lock.release()
         return False
 
     def check_writable(self) -> None:
@@ -222,11 +231,18 @@ def check_same_run(stored: RunConfig, config: RunConfig, path: Path) -> None:
     Raises:
         ConfigError: with the keys that differ.
     """
+    differing = differing_keys(stored, config)
+    if differing:
+        old, new = result_keys(stored), result_keys(config)
+        changes = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differing)
+        raise ConfigError(f"{path} holds a run of another config: {changes}; give another output.name, or remove it")
+
+
+def differing_keys(stored: RunConfig, config: RunConfig) -> list[str]:
+    """The keys in which a config asks for another result than a run's own, as `check_same_run` counts them."""
     old, new = result_keys(stored), result_keys(config)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     longer = config.federation.rounds > stored.federation.rounds
     if "federation.rounds" in differing and longer and config.client.schedule.name != "cosine":
         differing.remove("federation.rounds")
-    if differing:
-        changes = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differing)
-        raise ConfigError(f"{path} holds a run of another config: {changes}; give another output.name, or remove it")
+    return differing

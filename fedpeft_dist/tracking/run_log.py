@@ -9,6 +9,8 @@ import hashlib
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from fedpeft_dist.tracking.progress import RoundProgress
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RUNNING, RunDirectory
 from fedpeft_dist.tracking.writer import MetricsWriter
 
+_PROCESS_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NO_TOTALS = {"rejected": 0, "samples": 0, "seconds": 0.0, "best_accuracy": 0.0}
 """Sums and records over a run's rounds; a checkpoint carries them."""
 
@@ -43,6 +46,7 @@ class RunLog:
         self.writer: MetricsWriter | None = None
 
     def __enter__(self) -> RunLog:
+        _forget_peak_memory(self.runtime)
         if self.runtime.is_main:
             # The state first: a complete run that is being made longer must not look complete under its new config.
             self.directory.write_state(RUNNING, self.rounds_done)
@@ -152,8 +156,19 @@ def vector_bytes(vector: torch.Tensor) -> bytes:
 
 
 def _peak_memory(runtime: Runtime) -> int:
-    """Of this rank: on the GPU, or the process's resident memory."""
+    """Of this rank since the run was opened: on the GPU, or the process's resident memory."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
+    if _PROCESS_STATUS.exists():
+        fields = dict(line.split(":", 1) for line in _PROCESS_STATUS.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _forget_peak_memory(runtime: Runtime) -> None:
+    """Of the runs that this process has done before."""
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+    with suppress(OSError):  # no Linux, or a container that forbids it
+        _CLEAR_PEAK.write_text("5")

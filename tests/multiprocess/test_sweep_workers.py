@@ -121,3 +121,29 @@ def test_a_cell_in_work_is_left_alone_and_a_killed_worker_leaves_it_free(sweep: 
     slow.kill()
     slow.communicate()
     assert not run.in_use()
+
+
+def test_a_cell_is_the_same_on_two_ranks_with_augmentation(sweep: Path) -> None:
+    augmented = ("--index", "2", "data.augment=resized_crop_flip", "federation.cohort=3")
+    digests = []
+    for launcher in ((), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
+        root = sweep.parent / f"ranks{1 + bool(launcher)}"
+        command = [sys.executable, *launcher, "-m", "fedpeft_dist", "sweep", "run", str(sweep), *augmented]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(
+            [*command, f"output.root={root}"], cwd=sweep.parent, env=environment, capture_output=True, timeout=300
+        )
+        assert finished.returncode == 0, finished.stderr
+        summary = json.loads((root / "lr0.1-seed1" / "summary.json").read_text())
+        digests.append((summary["world_size"], summary["weights_sha256"]))
+    assert [ranks for ranks, _ in digests] == [1, 2]
+    assert digests[0][1] == digests[1][1]
+
+
+def test_several_ranks_need_to_be_told_which_cell(sweep: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "fedpeft_dist", "sweep", "run", str(sweep)]
+    finished = subprocess.run(command, cwd=sweep.parent, capture_output=True, text=True, timeout=300)
+    assert finished.returncode != 0
+    assert "error: --index: missing; 2 ranks run one cell together, so say which" in finished.stderr
+    assert not (sweep.parent / "out").exists()

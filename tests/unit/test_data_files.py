@@ -419,6 +419,20 @@ def test_huggingface_folders(tmp_path: Path, hub_cache: Path, layout: str) -> No
     assert named.train.groups is None
 
 
+def test_huggingface_store_inside_the_data_folder_is_no_part_of_the_data(tmp_path: Path, hub_cache: Path) -> None:
+    make_hub_data().save_to_disk(tmp_path / "hub")
+    for _ in range(2):
+        load(tmp_path / "hub", "huggingface", path=str(tmp_path / "hub"), **HUB)
+    assert len(list((tmp_path / "hub" / ".store").glob("huggingface-*"))) == 1
+
+
+def test_a_class_count_is_checked_against_a_store_that_is_there(tmp_path: Path, hub_cache: Path) -> None:
+    make_hub_data().save_to_disk(tmp_path / "hub")
+    load(tmp_path, "huggingface", path=str(tmp_path / "hub"), **HUB)
+    with pytest.raises(ConfigError, match=r"data\.classes: 7 means 7 classes, but .* has 3"):
+        load(tmp_path, "huggingface", path=str(tmp_path / "hub"), classes=7, **HUB)
+
+
 def test_huggingface_keys_that_do_not_fit(tmp_path: Path, hub_cache: Path) -> None:
     folder = tmp_path / "hub"
     make_hub_data().save_to_disk(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,11 @@ import yaml
 
 from fedpeft_dist import cli
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.sweeps import Cell, cell_rows, load_sweep, pick_cell
+from fedpeft_dist.config.load import with_values
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.federation import rounds
+from fedpeft_dist.runtime.interrupts import StopRequest
+from fedpeft_dist.sweeps import Cell, cell_rows, load_sweep, pick_cell, work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RunDirectory, RunInUseError
 
 BASE = {"data": {"name": "digits", "clients": 4}, "federation": {"rounds": 2, "cohort": 2}, "output": {"root": "runs"}}
@@ -93,6 +99,63 @@ def test_keys_go_over_the_files_that_choices_extend(folder: Path) -> None:
     assert (cells[0].config.federation.rounds, client.epochs, client.batch_size) == (7, 4, 9)
 
 
+def test_two_axes_may_extend_files_that_share_parents(folder: Path) -> None:
+    """Only what a file changes counts: the method's file does not bring its data set back."""
+    write(folder / "glyphs.yaml", {"extends": "base.yaml", "data": {"name": "glyphs", "clients": 8}})
+    cells = expand(
+        folder,
+        axes={
+            "data": {"digits": {}, "glyphs": {"extends": "glyphs.yaml"}},
+            "method": {"lora": {"extends": "lora.yaml"}},
+        },
+    )
+    found = [(cell.config.data.name, cell.config.data.clients, cell.config.method.name) for cell in cells]
+    assert found == [("digits", 4, "lora"), ("glyphs", 8, "lora")]
+
+
+def test_dotted_and_nested_keys_of_one_section_go_together(folder: Path) -> None:
+    for choice in (
+        {"client.optimizer.lr": 0.5, "client": {"epochs": 3}},
+        {"client": {"epochs": 3}, "client.optimizer.lr": 0.5},
+        {"client": {"optimizer": {"lr": 0.5}}, "client.epochs": 3},
+    ):
+        client = expand(folder, cells={"a": choice})[0].config.client
+        assert (client.optimizer.lr, client.epochs) == (0.5, 3)
+
+
+def test_without_seeds_the_bases_own_is_taken(folder: Path) -> None:
+    write(folder / "base.yaml", {**BASE, "seed": 7})
+    assert [cell.name for cell in expand(folder, cells={"a": {}})] == ["a-seed7"]
+
+
+def test_a_run_that_the_file_no_longer_describes_is_told_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (cell,) = expand(folder, cells={"a": {"client.epochs": 1}}, output="out")
+    resolved = with_values(cell.config, "runtime", lanes=2, device="cpu", precision="fp32")
+    cell.directory.write_config(resolved)
+    cell.directory.write_state(COMPLETE, 2)
+    assert cell_rows([cell])[0]["state"] == COMPLETE
+    edited = expand(folder, cells={"a": {"client.epochs": 2}, "b": {"data.clients": 9999}}, output="out")
+    assert cell_rows(edited)[0]["state"] == "other config"
+    outcome = work_through(edited)
+    assert (outcome.skipped, outcome.failed) == ([], ["a-seed1", "b-seed1"])
+
+
+def test_a_signal_in_a_cells_last_round_stops_the_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    begun = []
+
+    def run_and_be_told_to_stop(config: RunConfig, stop: StopRequest) -> str:
+        begun.append(config.output.name)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return COMPLETE
+
+    monkeypatch.setattr(rounds, "start_and_run", run_and_be_told_to_stop)
+    outcome = work_through(expand(folder, cells={"a": {}, "b": {}}))
+    assert begun == ["a-seed1"]
+    assert outcome.interrupted
+
+
 def test_directories_lie_below_the_output_and_overrides_go_over_everything(folder: Path) -> None:
     axes = {"seedless": {"x": {}}}
     named = expand(folder, axes=axes, output="elsewhere/s")[0]
@@ -120,6 +183,10 @@ def test_directories_lie_below_the_output_and_overrides_go_over_everything(folde
         ({"cells": {"a": {"extends": 3}}}, r"extends: 3 is not a path"),
         ({"cells": {"a": {}}, "seeds": []}, r"sweep\.yaml: seeds: "),
         ({"cells": {"a": {"federation.cohort": 9}}}, r"cell a-seed1: federation\.cohort: 9 is larger"),
+        ({"cells": {"a": {"seed": 2}}}, r"sweep\.yaml: seed: a sweep gives each cell its own"),
+        ({"axes": {"seed": [1, 2]}}, r"sweep\.yaml: seed: a sweep gives each cell its own"),
+        ({"set": {"output": {"name": "x"}}, "cells": {"a": {}}}, r"output\.name: a sweep gives each cell its own"),
+        ({"cells": {"a": {"output.root": "x"}}}, r"output\.root: a sweep gives each cell its own"),
         ({"base": 3, "cells": {"a": {}}}, r"sweep\.yaml: base: 3: "),
     ],
     ids=str,
@@ -127,6 +194,12 @@ def test_directories_lie_below_the_output_and_overrides_go_over_everything(folde
 def test_what_cannot_be_is_refused_by_name(folder: Path, sweep: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         expand(folder, **sweep)
+
+
+@pytest.mark.parametrize("override", ["seed=3", "output.name=x"])
+def test_an_override_cannot_take_what_tells_cells_apart(folder: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"an override: .*: a sweep gives each cell its own"):
+        expand(folder, (override,), cells={"a": {}})
 
 
 def test_a_sweep_needs_a_base(folder: Path) -> None:

@@ -1,0 +1,188 @@
+"""From a sweep file to its cells: which runs there are, in which order, under which names."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import (
+    merge_trees,
+    nest_keys,
+    parse_config,
+    parse_overrides,
+    read_tree,
+    read_yaml,
+    with_values,
+)
+from fedpeft_dist.config.schema import RunConfig, Section
+from fedpeft_dist.tracking.run_directory import RunDirectory
+
+Choice = dict[str, Any]
+"""Keys to set, dotted or nested; `extends` names a config file to take keys from first."""
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class SweepFile(Section):
+    """What a sweep file may hold."""
+
+    base: str
+    output: str | None = None
+    set: Choice = Field({})
+    axes: dict[str, dict[str, Choice] | list[Any]] = Field({})
+    cells: dict[str, Choice] = Field({})
+    seeds: tuple[int, ...] | None = Field(None, strict=False, min_length=1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    index: int
+    name: str
+    config: RunConfig
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(Path(self.config.output.root) / self.config.output.name)
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """A sweep's cells in their order; `key=value` overrides go over every one of them.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a config that is not valid, two cells of one name.
+    """
+    sweep = _read_sweep(path)
+    base = read_tree(path.parent / sweep.base)
+    last = parse_overrides(overrides)
+    _refuse_own_place(last, ("seed", "output.name"), "an override")
+    seeds = sweep.seeds or (parse_config(base, str(path.parent / sweep.base)).seed,)
+    cells: dict[str, Cell] = {}
+    for variant, choices in _variants(sweep, path):
+        own = [nest_keys(sweep.set), *map(_own_keys, choices)]
+        for keys in own:
+            _refuse_own_place(keys, ("seed", "output.name", "output.root"), str(path))
+        layers = [*(_extended(choice, base, path) for choice in choices), *own]
+        for seed in seeds:
+            name = f"{variant}-seed{seed}"
+            if name in cells:
+                raise ConfigError(f"{path}: two cells are called {name!r}; give one of them another name")
+            place = {"name": name} if sweep.output is None else {"name": name, "root": sweep.output}
+            tree = reduce(merge_trees, [base, *layers, {"seed": seed, "output": place}, last])
+            config = parse_config(tree, f"{path}, cell {name}")
+            if sweep.output is None and "root" not in last.get("output", {}):
+                config = _below_base_root(config, path)
+            cells[name] = Cell(len(cells), name, config)
+    if not cells:
+        raise ConfigError(f"{path}: a sweep without axes and cells has nothing to run; give one of them")
+    return list(cells.values())
+
+
+def pick_cell(cells: Sequence[Cell], index: int, path: Path) -> Cell:
+    """
+    Raises:
+        ConfigError: there is no such cell.
+    """
+    if not 0 <= index < len(cells):
+        raise ConfigError(f"--index: {index} is no cell of {path}; give 0 to {len(cells) - 1}")
+    return cells[index]
+
+
+def _read_sweep(path: Path) -> SweepFile:
+    tree = read_yaml(path)
+    try:
+        return SweepFile.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(SweepFile.model_fields)
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{path}: {key}: unknown key of a sweep; known here: {known}") from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{path}: {key}: missing; a sweep names its base config") from None
+        raise ConfigError(f"{path}: {key}: {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def _variants(sweep: SweepFile, path: Path) -> Iterator[tuple[str, list[Choice]]]:
+    """The name and the choices of each combination of the axes, and then of each further cell."""
+    axes = [list(_axis_choices(key, axis, path)) for key, axis in sweep.axes.items()]
+    for combination in itertools.product(*axes) if axes else ():
+        yield "-".join(name for name, _ in combination), [choice for _, choice in combination]
+    for name, choice in sweep.cells.items():
+        yield _checked_name(name, path), [choice]
+
+
+def _axis_choices(key: str, axis: Mapping[str, Choice] | Sequence[Any], path: Path) -> Iterator[tuple[str, Choice]]:
+    if isinstance(axis, Mapping):
+        named = list(axis.items())
+    else:
+        named = [(f"{key.rpartition('.')[2]}{value}", {key: value}) for value in axis]
+    for name, choice in named:
+        yield _checked_name(name, path), choice
+
+
+def _refuse_own_place(tree: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    """
+    Raises:
+        ConfigError: a key that the sweep itself gives every cell.
+    """
+    for key in keys:
+        section, _, leaf = key.rpartition(".")
+        found = tree.get(section) if section else tree
+        if isinstance(found, Mapping) and leaf in found:
+            raise ConfigError(
+                f"{where}: {key}: a sweep gives each cell its own; in its file, `seeds` lists the seeds and `output` "
+                "says where the cells' directories go"
+            )
+
+
+def _extended(choice: Choice, base: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Where the config file that a choice extends differs from the base; nothing where it extends none."""
+    parent = choice.get("extends")
+    if parent is None:
+        return {}
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends: {parent!r} is not a path relative to this file")
+    return _differences(read_tree(path.parent / parent), base)
+
+
+def _differences(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a tree whose values are not the base's; a section that chooses another name is taken whole."""
+    found = {}
+    for key, value in tree.items():
+        old = base.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("name") == old.get("name"):
+            inner = _differences(value, old)
+            if inner:
+                found[key] = {"name": value["name"], **inner} if "name" in value else inner
+        elif value != old:
+            found[key] = value
+    return found
+
+
+def _own_keys(choice: Choice) -> dict[str, Any]:
+    return nest_keys({key: value for key, value in choice.items() if key != "extends"})
+
+
+def _checked_name(name: str, path: Path) -> str:
+    """A choice's name, which becomes part of a directory's."""
+    if not _FILE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{path}: {name!r} cannot be part of a directory's name; give the choice a name of letters, digits, '.', "
+            "'_', '+' and '-'"
+        )
+    return name
+
+
+def _below_base_root(config: RunConfig, path: Path) -> RunConfig:
+    resolved = path.resolve()
+    root = Path(config.output.root) / f"{resolved.parent.name}-{resolved.stem}"
+    return with_values(config, "output", root=str(root))

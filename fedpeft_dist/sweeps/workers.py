@@ -1,0 +1,123 @@
+"""Working through a sweep's cells, beside other workers: what is to be done, and what has become of it."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import with_values
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.sweeps.expansion import Cell
+from fedpeft_dist.tracking.run_directory import COMPLETE, RunInUseError, differing_keys
+
+
+@dataclass
+class Outcome:
+    """What a worker did, by the cells' names."""
+
+    complete: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Complete before."""
+    taken: list[str] = field(default_factory=list)
+    """Another worker was at them."""
+    failed: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def cell_rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Index, name, state and directory of each cell; `waiting` is the state of one that has not begun."""
+    return [
+        {"index": cell.index, "name": cell.name, "state": _state(cell), "directory": str(cell.directory.path)}
+        for cell in cells
+    ]
+
+
+def count_states(rows: Iterable[Mapping[str, Any]]) -> str:
+    """How many cells are in which state, in words."""
+    counts = Counter(row["state"] for row in rows)
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+
+
+def work_through(cells: Sequence[Cell]) -> Outcome:
+    """Runs the cells one after another in this process, but those that are complete or that another worker is at.
+
+    A cell that fails is reported and does not stop the others; a signal that asks a run to stop does.
+
+    Raises:
+        ConfigError: this process is one of several ranks and there is more than one cell.
+        RunInUseError: the only cell is in work.
+    """
+    from fedpeft_dist.federation.rounds import start_and_run
+    from fedpeft_dist.runtime.interrupts import listen_for_stop
+    from fedpeft_dist.runtime.process import find_launch
+
+    launch, alone = find_launch(), len(cells) == 1
+    outcome = Outcome()
+    if launch.world_size > 1 and not alone:
+        raise ConfigError(f"--index: missing; {launch.world_size} ranks run one cell together, so say which")
+    with listen_for_stop() as stop:
+        for cell in cells:
+            if stop.received:  # in the last round of the cell before, or between the two
+                outcome.interrupted = True
+                break
+            try:
+                if not alone and _state(cell) == COMPLETE:
+                    outcome.skipped.append(cell.name)
+                    continue
+                if not alone and cell.directory.in_use():
+                    raise RunInUseError("another worker is at it")
+                if start_and_run(cell.config, stop) != COMPLETE:
+                    outcome.interrupted = True
+                    break
+                outcome.complete.append(cell.name)
+            except RunInUseError:
+                if alone:
+                    raise
+                outcome.taken.append(cell.name)
+            except Exception as error:
+                if alone:
+                    raise
+                _report_failure(cell, error)
+                outcome.failed.append(cell.name)
+            gc.collect()  # a model and its parameters refer to each other, and the next cell needs the memory
+    if launch.rank == 0:
+        parts = ("complete", "skipped", "taken", "failed")
+        print(", ".join(f"{len(getattr(outcome, part))} {part}" for part in parts if getattr(outcome, part)))
+    return outcome
+
+
+def _report_failure(cell: Cell, error: Exception) -> None:
+    if not isinstance(error, ConfigError):
+        traceback.print_exception(error)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    print(f"cell {cell.index} {cell.name} failed: {reason}", file=sys.stderr)
+
+
+def _state(cell: Cell) -> str:
+    """Of the cell's run; a complete one that its config now wants longer counts as waiting.
+
+    `other config` is a run under the cell's name that the sweep file no longer describes; running the cell says how.
+    """
+    state, stored = cell.directory.read_state(), cell.directory.stored_config()
+    if state is None:
+        return "waiting"
+    if stored is not None and differing_keys(stored, _with_choices_of(stored, cell.config)):
+        return "other config"
+    if state["state"] == COMPLETE and state.get("next_round", 0) < cell.config.federation.rounds:
+        return "waiting"
+    return state["state"]
+
+
+def _with_choices_of(stored: RunConfig, config: RunConfig) -> RunConfig:
+    """The config with what `auto` stood for when the run began."""
+    runtime = config.runtime
+    taken = {
+        key: getattr(stored.runtime, key) for key in ("device", "precision", "lanes") if getattr(runtime, key) == "auto"
+    }
+    return with_values(config, "runtime", **taken)
