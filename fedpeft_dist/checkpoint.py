@@ -27,6 +27,8 @@ class Checkpoint:
     next_round: int
     backbone_sha256: str
     """Of the backbone that the vector goes with."""
+    data_sha256: str
+    """Of the data that it was trained on (`Dataset.fingerprint`)."""
     vector: torch.Tensor
     """float32 [P]."""
     server_state: dict[str, torch.Tensor]
@@ -42,6 +44,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
     metadata = {
         "next_round": str(checkpoint.next_round),
         "backbone_sha256": checkpoint.backbone_sha256,
+        "data_sha256": checkpoint.data_sha256,
         "totals": json.dumps(checkpoint.totals),
     }
     path = directory / f"round-{checkpoint.next_round:06d}.safetensors"
@@ -66,6 +69,7 @@ def load_newest_checkpoint(directory: Path) -> Checkpoint | None:
         return Checkpoint(
             next_round=int(metadata["next_round"]),
             backbone_sha256=metadata["backbone_sha256"],
+            data_sha256=metadata["data_sha256"],
             vector=tensors.pop("vector"),
             server_state={name.removeprefix("server."): tensor for name, tensor in tensors.items()},
             totals=json.loads(metadata["totals"]),

@@ -149,14 +149,36 @@ def export(
 
 @app.command()
 def prefetch(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Fetch a config's weights and data on a machine with internet, and decode the images; `train` never downloads."""
-    run_config = load_config(config, overrides or ())
+    """Fetch the weights and data of a config, or of a sweep's, where there is internet, and decode the images."""
+    from fedpeft_dist.config.load import is_sweep, read_yaml
+
+    if is_sweep(read_yaml(config)):
+        from fedpeft_dist.sweeps import load_sweep
+
+        configs = [cell.config for cell in load_sweep(config, overrides or ())]
+    else:
+        configs = [load_config(config, overrides or ())]
 
     from fedpeft_dist.backbones.timm_backbone import prefetch_weights
     from fedpeft_dist.data.download import prefetch_data
 
-    print(f"weights: {prefetch_weights(run_config.backbone) or 'nothing to download'}", flush=True)
-    print(f"data:    {prefetch_data(run_config.data) or 'nothing to download'}")
+    failures = []
+    steps = [("weights", prefetch_weights, [c.backbone for c in configs])]
+    steps.append(("data", prefetch_data, [c.data for c in configs]))
+    for what, fetch, sections in steps:
+        results = {}
+        for section in sections:  # what the cells of a sweep have in common is fetched once
+            files = section.model_copy(update={key: None for key in ("clients", "max_train") if hasattr(section, key)})
+            if str(files) in results:
+                continue
+            try:
+                results[str(files)] = fetch(section)
+            except ConfigError as error:  # the rest may still be had
+                failures.append(str(error))
+        for place in dict.fromkeys(results.values()):
+            print(f"{what + ':':<8} {place or 'nothing to download'}", flush=True)
+    if failures:
+        raise ConfigError("; ".join(dict.fromkeys(failures)))
 
 
 @app.command()

@@ -59,8 +59,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: a missing or unreadable file, an unknown key, a wrong value; the message is one line.
     """
-    tree = merge_trees(read_tree(Path(path)), parse_overrides(overrides))
-    return parse_config(tree, str(path))
+    tree = read_tree(Path(path))
+    if is_sweep(tree):
+        raise ConfigError(f"{path}: this is a sweep, of many configs; use `fedpeft sweep list` and `fedpeft sweep run`")
+    return parse_config(merge_trees(tree, parse_overrides(overrides)), str(path))
+
+
+def is_sweep(tree: Mapping[str, Any]) -> bool:
+    """Whether a YAML file's keys are those of a sweep."""
+    return "base" in tree and ("axes" in tree or "cells" in tree)
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -101,10 +108,12 @@ def default_run_name(path: str | Path, config: RunConfig) -> str:
 def result_keys(config: RunConfig) -> dict[str, Any]:
     """Dotted key to value for every leaf that can change a run's result."""
     flat = dict(_flatten(json.loads(config.model_dump_json())))
+    # A folder of images is known by its place alone; of the other data sets it is only where they happen to lie.
+    kept = {"data.root"} if config.data.name == "image_folder" else set()
     return {
         key: value
         for key, value in flat.items()
-        if not any(key == neutral or key.startswith(neutral + ".") for neutral in RESULT_NEUTRAL)
+        if key in kept or not any(key == neutral or key.startswith(neutral + ".") for neutral in RESULT_NEUTRAL)
     }
 
 
@@ -227,7 +236,7 @@ def nest_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"{key}: {parent} is already given a value by another override")
+                raise ConfigError(f"{key}: {parent} is already given a value of its own")
         both_sections = isinstance(node.get(leaf), dict) and isinstance(value, dict)
         # Copied, since a later dotted key may go into it.
         node[leaf] = merge_trees(node[leaf], value, f"{key}.") if both_sections else copy.deepcopy(value)
@@ -253,7 +262,23 @@ def _explain(tree: Mapping[str, Any], item: Mapping[str, Any]) -> str:
             return f"{key}: {message}" if path else message
         case "missing":
             return f"{key}: missing"
-    return f"{key}: {value!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{key}: {value!r}: {explain_message(item)}"
+
+
+def explain_message(item: Mapping[str, Any]) -> str:
+    """pydantic's own words, but for those that mean nothing to a writer of YAML."""
+    if item["type"] in _YAML_WORDS:
+        return _YAML_WORDS[item["type"]]
+    return f"{item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+_YAML_WORDS = {
+    "dict_type": "should be a mapping of keys to values",
+    "model_type": "should be a mapping of keys to values",
+    "model_attributes_type": "should be a mapping of keys to values, such as {name: ...}",
+    "list_type": "should be a list, such as [1, 2]",
+    "tuple_type": "should be a list, such as [1, 2]",
+}
 
 
 def _key_path(tree: Any, location: Sequence[Any]) -> list[str]:

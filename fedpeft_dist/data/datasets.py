@@ -5,6 +5,7 @@ Shapes: S samples of a set, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ import torch
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import DigitsConfig, Glyphs100Config, GlyphsConfig, SyntheticConfig
 from fedpeft_dist.lanes.random import derive_seed
+
+FINGERPRINT_IMAGES = 256
+"""About how many of a split's images its fingerprint looks at."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,18 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def fingerprint(self) -> str:
+        """A digest of the classes, all labels and some of the images of both splits, by which a run knows its data."""
+        digest = hashlib.sha256("\n".join(self.class_names).encode())
+        for split in (self.train, self.test):
+            digest.update(str(tuple(split.images.shape[1:])).encode())
+            digest.update(split.labels.numpy().tobytes())
+            if split.groups is not None:
+                digest.update(split.groups.numpy().tobytes())
+            rows = torch.arange(0, len(split), max(1, len(split) // FINGERPRINT_IMAGES))
+            digest.update(split.images[rows if split.rows is None else split.rows[rows]].numpy().tobytes())
+        return digest.hexdigest()
 
 
 def load_digits(config: DigitsConfig, seed: int) -> Dataset:

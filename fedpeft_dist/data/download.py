@@ -98,8 +98,8 @@ def _download(config: schema.DataConfig) -> None:
             finally:
                 shutil.rmtree(incoming, ignore_errors=True)
     except Exception as error:  # the disk, the network and torchvision's checks fail by classes of their own
-        if created and root.is_dir() and not any(root.iterdir()):
-            root.rmdir()
+        if created and root.is_dir() and list(root.iterdir()) == [lock]:
+            shutil.rmtree(root)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
             f"data.name: {config.name!r} cannot be downloaded to data.root: '{root}' ({reason}); try again where there "

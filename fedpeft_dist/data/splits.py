@@ -98,6 +98,11 @@ def _top_up(lists: list[np.ndarray], min_samples: int, rng: np.random.Generator)
 def _split_shards(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
     """Samples sorted by class, cut into equal shards, k of them to each client (McMahan et al. 2017)."""
     clients, per_client = config.clients, config.partition.classes_per_client
+    num_classes = len(np.unique(train.labels.numpy()))
+    if per_client > num_classes:
+        raise ConfigError(
+            f"data.partition.classes_per_client: {per_client} is more than the {num_classes} classes; give at most that"
+        )
     if clients * per_client > len(train):
         raise ConfigError(
             f"data.partition.classes_per_client: {per_client} for {clients} clients makes {clients * per_client} "

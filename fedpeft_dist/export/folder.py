@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.runtime.files import give_usual_mode
 
 README = "README.md"
 SIGNATURE = "Written by `fedpeft export`."
@@ -57,6 +58,7 @@ def write_folder(output: Path, fill: Callable[[Path], None]) -> None:
         fill(new)
         for path in new.rglob("*"):
             if path.is_file():
+                give_usual_mode(path)
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         if output.exists():

@@ -17,7 +17,7 @@ from fedpeft_dist.config.schema import LoraConfig, RunConfig
 from fedpeft_dist.data import count_classes
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import attach_method
-from fedpeft_dist.tracking.run_directory import RunDirectory, check_same_backbone
+from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, check_same_backbone
 
 # Where timm is told what to load; an export brings its own weights.
 SOURCE_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path")
@@ -65,12 +65,12 @@ def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
     Raises:
         ConfigError: the run has not finished, or its parameters are not those of the config's method and backbone.
     """
-    file = directory.trainable_file
-    if not file.exists():
-        state = directory.read_state()
+    file, state = directory.trainable_file, directory.read_state()
+    if state is None or state["state"] != COMPLETE:
+        # A run that is being made longer has the parameters of its first end still, and newer ones in its checkpoints.
         found = "has not begun" if state is None else f"is {state['state']}"
         raise ConfigError(
-            f"{directory.path}: the run {found}, there is no {file.name} yet; "
+            f"{directory.path}: the run {found}, only a complete one can be exported; "
             f"`fedpeft train {directory.config_file}` finishes it"
         )
     trained, metadata = directory.read_trainable()

@@ -24,6 +24,7 @@ from fedpeft_dist.tracking.run_directory import (
     INTERRUPTED,
     RunDirectory,
     check_same_backbone,
+    check_same_data,
     check_same_run,
 )
 from fedpeft_dist.tracking.run_log import NO_TOTALS, vector_bytes
@@ -52,7 +53,8 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint of this moment."""
         backbone = self.simulation.model.backbone.sha256
-        checkpoint = Checkpoint(self.next_round, backbone, self.vector, self.server.state, self.totals)
+        data = self.simulation.data_sha256
+        checkpoint = Checkpoint(self.next_round, backbone, data, self.vector, self.server.state, self.totals)
         save_checkpoint(self.directory.checkpoints, checkpoint)
 
 
@@ -111,6 +113,7 @@ def _open_locked(
         checkpoint = load_newest_checkpoint(directory.checkpoints)
         if checkpoint is not None:
             check_same_backbone(checkpoint.backbone_sha256, simulation.model.backbone.sha256, directory.path)
+            check_same_data(checkpoint.data_sha256, simulation.data_sha256, directory.path)
     config = with_values(config, "runtime", lanes=simulation.lanes)
     run = _start(config, directory, simulation, checkpoint, lock)
     assert_same_on_all_ranks(vector_bytes(run.vector), "the global vector before the first round", runtime)

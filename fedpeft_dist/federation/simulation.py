@@ -39,6 +39,7 @@ class Simulation:
     def __init__(self, config: RunConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
         self.dataset = load_dataset(config.data, derive_seed(config.seed, "data"))
+        self.data_sha256 = self.dataset.fingerprint()
         self.partition, self.held_out = make_clients(config, self.dataset.train)
         if config.federation.cohort > self.partition.num_clients:
             raise ConfigError(

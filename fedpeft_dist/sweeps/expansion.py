@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import (
+    explain_message,
     merge_trees,
     nest_keys,
     parse_config,
@@ -67,7 +69,10 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     seeds = sweep.seeds or (parse_config(base, str(path.parent / sweep.base)).seed,)
     cells: dict[str, Cell] = {}
     for variant, choices in _variants(sweep, path):
-        own = [nest_keys(sweep.set), *map(_own_keys, choices)]
+        try:
+            own = [nest_keys(sweep.set), *map(_own_keys, choices)]
+        except ConfigError as error:
+            raise ConfigError(f"{path}, cell {variant}: {error}") from None
         for keys in own:
             _refuse_own_place(keys, ("seed", "output.name", "output.root"), str(path))
         layers = [*(_extended(choice, base, path) for choice in choices), *own]
@@ -101,32 +106,63 @@ def _read_sweep(path: Path) -> SweepFile:
     try:
         return SweepFile.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(SweepFile.model_fields)
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{path}: {key}: unknown key of a sweep; known here: {known}") from None
-        if first["type"] == "missing":
-            raise ConfigError(f"{path}: {key}: missing; a sweep names its base config") from None
-        raise ConfigError(f"{path}: {key}: {first['input']!r}: {first['msg'].lower()}") from None
+        raise ConfigError(f"{path}: {_explain(error.errors()[0])}") from None
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words; of an axis that is neither a mapping nor a list, the mapping's comes first."""
+    location = [str(part) for part in item["loc"] if not str(part).startswith("dict[")]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key of a sweep; known here: {', '.join(SweepFile.model_fields)}"
+    if item["type"] == "missing":
+        return f"{key}: missing; a sweep names its base config"
+    if location[-1] == "[key]":
+        key = ".".join(location[:-2])
+        return f"{key}: {item['input']!r} is no name; on, off, yes and no mean booleans in YAML: quote them"
+    if location[0] == "axes" and len(location) == 2:
+        return f"{key}: {item['input']!r}: should be a list of values, or a mapping of names to keys"
+    return f"{key}: {item['input']!r}: {explain_message(item)}"
 
 
 def _variants(sweep: SweepFile, path: Path) -> Iterator[tuple[str, list[Choice]]]:
     """The name and the choices of each combination of the axes, and then of each further cell."""
-    axes = [list(_axis_choices(key, axis, path)) for key, axis in sweep.axes.items()]
+    for key, axis in sweep.axes.items():
+        if not axis:
+            raise ConfigError(f"{path}: axes.{key}: no values; give some, or leave the axis out")
+    axes = [list(_axis_choices(key, axis, sweep, path)) for key, axis in sweep.axes.items()]
     for combination in itertools.product(*axes) if axes else ():
         yield "-".join(name for name, _ in combination), [choice for _, choice in combination]
     for name, choice in sweep.cells.items():
         yield _checked_name(name, path), [choice]
 
 
-def _axis_choices(key: str, axis: Mapping[str, Choice] | Sequence[Any], path: Path) -> Iterator[tuple[str, Choice]]:
+def _axis_choices(
+    key: str, axis: Mapping[str, Choice] | Sequence[Any], sweep: SweepFile, path: Path
+) -> Iterator[tuple[str, Choice]]:
     if isinstance(axis, Mapping):
         named = list(axis.items())
     else:
-        named = [(f"{key.rpartition('.')[2]}{value}", {key: value}) for value in axis]
+        short = _short_name(key, sweep.axes)
+        named = [(f"{short}{value}", {key: value}) for value in axis]
     for name, choice in named:
+        if not isinstance(axis, Mapping) and not _FILE_NAME.fullmatch(name):
+            value = choice[key]
+            raise ConfigError(
+                f"{path}: axes.{key}: {value!r} makes no directory's name; give it one: {key}: {{short-name: {{{key}: "
+                f"{json.dumps(value)}}}}}"
+            )
         yield _checked_name(name, path), choice
+
+
+def _short_name(key: str, axes: Mapping[str, Any]) -> str:
+    """The last part of a key, or as many as tell it from the other axes' keys."""
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        short = ".".join(parts[-count:])
+        if sum(f".{other}".endswith(f".{short}") for other in axes) == 1:
+            return short
+    return key
 
 
 def _refuse_own_place(tree: Mapping[str, Any], keys: Sequence[str], where: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.sweeps.expansion import Cell
-from fedpeft_dist.tracking.run_directory import COMPLETE, RunInUseError, differing_keys
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, RunInUseError, differing_keys
 
 
 @dataclass
@@ -97,20 +98,29 @@ def _report_failure(cell: Cell, error: Exception) -> None:
         traceback.print_exception(error)
     reason = " ".join(str(error).split()) or type(error).__name__
     print(f"cell {cell.index} {cell.name} failed: {reason}", file=sys.stderr)
+    with suppress(ConfigError, OSError):  # it may be the directory that is at fault
+        if cell.directory.read_state() is None:  # else what stands there tells of a run that got further
+            cell.directory.write_state(FAILED, 0, error=reason)
 
 
 def _state(cell: Cell) -> str:
     """Of the cell's run; a complete one that its config now wants longer counts as waiting.
 
-    `other config` is a run under the cell's name that the sweep file no longer describes; running the cell says how.
+    `other config` is a run under the cell's name that the sweep file no longer describes, `damaged` one whose files
+    cannot be read: running the cell says how. `stopped` is one whose process was killed: running the cell goes on.
     """
-    state, stored = cell.directory.read_state(), cell.directory.stored_config()
+    try:
+        state, stored = cell.directory.read_state(), cell.directory.stored_config()
+    except ConfigError:
+        return "damaged"
     if state is None:
         return "waiting"
     if stored is not None and differing_keys(stored, _with_choices_of(stored, cell.config)):
         return "other config"
     if state["state"] == COMPLETE and state.get("next_round", 0) < cell.config.federation.rounds:
         return "waiting"
+    if state["state"] == RUNNING and not cell.directory.in_use():
+        return "stopped"
     return state["state"]
 
 

@@ -68,7 +68,7 @@ def read_runs(directory: Path) -> list[Run]:
         runs.append(_read_run(RunDirectory(path), name))
     if not runs:
         raise ConfigError(f"{directory}: no run's directory (state.json) at or below it")
-    if all(run.problem for run in runs):
+    if all(run.state == DAMAGED for run in runs):
         others = f" (and {len(runs) - 1} more damaged)" if len(runs) > 1 else ""
         raise ConfigError(f"{runs[0].problem}{others}")
     return runs
@@ -84,14 +84,28 @@ def _read_run(directory: RunDirectory, name: str) -> Run:
             if config is None:
                 raise ConfigError(f"{directory.config_file}: missing, though the run is complete")
             summary = _read_summary(directory.summary_file)
+    except ConfigError as error:
+        return Run(name, DAMAGED, problem=one_line(error))
+    rows, curve, partition, problems = [], (), None, [str(state.get("error", ""))]
+    try:
         rows = _read_rows(directory.metrics_file)
         curve = _curve(directory.metrics_file, rows)
+    except ConfigError as error:  # its result stands in its summary and counts
+        problems.append(one_line(error))
+    try:
         partition = _read_partition(directory.partition_file)
     except ConfigError as error:
-        return Run(name, DAMAGED, problem=" ".join(str(error).split()))
+        problems.append(one_line(error))
+    if summary is not None and not rows and len(problems) == 1:
+        problems.append(f"{directory.metrics_file}: missing, so there is no curve")
     next_round = state.get("next_round")
     rounds_done = len(rows) or (next_round if type(next_round) is int else 0)
-    return Run(name, str(state.get("state")), keys, summary, curve, rounds_done, partition)
+    problem = "; ".join(filter(None, problems)) or None
+    return Run(name, str(state.get("state")), keys, summary, curve, rounds_done, partition, problem)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def report_keys(config: RunConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ where it is a setting (a partition, a population), and lengthens the row's label
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpeft_dist.tracking.report_groups import Group, Grouping, count, refining, tell
@@ -113,11 +113,12 @@ def unfinished_table(runs: Sequence[Run]) -> Table:
             Cell(run.problem or "", run.problem),
         )
         for run in runs
-        if run.state != COMPLETE
+        if run.state != COMPLETE or run.problem
     ]
     if not any(run.problem for run in runs):
         columns, rows = columns[:3], [row[:3] for row in rows]
-    return Table("unfinished", "Unfinished runs", columns, tuple(rows))
+    title = "Unfinished or damaged runs" if any(run.problem for run in runs) else "Unfinished runs"
+    return Table("unfinished", title, columns, tuple(rows))
 
 
 def run_table(runs: Sequence[Run], grouping: Grouping) -> Table:
@@ -150,7 +151,21 @@ def comparison_tables(grouping: Grouping) -> list[Table]:
     for axis in (*first, *rest):
         if axis in grouping.distinguishing:
             tables += pivot_tables(grouping, axis)
-    return tables
+    return [_tell_fewer_seeds(table) for table in tables]
+
+
+def _tell_fewer_seeds(table: Table) -> Table:
+    """Marks the accuracies that fewer seeds stand behind than behind the table's others."""
+    seeds = [cell.value["seeds"] for row in table.rows for cell in row if isinstance(cell.value, dict)]
+    most = max(seeds, default=0)
+
+    def told(cell: Cell) -> Cell:
+        few = isinstance(cell.value, dict) and cell.value["seeds"] < most
+        return replace(cell, text=f"{cell.text} (n={cell.value['seeds']})") if few else cell
+
+    note = f"n: seeds, {most} where none is told." if min(seeds, default=0) < most else ""
+    rows = tuple(tuple(told(cell) for cell in row) for row in table.rows)
+    return replace(table, rows=rows, note=" ".join(filter(None, [table.note, note])))
 
 
 def communication_tables(grouping: Grouping) -> list[Table]:

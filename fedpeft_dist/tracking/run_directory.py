@@ -118,12 +118,15 @@ class RunDirectory:
     def read_state(self) -> dict[str, Any] | None:
         """`state` (running, interrupted, complete or failed), the `next_round`, and the `launch` that wrote it.
 
+        A run that failed before its first round may also tell its `error`.
+
         None where there is no run.
         """
         return read_json(self.state_file, "state") if self.state_file.exists() else None
 
-    def write_state(self, state: str, next_round: int, launch: str = "") -> None:
-        write_text(self.state_file, json.dumps({"state": state, "next_round": next_round, "launch": launch}) + "\n")
+    def write_state(self, state: str, next_round: int, launch: str = "", error: str = "") -> None:
+        content = {"state": state, "next_round": next_round, "launch": launch} | ({"error": error} if error else {})
+        write_text(self.state_file, json.dumps(content) + "\n")
 
     def stored_config(self) -> RunConfig | None:
         return load_config(self.config_file) if self.config_file.exists() else None
@@ -220,6 +223,19 @@ def check_same_backbone(expected: str, actual: str, path: Path) -> None:
         raise ConfigError(
             f"{path} was trained on a backbone of other weights (sha256 {expected[:12]} there, {actual[:12]} here); "
             "give back the weights it had, or train again under another output.name"
+        )
+
+
+def check_same_data(expected: str, actual: str, path: Path) -> None:
+    """Refuses to go on with a run on other data than it began with.
+
+    Raises:
+        ConfigError: the two digests differ.
+    """
+    if expected != actual:
+        raise ConfigError(
+            f"{path} was begun on other data (sha256 {expected[:12]} there, {actual[:12]} here); give back the files "
+            "below data.root that it had, or train again under another output.name"
         )
 
 

@@ -21,14 +21,19 @@ def checkpoint_of(next_round: int) -> Checkpoint:
     vector[:4] = torch.tensor([0.1, -0.0, 1e-42, 3e38])  # a subnormal and a negative zero must survive
     state = {"mean": torch.randn(50, generator=generator), "square": torch.rand(50, generator=generator)}
     return Checkpoint(
-        next_round, f"{next_round:064x}", vector, state, {"rejected": 3, "samples": 2**40, "seconds": 0.1 + 0.2}
+        next_round,
+        f"{next_round:064x}",
+        f"{next_round:032x}",
+        vector,
+        state,
+        {"rejected": 3, "samples": 2**40, "seconds": 0.1 + 0.2},
     )
 
 
 def assert_same(found: Checkpoint | None, expected: Checkpoint) -> None:
     assert found is not None
     assert (found.next_round, found.totals) == (expected.next_round, expected.totals)
-    assert found.backbone_sha256 == expected.backbone_sha256
+    assert (found.backbone_sha256, found.data_sha256) == (expected.backbone_sha256, expected.data_sha256)
     assert torch.equal(found.vector.view(torch.int32), expected.vector.view(torch.int32))
     assert found.server_state.keys() == expected.server_state.keys()
     for name, tensor in expected.server_state.items():
@@ -42,14 +47,14 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_server_without_state_has_a_checkpoint_too(tmp_path: Path) -> None:
-    expected = Checkpoint(0, "ab", torch.zeros(3), {}, {})
+    expected = Checkpoint(0, "ab", "cd", torch.zeros(3), {}, {})
     save_checkpoint(tmp_path, expected)
     assert_same(load_newest_checkpoint(tmp_path), expected)
 
 
 def test_views_and_strided_tensors_are_saved_as_they_look(tmp_path: Path) -> None:
     matrix = torch.arange(12.0).view(3, 4)
-    save_checkpoint(tmp_path, Checkpoint(1, "ab", matrix[:, 1], {"momentum": matrix[:, 1]}, {}))
+    save_checkpoint(tmp_path, Checkpoint(1, "ab", "cd", matrix[:, 1], {"momentum": matrix[:, 1]}, {}))
     found = load_newest_checkpoint(tmp_path)
     assert found.vector.tolist() == found.server_state["momentum"].tolist() == [1.0, 5.0, 9.0]
 
@@ -62,7 +67,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert names == ["round-000010.safetensors", "round-000100.safetensors"]
 
 
-METADATA = {"next_round": "2", "backbone_sha256": "ab", "totals": "{}"}
+METADATA = {"next_round": "2", "backbone_sha256": "ab", "data_sha256": "cd", "totals": "{}"}
 
 
 def corrupt(path: Path, how: str) -> None:
@@ -81,11 +86,16 @@ def corrupt(path: Path, how: str) -> None:
         case "no backbone":
             metadata = {key: value for key, value in METADATA.items() if key != "backbone_sha256"}
             save_file({"vector": torch.zeros(3)}, path, metadata=metadata)
+        case "no data":
+            metadata = {key: value for key, value in METADATA.items() if key != "data_sha256"}
+            save_file({"vector": torch.zeros(3)}, path, metadata=metadata)
         case "bad totals":
             save_file({"vector": torch.zeros(3)}, path, metadata=METADATA | {"totals": "{"})
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "noise", "no metadata", "no vector", "no backbone", "bad totals"])
+@pytest.mark.parametrize(
+    "how", ["cut", "empty", "noise", "no metadata", "no vector", "no backbone", "no data", "bad totals"]
+)
 def test_a_corrupt_file_is_named_and_can_be_removed(tmp_path: Path, how: str) -> None:
     for next_round in (1, 2):
         save_checkpoint(tmp_path, checkpoint_of(next_round))

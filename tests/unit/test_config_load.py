@@ -444,3 +444,10 @@ def test_result_keys_are_flat_leaves(load: Load) -> None:
 def test_parse_config_names_its_source() -> None:
     with pytest.raises(ConfigError, match=r"^cell 3: seed: 'x'"):
         parse_config({"seed": "x"}, "cell 3")
+
+
+def test_the_place_of_an_image_folder_is_the_data_itself() -> None:
+    for name, counts in (("image_folder", True), ("cifar100", False)):
+        configs = [parse_config({"data": {"name": name, "root": root}}, "test") for root in ("a", "b")]
+        names = {default_run_name("config.yaml", config) for config in configs}
+        assert len(names) == 1 + counts

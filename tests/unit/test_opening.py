@@ -110,6 +110,31 @@ def test_a_failure_before_the_lock_does_not_mark_another_processs_run(
     assert directory.read_state()["state"] == RUNNING
 
 
+def test_a_run_does_not_go_on_with_other_data(config: RunConfig) -> None:
+    config = with_values(config, "federation", rounds=2)
+    run = open_run(config, make_runtime())
+    run.directory.write_config(config)
+    run.next_round = 1
+    run.save()
+    run.close()
+    other = with_values(config, "data", root="elsewhere")
+    again = open_run(other, make_runtime())  # where files lie does not matter, what they hold does
+    assert again.next_round == 1
+    again.close()
+    opening_digits = opening.Simulation
+
+    def with_a_changed_label(config: RunConfig, runtime: Runtime) -> Any:
+        simulation = opening_digits(config, runtime)
+        simulation.dataset.train.labels[0] += 1
+        simulation.data_sha256 = simulation.dataset.fingerprint()
+        return simulation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "Simulation", with_a_changed_label)
+        with pytest.raises(ConfigError, match="was begun on other data"):
+            open_run(config, make_runtime())
+
+
 def test_a_job_that_slurm_has_requeued_goes_on(config: RunConfig) -> None:
     directory = directory_of(config)
     directory.write_config(config)

@@ -270,10 +270,21 @@ def test_class_counts_stop_at_the_clients_asked_for() -> None:
         (dirichlet(0.1, 5, top_up=True), 9, r"data\.partition\.min_samples: 5 for 9 clients .* 40 training samples"),
         (quantity(0.1, 5), 9, r"data\.partition\.min_samples: 5 for 9 clients .* 40 training samples"),
         (quantity(1e-3, 4), 10, r"min_samples: 4 is not met by any of 1000 draws .*alpha: 0\.001"),
-        (shards(5), 9, r"classes_per_client: 5 for 9 clients .* at most 4"),
+        (shards(4), 11, r"classes_per_client: 4 for 11 clients .* at most 3"),
+        (shards(5), 2, r"classes_per_client: 5 is more than the 4 classes"),
         (NATURAL, 4, r"'natural', but 'synthetic' knows no natural clients"),
     ],
-    ids=["clients", "min_samples", "draws", "top_up", "quantity", "quantity draws", "shards", "natural"],
+    ids=[
+        "clients",
+        "min_samples",
+        "draws",
+        "top_up",
+        "quantity",
+        "quantity draws",
+        "shards",
+        "shard classes",
+        "natural",
+    ],
 )
 def test_a_partition_that_cannot_be_is_refused(partition: schema.PartitionConfig, clients: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

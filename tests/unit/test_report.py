@@ -29,7 +29,7 @@ from fedpeft_dist.tracking.report_groups import Statistic, group_runs
 from fedpeft_dist.tracking.report_labels import short_names
 from fedpeft_dist.tracking.report_page import MAX_POINTS, group_series, partition_pictures, script_json
 from fedpeft_dist.tracking.report_tables import Table, comparison_tables
-from fedpeft_dist.tracking.run_directory import INTERRUPTED, RunDirectory
+from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RunDirectory
 from tests.report_fixtures import FULL, PARAMETERS, curve, make_run, partition_counts
 
 MIB, COHORT = 2**20, 4
@@ -465,13 +465,6 @@ SUMMARY = {"method": "bias", "trainable_parameters": 8, "backbone_parameters": 9
         ("config.yaml", "method: [1"),
         ("config.yaml", "method: {name: unheard}"),
         ("state.json", ""),
-        ("metrics.jsonl", "7\n"),
-        ("metrics.jsonl", '{"round": 1}\n'),
-        ("metrics.jsonl", '{"round": 1, "uplink_bytes": 4, "accuracy": "high"}\n'),
-        ("metrics.jsonl", b"\xff\xfe\n"),
-        ("partition.json", "{"),
-        ("partition.json", '{"num_clients": 3, "counts": [[1], [2, 3]]}'),
-        ("partition.json", '{"num_clients": 3, "counts": []}'),
     ],
 )
 def test_a_damaged_run_is_named_and_hides_no_other(runs: Path, name: str, content: str | bytes | None) -> None:
@@ -489,6 +482,52 @@ def test_a_damaged_run_is_named_and_hides_no_other(runs: Path, name: str, conten
     assert json_report(report)["unfinished"][0]["problem"] == damaged.problem
     assert headings(report.unfinished)[-1] == "what is wrong"
     write_report(runs, report)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", "7\n"),
+        ("metrics.jsonl", '{"round": 1}\n'),
+        ("metrics.jsonl", '{"round": 1, "uplink_bytes": 4, "accuracy": "high"}\n'),
+        ("metrics.jsonl", b"\xff\xfe\n"),
+        ("partition.json", "{"),
+        ("partition.json", '{"num_clients": 3, "counts": [[1], [2, 3]]}'),
+        ("partition.json", '{"num_clients": 3, "counts": []}'),
+        ("metrics.jsonl", None),
+    ],
+)
+def test_a_complete_runs_result_counts_whatever_befell_its_other_files(
+    runs: Path, name: str, content: str | bytes | None
+) -> None:
+    path = runs / "full" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    report = make_report(runs)
+    assert {group.label for group in report.grouping.groups} == {"head", "full"}
+    (row,) = [row for row in report.unfinished.rows if row[0].text == "full"]
+    assert row[1].text == "complete"
+    assert str(path) in row[-1].text
+    write_report(runs, report)
+
+
+def test_an_accuracy_that_fewer_seeds_stand_behind_is_marked(tmp_path: Path) -> None:
+    for method, seeds in (("head", (1, 2)), ("bias", (1,))):
+        for seed in seeds:
+            make_run(tmp_path / f"{method}{seed}", tree(seed=seed, method=method), curve(0.5))
+    table = make_report(tmp_path).comparisons[0]
+    texts = {row[0].text: row[-1].text for row in table.rows}
+    assert texts["bias"].endswith("(n=1)")
+    assert "n=" not in texts["head"]
+    assert "n: seeds, 2 where none is told." in table.note
+
+
+def test_a_cell_that_never_began_is_listed_with_its_error(runs: Path) -> None:
+    RunDirectory(runs / "cell").write_state(FAILED, 0, error="data.clients: 9 is too many")
+    (row,) = [row for row in make_report(runs).unfinished.rows if row[0].text == "cell"]
+    assert [cell.text for cell in row] == ["cell", "failed", "0", "data.clients: 9 is too many"]
 
 
 def test_nothing_but_damaged_runs_is_refused(tmp_path: Path) -> None:

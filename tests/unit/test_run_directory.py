@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,14 @@ def test_another_run_is_refused_with_the_keys_that_differ(tmp_path: Path, change
         error.match(name)
     if "federation" in change:
         assert "rounds" not in str(error.value)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_others_may_read_what_the_umask_allows(tmp_path: Path, umask: int) -> None:
+    """safetensors makes its files for the owner alone."""
+    before = os.umask(umask)
+    try:
+        RunDirectory(tmp_path).write_trainable({"a": torch.zeros(2)}, {"backbone_sha256": "ab"})
+    finally:
+        os.umask(before)
+    assert RunDirectory(tmp_path).trainable_file.stat().st_mode & 0o777 == 0o666 & ~umask

@@ -12,13 +12,15 @@ import pytest
 import yaml
 
 from fedpeft_dist import cli
+from fedpeft_dist.backbones import timm_backbone
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import with_values
-from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.config.load import load_config, with_values
+from fedpeft_dist.config.schema import BackboneConfig, DataConfig, RunConfig
+from fedpeft_dist.data import download
 from fedpeft_dist.federation import rounds
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.sweeps import Cell, cell_rows, load_sweep, pick_cell, work_through
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RunDirectory, RunInUseError
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, RunDirectory, RunInUseError
 
 BASE = {"data": {"name": "digits", "clients": 4}, "federation": {"rounds": 2, "cohort": 2}, "output": {"root": "runs"}}
 
@@ -187,6 +189,21 @@ def test_directories_lie_below_the_output_and_overrides_go_over_everything(folde
         ({"axes": {"seed": [1, 2]}}, r"sweep\.yaml: seed: a sweep gives each cell its own"),
         ({"set": {"output": {"name": "x"}}, "cells": {"a": {}}}, r"output\.name: a sweep gives each cell its own"),
         ({"cells": {"a": {"output.root": "x"}}}, r"output\.root: a sweep gives each cell its own"),
+        ({"axes": {"federation.cohort": 3}}, r"axes\.federation\.cohort: 3: should be a list of values, or a mapping"),
+        ({"axes": {"federation.cohort": []}, "cells": {"a": {}}}, r"axes\.federation\.cohort: no values"),
+        ({"axes": {"a": {True: {}}}}, r"axes\.a: True is no name; on, off, yes and no mean booleans"),
+        ({"axes": {"a": {"x": None}}}, r"axes\.a\.x: None: should be a mapping of keys to values"),
+        ({"cells": {"a": 3}}, r"cells\.a: 3: should be a mapping of keys to values"),
+        ({"cells": {"a": {}}, "seeds": 3}, r"seeds: 3: should be a list"),
+        (
+            {"axes": {"data.crop_scale": [[0.1, 1]]}},
+            r"give it one: data\.crop_scale: \{short-name: \{data.crop_scale: \[0",
+        ),
+        ({"axes": {"method": ["bias"]}}, r"method: 'bias': should be a mapping of keys to values, such as \{name: "),
+        (
+            {"cells": {"a": {"federation": 3, "federation.cohort": 1}}},
+            r"cell a: federation\.cohort: federation is already",
+        ),
         ({"base": 3, "cells": {"a": {}}}, r"sweep\.yaml: base: 3: "),
     ],
     ids=str,
@@ -239,6 +256,59 @@ def test_list_prints_every_cell(folder: Path, capsys: pytest.CaptureFixture, mon
     cli.main()
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == ["cohort1-seed1", "cohort1-seed2", "cohort2-seed1", "cohort2-seed2"]
+
+
+def test_axes_of_one_last_name_are_told_apart(folder: Path) -> None:
+    (cell,) = expand(folder, axes={"client.optimizer.lr": [0.1], "server.optimizer.lr": [1.0]})
+    assert cell.name == "client.optimizer.lr0.1-server.optimizer.lr1.0-seed1"
+
+
+def test_states_of_what_went_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    cells = expand(folder, cells={"killed": {}, "damaged": {}, "never": {"data.clients": 9999}}, output="out")
+    cells[0].directory.write_config(cells[0].config)
+    cells[0].directory.write_state(RUNNING, 1)
+    cells[1].directory.path.mkdir(parents=True)
+    cells[1].directory.state_file.write_text("{bad")
+    work_through(cells[1:])
+    assert [row["state"] for row in cell_rows(cells)] == ["stopped", "damaged", FAILED]
+    assert "data.clients: 9999 is more" in cells[2].directory.read_state()["error"]
+    lock = cells[0].directory.lock()
+    assert cell_rows(cells)[0]["state"] == RUNNING
+    lock.release()
+
+
+def test_a_sweep_given_as_a_config_is_told_apart(folder: Path) -> None:
+    path = write(folder / "sweep.yaml", {"base": "base.yaml", "cells": {"a": {}}})
+    with pytest.raises(ConfigError, match=r"this is a sweep, of many configs; use `fedpeft sweep list`"):
+        load_config(path)
+
+
+def test_prefetch_takes_a_sweep_and_goes_on_after_a_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def prefetch_weights(section: BackboneConfig) -> str:
+        asked.append(("weights", section.name))
+        raise ConfigError("no weights")
+
+    def prefetch_data(section: DataConfig) -> str:
+        asked.append(("data", section.name))
+        return f"place of {section.name}"
+
+    monkeypatch.setattr(timm_backbone, "prefetch_weights", prefetch_weights)
+    monkeypatch.setattr(download, "prefetch_data", prefetch_data)
+    axes = {"data.clients": [2, 3], "data": {"digits": {}, "glyphs": {"data": {"name": "glyphs", "clients": 4}}}}
+    path = write(folder / "sweep.yaml", {"base": "base.yaml", "axes": axes, "seeds": [1, 2]})
+    monkeypatch.setattr("sys.argv", ["fedpeft", "prefetch", str(path)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: no weights\n"
+    assert captured.out.splitlines() == ["data:    place of digits", "data:    place of glyphs"]
+    assert [name for what, name in asked if what == "data"] == ["digits", "glyphs"]
 
 
 def test_only_one_holds_a_runs_lock(tmp_path: Path) -> None:
