@@ -236,7 +236,7 @@ def sweep_list(sweep: SweepPath, overrides: Overrides = None, as_json: AsJson = 
         return
     for row in rows:
         print(f"{row['index']:>4}  {row['state']:<11}  {row['name']}")
-    print(f"{len(rows)} cells: {count_states(rows)}")
+    print(f"{len(rows)} cells: {count_states(rows)}; below {Path(rows[0]['directory']).parent}")
 
 
 @sweep_app.command("run")

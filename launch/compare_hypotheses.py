@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def main(root: Path) -> None:
         print(f"\n# {data}")
         for title, differences in hypotheses(accuracy, SIZES[data]):
             rows = [(name, *judge(values)) for name, values in differences]
-            verdicts = {verdict for *_, verdict in rows}
-            whole = "refuted" if "fails" in verdicts else "shown" if verdicts == {"holds"} else "undecided"
-            print(f"\n## {title}: {whole}\n")
+            counts = Counter(verdict for *_, verdict in rows)
+            whole = "refuted" if counts["fails"] else "undecided" if counts["open"] else "shown"
+            told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("holds", "fails", "open"))
+            print(f"\n## {title}: {whole} ({told})\n")
             print("| difference | points | |\n| --- | ---: | --- |")
             for name, mean, half, verdict in rows:
                 print(f"| {name} | {mean:+.1f} ± {half:.1f} | {verdict} |")

@@ -251,7 +251,7 @@ def test_list_prints_every_cell(folder: Path, capsys: pytest.CaptureFixture, mon
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert lines[2].split() == ["2", "waiting", "cohort2-seed1"]
-    assert lines[-1] == "4 cells: 4 waiting"
+    assert lines[-1] == f"4 cells: 4 waiting; below runs/{folder.name}-sweep"
     monkeypatch.setattr("sys.argv", ["fedpeft", "sweep", "list", str(path), "--json"])
     cli.main()
     rows = json.loads(capsys.readouterr().out)
