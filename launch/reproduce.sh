@@ -16,7 +16,7 @@ tenth=runs/offline/glyph_vit_tenth.safetensors
 work() {
     local worst=0 code
     for data in digits glyphs100; do
-        for experiment in communication stability scale pretraining; do
+        for experiment in communication stability scale pretraining slower; do
             code=0
             "$PYTHON" -m fedpeft_dist sweep run "configs/sweeps/offline/$data/$experiment.yaml" || code=$?
             [ $code != 75 ] || return 75  # interrupted: the same command goes on
@@ -39,7 +39,7 @@ status=0
 for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 echo "the sweeps took $((SECONDS - started)) s with $workers workers"
 for data in digits glyphs100; do
-    for experiment in communication stability scale pretraining; do
+    for experiment in communication stability scale pretraining slower; do
         "$PYTHON" -m fedpeft_dist report "runs/offline/$data/$experiment"
     done
 done
