@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RunDirectory
 
 BASE = {
     "backbone": {"name": "vit_tiny_patch16_224", "pretrained": False},
@@ -65,6 +65,10 @@ def test_two_workers_share_the_cells_and_a_failure_stops_nobody(sweep: Path) -> 
         assert "cell 4 impossible-seed1 failed: data.clients: 5000 is more than the 1297 training samples" in errors
         assert "Traceback" not in errors
     found = runs(sweep)
+    for seed in (1, 2):
+        state = found.pop(f"impossible-seed{seed}").read_state()
+        assert state["state"] == FAILED
+        assert "data.clients: 5000" in state["error"]
     assert sorted(found) == [
         *("last-seed1", "last-seed2"),
         *("lr0.01-seed1", "lr0.01-seed2", "lr0.1-seed1", "lr0.1-seed2"),
@@ -73,9 +77,9 @@ def test_two_workers_share_the_cells_and_a_failure_stops_nobody(sweep: Path) -> 
         assert run.read_state()["state"] == COMPLETE
         rows = run.metrics_file.read_text(encoding="utf-8").splitlines()
         assert [json.loads(row)["round"] for row in rows] == [1, 2]
-    # Every cell was run by one of them: what a worker did not complete it found complete or in work.
+    # Every cell was run by one of them; one that the other had just completed is told.
     completed = [int(output.splitlines()[-1].split(" complete")[0]) for _, output, _ in results if "complete" in output]
-    assert sum(completed) == 6
+    assert sum(completed) - sum(output.count("already complete") for _, output, _ in results) == 6
 
     code, output, _ = finish(start(sweep))
     assert code == 1
