@@ -529,7 +529,7 @@ def test_a_download_is_moved_into_place_and_stored(tmp_path: Path, monkeypatch: 
     store = prefetch_data(config)
     assert store.parent == tmp_path / ".store"
     assert (store / "meta.json").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".store", "cifar-10-batches-py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cifar10.lock", ".store", "cifar-10-batches-py"]
     assert prefetch_data(config) == store
     assert calls == [True]
 
