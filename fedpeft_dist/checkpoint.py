@@ -1,23 +1,61 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped, in safetensors.
 
 A run's state between two rounds is small: the global vector, the server optimizer and the number of the round. Clients
-keep nothing from round to round, and randomness has no history.
+keep nothing from round to round, and randomness has no history. Beside it stand what it belongs to (config, backbone,
+data, versions of libraries) and a digest of the whole, so that a damaged file is known for what it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+import fedpeft_dist
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import config_digest
+from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import write_atomically
 
 NUM_KEPT = 2
+
+
+def library_versions() -> dict[str, str]:
+    """Of what a run's rounding may depend on."""
+    return {
+        "fedpeft_dist": fedpeft_dist.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+    }
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint belongs to."""
+
+    config: dict[str, Any]
+    """Its keys and values."""
+    config_sha256: str
+    """Of the keys that can change the result."""
+    backbone_sha256: str
+    """Of the backbone that the vector goes with."""
+    data_sha256: str
+    """Of the data that it was trained on (`Dataset.fingerprint`)."""
+    versions: dict[str, str] = field(default_factory=library_versions)
+
+    @classmethod
+    def of(cls, config: RunConfig, backbone_sha256: str, data_sha256: str) -> Origin:
+        return cls(json.loads(config.model_dump_json()), config_digest(config), backbone_sha256, data_sha256)
 
 
 @dataclass(frozen=True)
@@ -25,10 +63,7 @@ class Checkpoint:
     """The state before round `next_round` (counted from 0)."""
 
     next_round: int
-    backbone_sha256: str
-    """Of the backbone that the vector goes with."""
-    data_sha256: str
-    """Of the data that it was trained on (`Dataset.fingerprint`)."""
+    origin: Origin
     vector: torch.Tensor
     """float32 [P]."""
     server_state: dict[str, torch.Tensor]
@@ -36,49 +71,84 @@ class Checkpoint:
     """Sums and records over the rounds so far, for the run's summary."""
 
 
-def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
-    """Writes `round-<n>.safetensors` whole or not at all, and keeps the newest two."""
+def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
+    """Writes `round-<n>.safetensors` whole or not at all, and keeps the newest two.
+
+    Raises:
+        OSError: a full disk; the older ones are still there.
+    """
     tensors = {"vector": checkpoint.vector}
     tensors |= {f"server.{name}": tensor for name, tensor in checkpoint.server_state.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "next_round": str(checkpoint.next_round),
-        "backbone_sha256": checkpoint.backbone_sha256,
-        "data_sha256": checkpoint.data_sha256,
+        "origin": json.dumps(asdict(checkpoint.origin)),
         "totals": json.dumps(checkpoint.totals),
     }
+    metadata["sha256"] = _digest(tensors, metadata)
     path = directory / f"round-{checkpoint.next_round:06d}.safetensors"
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    # Not by save_file, which tells of a full disk in an exception of its own.
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
     for old in _paths(directory)[:-NUM_KEPT]:
         old.unlink()
+    return path
 
 
-def load_newest_checkpoint(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None where it has none.
+def load_newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that is whole.
+
+    Returns:
+        It, or None where there is none; and a line on each newer one, which is damaged.
 
     Raises:
-        ConfigError: the newest one cannot be read.
+        ConfigError: one cannot be read, which says nothing about what it holds.
     """
-    paths = _paths(directory)
-    if not paths:
-        return None
-    try:
-        with safe_open(paths[-1], framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        return Checkpoint(
-            next_round=int(metadata["next_round"]),
-            backbone_sha256=metadata["backbone_sha256"],
-            data_sha256=metadata["data_sha256"],
-            vector=tensors.pop("vector"),
-            server_state={name.removeprefix("server."): tensor for name, tensor in tensors.items()},
-            totals=json.loads(metadata["totals"]),
-        )
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{paths[-1]}: not a readable checkpoint ({error}); remove it to go on from the one before"
-        ) from None
+    damaged = []
+    for path in reversed(_paths(directory)):
+        try:
+            return _load(path), damaged
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            damaged.append(f"{path}: a damaged checkpoint ({' '.join(str(error).split())})")
+    return None, damaged
+
+
+def set_newer_aside(directory: Path, next_round: int) -> None:
+    """Takes the checkpoints of later rounds, which are damaged, out of the way of what the run writes from here on."""
+    for path in _paths(directory):
+        if _round_of(path) > next_round:
+            path.replace(path.with_name(f"damaged-{path.name}"))
+
+
+def _load(path: Path) -> Checkpoint:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    if metadata.pop("sha256", None) != _digest(tensors, metadata):
+        raise ValueError("its content does not match its digest")
+    origin = json.loads(metadata["origin"])
+    return Checkpoint(
+        next_round=int(metadata["next_round"]),
+        origin=Origin(**{entry.name: origin[entry.name] for entry in fields(Origin)}),
+        vector=tensors.pop("vector"),
+        server_state={name.removeprefix("server."): tensor for name, tensor in tensors.items()},
+        totals=json.loads(metadata["totals"]),
+    )
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _paths(directory: Path) -> list[Path]:
-    return sorted(directory.glob("round-*.safetensors"), key=lambda path: int(path.stem.removeprefix("round-")))
+    return sorted(directory.glob("round-*.safetensors"), key=_round_of)
+
+
+def _round_of(path: Path) -> int:
+    return int(path.stem.removeprefix("round-"))

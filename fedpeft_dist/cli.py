@@ -18,6 +18,7 @@ from rich.console import Console
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, load_config, with_values
+from fedpeft_dist.runtime.errors import PeerLostError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75
 GRACE_SECONDS = 5
@@ -44,10 +45,13 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     if run_config.output.name is None:
         run_config = with_values(run_config, "output", name=default_run_name(config, run_config))
 
-    from fedpeft_dist.federation.rounds import start_and_run
+    from fedpeft_dist.runtime.interrupts import listen_for_stop
 
-    if start_and_run(run_config) == "interrupted":
-        _leave_interrupted()
+    with listen_for_stop() as stop:  # before the imports, which take seconds
+        from fedpeft_dist.federation.rounds import start_and_run
+
+        if start_and_run(run_config, stop) == "interrupted":
+            _leave_interrupted()
 
 
 @app.command()
@@ -246,12 +250,14 @@ def sweep_run(
     index: Annotated[int | None, typer.Option(help="The one cell to run.", show_default=False)] = None,
 ) -> None:
     """Run a sweep's cells one after another, or one of them; what is complete is skipped, so are cells in work."""
+    from fedpeft_dist.runtime.interrupts import listen_for_stop
     from fedpeft_dist.sweeps import load_sweep, pick_cell, work_through
 
     cells = load_sweep(sweep, overrides or ())
-    outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)])
-    if outcome.interrupted:
-        _leave_interrupted()
+    with listen_for_stop() as stop:
+        outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)], stop)
+        if outcome.interrupted:
+            _leave_interrupted()
     if outcome.failed:
         raise SystemExit(1)
 
@@ -266,6 +272,10 @@ def main() -> None:
         if not error.format_message():  # the help has been printed in its place
             raise SystemExit(EXIT_MISTAKE) from None
         _fail(error.format_message())
+    except PeerLostError as error:
+        if error.is_told:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except (typer.Abort, KeyboardInterrupt):
         raise SystemExit(1) from None
 

@@ -101,8 +101,12 @@ def with_values(config: RunConfig, section: str, **values: Any) -> RunConfig:
 def default_run_name(path: str | Path, config: RunConfig) -> str:
     """`<folder>-<file>-<hash>`, from the config's path and its result-affecting keys."""
     path = Path(path).resolve()
-    text = json.dumps(result_keys(config), sort_keys=True)
-    return f"{path.parent.name}-{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{path.parent.name}-{path.stem}-{config_digest(config)[:8]}"
+
+
+def config_digest(config: RunConfig) -> str:
+    """SHA-256 of the keys that can change a run's result, and their values."""
+    return hashlib.sha256(json.dumps(result_keys(config), sort_keys=True).encode()).hexdigest()
 
 
 def result_keys(config: RunConfig) -> dict[str, Any]:

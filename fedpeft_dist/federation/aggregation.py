@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft_dist.runtime.collectives import sum_over_ranks
+from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.local_training import ClientUpdate
 
 DELTA_LIMIT = 1024.0
@@ -22,7 +23,7 @@ DELTA_LIMIT = 1024.0
 _RANGE_BITS = 62
 _LIMIT_BITS = 10
 # The tail of the wire vector: what is summed beside the deltas.
-_WEIGHT, _REJECTED, _LOSS, _SAMPLES, _STOP, _TAIL = range(6)  # _TAIL is their number
+_WEIGHT, _REJECTED, _LOSS, _SAMPLES, _STOP, _DROP, _TAIL = range(7)  # _TAIL is their number
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RoundTotal:
     """Training samples processed, repetitions counted."""
     stop_requested: bool
     """Some rank was asked to stop."""
+    is_dropped: bool
+    """Some rank has not trained its whole share: the rest says nothing, and the round is as if it had never begun."""
 
 
 def fraction_bits(largest_total_weight: int) -> int:
@@ -53,9 +56,10 @@ def quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
 class Aggregator:
     """Takes this rank's updates one by one, then sums over ranks in one collective of P + a few int64."""
 
-    def __init__(self, num_parameters: int, largest_total_weight: int, device: torch.device):
+    def __init__(self, num_parameters: int, largest_total_weight: int, runtime: Runtime):
+        self.runtime = runtime
         self.bits = fraction_bits(largest_total_weight)
-        self.total = torch.zeros(num_parameters + _TAIL, dtype=torch.int64, device=device)
+        self.total = torch.zeros(num_parameters + _TAIL, dtype=torch.int64, device=runtime.device)
         self.accepted: list[tuple[int, torch.Tensor]] = []
 
     def add(self, update: ClientUpdate) -> None:
@@ -78,11 +82,12 @@ class Aggregator:
         flags = torch.stack([accepted for _, accepted in self.accepted]).tolist()
         return [client for (client, _), accepted in zip(self.accepted, flags) if not accepted]
 
-    def reduce(self, stop_requested: bool = False) -> RoundTotal:
+    def reduce(self, stop_requested: bool = False, is_dropped: bool = False) -> RoundTotal:
         """Sums over ranks and starts over; every rank must call it once a round."""
         self.total[-_TAIL + _STOP] = int(stop_requested)
-        total = sum_over_ranks(self.total)
-        weight, rejected, loss, samples, stop = total[-_TAIL:].tolist()
+        self.total[-_TAIL + _DROP] = int(is_dropped)
+        total = sum_over_ranks(self.total, self.runtime)
+        weight, rejected, loss, samples, stop, drop = total[-_TAIL:].tolist()
         scale = weight * 2.0**self.bits
         result = RoundTotal(
             mean_delta=(total[:-_TAIL].double() / scale).float() if weight else None,
@@ -90,6 +95,7 @@ class Aggregator:
             train_loss=loss / scale if weight else None,
             num_samples=samples,
             stop_requested=stop > 0,
+            is_dropped=drop > 0,
         )
         self.total.zero_()
         self.accepted.clear()

@@ -41,7 +41,7 @@ class Evaluator:
         for start, upcoming in zip_longest(own, own[1:]):
             right = self._batch(start, upcoming)
             correct[start : start + len(right)] = right
-        return sum_over_ranks(correct).cpu()
+        return sum_over_ranks(correct, self.runtime).cpu()
 
     def try_batch(self, vector: torch.Tensor) -> None:
         """Computes the first batch on this rank alone, for whatever it may raise."""

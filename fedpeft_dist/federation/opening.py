@@ -6,14 +6,22 @@ Shapes: P trainable parameters.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from fedpeft_dist.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
-from fedpeft_dist.config.load import result_keys, with_values
+from fedpeft_dist.checkpoint import (
+    Checkpoint,
+    Origin,
+    library_versions,
+    load_newest_checkpoint,
+    save_checkpoint,
+    set_newer_aside,
+)
+from fedpeft_dist.config.load import config_digest, parse_config, result_keys, with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation.server_optimizers import ServerOptimizer, make_server_optimizer
 from fedpeft_dist.federation.simulation import Simulation
@@ -27,6 +35,7 @@ from fedpeft_dist.tracking.run_directory import (
     check_same_data,
     check_same_run,
 )
+from fedpeft_dist.tracking.run_lock import Owner, RunLock
 from fedpeft_dist.tracking.run_log import NO_TOTALS, vector_bytes
 
 
@@ -43,19 +52,28 @@ class Run:
     """The global trainable parameters: float32 [P]."""
     next_round: int
     totals: dict[str, float]
-    lock: FileLock | None
+    owner: Owner
+    """Rank 0, under the lock."""
+    lock: RunLock | None
     """Held by rank 0 for as long as the run is open."""
+    saved_round: int | None = None
+    """`next_round` of the newest checkpoint."""
 
     def close(self) -> None:
         if self.lock is not None:
             self.lock.release()
 
+    def is_ours(self) -> bool:
+        """Whether this group may still write the run: a later attempt of its Slurm job may have taken it over."""
+        return self.directory.owner() == self.owner
+
     def save(self) -> None:
-        """Writes a checkpoint of this moment."""
-        backbone = self.simulation.model.backbone.sha256
-        data = self.simulation.data_sha256
-        checkpoint = Checkpoint(self.next_round, backbone, data, self.vector, self.server.state, self.totals)
-        save_checkpoint(self.directory.checkpoints, checkpoint)
+        """Writes a checkpoint of this moment, where there is none of it; called by every rank, done by rank 0."""
+        if self.lock is not None and self.saved_round != self.next_round:
+            origin = Origin.of(self.config, self.simulation.model.backbone.sha256, self.simulation.data_sha256)
+            checkpoint = Checkpoint(self.next_round, origin, self.vector, self.server.state, self.totals)
+            save_checkpoint(self.directory.checkpoints, checkpoint)
+        self.saved_round = self.next_round
 
 
 def open_run(config: RunConfig, runtime: Runtime) -> Run | None:
@@ -75,8 +93,9 @@ def open_run(config: RunConfig, runtime: Runtime) -> Run | None:
     with failing_together(runtime):
         simulation = Simulation(config, runtime)
     # Only now, so that a config that cannot be run leaves no file.
+    owner = Owner.this_process(runtime.launch.slurm_job, runtime.launch.requeues)
     with failing_together(runtime):
-        lock = directory.lock() if runtime.is_main else None
+        lock = directory.lock(owner) if runtime.is_main else None
     run = None
     try:
         run = _open_locked(config, directory, simulation, lock)
@@ -101,7 +120,7 @@ def _look(config: RunConfig, directory: RunDirectory, runtime: Runtime) -> tuple
 
 
 def _open_locked(
-    config: RunConfig, directory: RunDirectory, simulation: Simulation, lock: FileLock | None
+    config: RunConfig, directory: RunDirectory, simulation: Simulation, lock: RunLock | None
 ) -> Run | None:
     """Looks again, now that nobody else writes: another process may have while this one was building."""
     runtime = simulation.runtime
@@ -110,15 +129,45 @@ def _open_locked(
         return None
     simulation.config = config
     with failing_together(runtime):
-        checkpoint = load_newest_checkpoint(directory.checkpoints)
+        checkpoint, damaged = load_newest_checkpoint(directory.checkpoints)
         if checkpoint is not None:
-            check_same_backbone(checkpoint.backbone_sha256, simulation.model.backbone.sha256, directory.path)
-            check_same_data(checkpoint.data_sha256, simulation.data_sha256, directory.path)
+            _check_origin(checkpoint.origin, config, directory, simulation)
     config = with_values(config, "runtime", lanes=simulation.lanes)
     run = _start(config, directory, simulation, checkpoint, lock)
-    assert_same_on_all_ranks(vector_bytes(run.vector), "the global vector before the first round", runtime)
-    barrier()  # nobody writes before everybody has read
+    found = f"{run.next_round} ".encode() + vector_bytes(run.vector)
+    assert_same_on_all_ranks(found, "the state before the first round", runtime)
+    barrier(runtime)  # nobody writes before everybody has read
+    if runtime.is_main:
+        _tell_what_was_found(run, checkpoint, damaged)
+        set_newer_aside(directory.checkpoints, run.next_round)
     return run
+
+
+def _check_origin(origin: Origin, config: RunConfig, directory: RunDirectory, simulation: Simulation) -> None:
+    """
+    Raises:
+        ConfigError: the checkpoint belongs to another config, backbone or data.
+    """
+    if origin.config_sha256 != config_digest(config):
+        check_same_run(parse_config(origin.config, f"{directory.checkpoints}"), config, directory.path)
+    check_same_backbone(origin.backbone_sha256, simulation.model.backbone.sha256, directory.path)
+    check_same_data(origin.data_sha256, simulation.data_sha256, directory.path)
+
+
+def _tell_what_was_found(run: Run, checkpoint: Checkpoint | None, damaged: Sequence[str]) -> None:
+    for line in damaged:
+        print(f"{line}; going on {'from the one before' if checkpoint else 'from the beginning'}", file=sys.stderr)
+    if checkpoint is None:
+        return
+    versions, now = checkpoint.origin.versions, library_versions()
+    changed = [
+        f"{name} {versions.get(name)} there, {now[name]} here" for name in now if versions.get(name) != now[name]
+    ]
+    if changed:
+        print(
+            f"{run.directory.path}: begun with other versions ({'; '.join(changed)}), which may round otherwise",
+            file=sys.stderr,
+        )
 
 
 def _is_over(state: dict | None, config: RunConfig, directory: RunDirectory, runtime: Runtime) -> bool:
@@ -127,8 +176,7 @@ def _is_over(state: dict | None, config: RunConfig, directory: RunDirectory, run
     launch, reason = runtime.launch, None
     if state["state"] == COMPLETE and state["next_round"] >= config.federation.rounds:
         reason = "already complete"
-    # Only torchrun names its launch; a job that Slurm has put back into its queue is there to go on.
-    if state["state"] == INTERRUPTED and launch.restart and launch.job and state.get("launch") == launch.job:
+    if state["state"] == INTERRUPTED and launch.restart and state.get("launch") == launch.job:
         reason = "was interrupted under this launch, a restart does not undo it"
     if reason is not None and runtime.is_main:
         print(f"{directory.path}: {reason}")
@@ -140,14 +188,15 @@ def _start(
     directory: RunDirectory,
     simulation: Simulation,
     checkpoint: Checkpoint | None,
-    lock: FileLock | None,
+    lock: RunLock | None,
 ) -> Run:
     device = simulation.runtime.device
+    owner = lock.owner if lock is not None else directory.owner()
     size = simulation.model.layout.num_parameters
     server = make_server_optimizer(config.server.optimizer, size, device)
     if checkpoint is None:
-        return Run(config, directory, simulation, server, simulation.initial_vector, 0, dict(NO_TOTALS), lock)
+        return Run(config, directory, simulation, server, simulation.initial_vector, 0, dict(NO_TOTALS), owner, lock)
     for name, tensor in checkpoint.server_state.items():
         server.state[name].copy_(tensor)
-    vector = checkpoint.vector.to(device)
-    return Run(config, directory, simulation, server, vector, checkpoint.next_round, checkpoint.totals, lock)
+    vector, done = checkpoint.vector.to(device), checkpoint.next_round
+    return Run(config, directory, simulation, server, vector, done, checkpoint.totals, owner, lock, saved_round=done)

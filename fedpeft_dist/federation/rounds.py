@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
@@ -14,7 +16,8 @@ from fedpeft_dist.federation.assignment import assign
 from fedpeft_dist.federation.opening import Run, open_run
 from fedpeft_dist.federation.participation import sample_cohort
 from fedpeft_dist.runtime import process
-from fedpeft_dist.runtime.collectives import barrier
+from fedpeft_dist.runtime.collectives import any_rank, barrier
+from fedpeft_dist.runtime.files import DISK_FULL
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
@@ -44,18 +47,20 @@ def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None
         `complete`, or `interrupted` where a signal stopped it at a round boundary, with a checkpoint written.
 
     Raises:
-        ConfigError: a config that cannot be run, or a directory that holds another run.
+        ConfigError: a config that cannot be run, a directory that holds another run, a full disk.
+        PeerLostError: another rank has died, failed or fallen silent.
     """
     run: Run | None = None
     with listen_for_stop() if stop is None else nullcontext(stop) as stop:
         try:
             run = open_run(config, runtime)
             return COMPLETE if run is None else run_rounds(run, runtime, stop)
-        except ConfigError:
-            raise
-        except BaseException:
-            if run is not None:  # else it may be another process's
-                _mark_failed(run)  # by whichever rank it hits: the others may be stuck, or killed before they can
+        except BaseException as error:
+            full = _no_room(error, config)
+            if run is not None:  # else what stands there may be another process's
+                _mark_failed(run, " ".join(str(full or error).split()) or type(error).__name__)
+            if full is not None:
+                raise full from error
             raise
         finally:
             if run is not None:
@@ -65,52 +70,71 @@ def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None
 def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
     """Runs the rounds that are left; returns `complete` or `interrupted`."""
     config, simulation, federation = run.config, run.simulation, run.config.federation
-    population = simulation.partition.num_clients
-    dataset = simulation.dataset
+    dataset, population = simulation.dataset, simulation.partition.num_clients
     largest_weight = simulation.partition.largest_total(federation.cohort)
-    aggregator = Aggregator(len(run.vector), largest_weight, runtime.device)
+    aggregator = Aggregator(len(run.vector), largest_weight, runtime)
+    if runtime.peers is not None:
+        runtime.peers.last_will = partial(_mark_failed, run)
     with RunLog(config, run.directory, runtime, run.totals, run.next_round) as log:
         if runtime.is_main:
             counts = class_counts(simulation.partition, dataset.train.labels, dataset.num_classes, MAX_CLIENTS)
             log.write_setting(counts, population, dataset.class_names)
-        for round_number in range(run.next_round, federation.rounds):
-            started = time.perf_counter()
-            cohort = sample_cohort(federation.participation, population, federation.cohort, config.seed, round_number)
-            steps = {client: simulation.num_steps(client) for client in cohort}
-            shard = assign(steps, runtime.world_size)[runtime.rank]
-            factor = rate_factor(config.client.schedule, round_number, federation.rounds)
-            for update in simulation.trainer.train(simulation.tasks(shard), run.vector, round_number, factor):
-                aggregator.add(update)
-            for client in aggregator.rejected_clients():
-                print(f"round {round_number + 1}: client {client} is rejected, its delta is not finite or too large")
-            total = aggregator.reduce(stop.received)
-            if total.mean_delta is not None:
-                run.vector = run.server.step(run.vector, -total.mean_delta)
-            trained = time.perf_counter()
-
-            run.next_round = round_number + 1
-            evaluate = _is_due(run.next_round, federation.evaluate_every, federation.rounds)
-            evaluation = simulation.evaluate(run.vector) if evaluate else {}
-            log.round_done(
-                evaluation,
-                total.train_loss,
-                total.num_rejected,
-                total.num_samples,
-                len(run.vector),
-                seconds=trained - started,
-                evaluate_seconds=time.perf_counter() - trained,
-            )
-            save = _is_due(run.next_round, config.output.checkpoint_every, federation.rounds)
-            if runtime.is_main and (save or total.stop_requested):
+        stopped = any_rank(stop.received, runtime)
+        while run.next_round < federation.rounds and not stopped:
+            stopped = run_round(run, aggregator, log, runtime, stop)
+        if run.next_round < federation.rounds:
+            if runtime.is_main and run.is_ours():
                 run.save()
-            if total.stop_requested and run.next_round < federation.rounds:
                 log.interrupted()
-                barrier()
-                return INTERRUPTED
+            barrier(runtime)
+            return INTERRUPTED
         backbone = simulation.model.backbone
         log.complete(run.vector, simulation.model.layout, backbone.num_parameters, backbone.sha256)
-    barrier()
+    barrier(runtime)
     return COMPLETE
+
+
+def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, stop: StopRequest) -> bool:
+    """Runs the next round, or drops it where it would last too long after a request to stop.
+
+    Returns:
+        Whether to stop, the same on every rank.
+    """
+    config, simulation, federation = run.config, run.simulation, run.config.federation
+    started, round_number = time.perf_counter(), run.next_round
+    population = simulation.partition.num_clients
+    cohort = sample_cohort(federation.participation, population, federation.cohort, config.seed, round_number)
+    steps = {client: simulation.num_steps(client) for client in cohort}
+    tasks = simulation.tasks(assign(steps, runtime.world_size)[runtime.rank])
+    factor = rate_factor(config.client.schedule, round_number, federation.rounds)
+    for update in simulation.trainer.train(tasks, run.vector, round_number, factor, stop.is_overdue):
+        aggregator.add(update)
+    rejected = aggregator.rejected_clients()
+    lost = runtime.is_main and not run.is_ours()
+    total = aggregator.reduce(stop.received or lost, stop.is_overdue() or lost)
+    if total.is_dropped:
+        return True
+    for client in rejected:
+        print(f"round {round_number + 1}: client {client} is rejected, its delta is not finite or too large")
+    if total.mean_delta is not None:
+        run.vector = run.server.step(run.vector, -total.mean_delta)
+    trained = time.perf_counter()
+
+    run.next_round = round_number + 1
+    evaluate = _is_due(run.next_round, federation.evaluate_every, federation.rounds)
+    evaluation = simulation.evaluate(run.vector) if evaluate else {}
+    log.round_done(
+        evaluation,
+        total.train_loss,
+        total.num_rejected,
+        total.num_samples,
+        len(run.vector),
+        seconds=trained - started,
+        evaluate_seconds=time.perf_counter() - trained,
+    )
+    if _is_due(run.next_round, config.output.checkpoint_every, federation.rounds):
+        run.save()
+    return total.stop_requested
 
 
 def _is_due(rounds_done: int, every: int, num_rounds: int) -> bool:
@@ -118,8 +142,20 @@ def _is_due(rounds_done: int, every: int, num_rounds: int) -> bool:
     return rounds_done == num_rounds or (every > 0 and rounds_done % every == 0)
 
 
-def _mark_failed(run: Run) -> None:
-    """Where it has begun to be written; what it did is in its checkpoints."""
-    state = run.directory.read_state()
-    if state is not None and state["state"] != COMPLETE:
-        run.directory.write_state(FAILED, state.get("next_round", 0))
+def _no_room(error: BaseException, config: RunConfig) -> ConfigError | None:
+    """What to tell where the disk was full."""
+    if not isinstance(error, OSError) or error.errno not in DISK_FULL:
+        return None
+    place = error.filename or Path(config.output.root) / config.output.name
+    return ConfigError(
+        f"{place}: cannot be written ({error.strerror}); make room, then run the same command to go on from the newest "
+        "checkpoint"
+    )
+
+
+def _mark_failed(run: Run, reason: str) -> None:
+    """By whichever rank it hits: the others may be stuck, or killed before they can."""
+    with suppress(OSError, ConfigError):  # there may be no room for it; what the run did is in its checkpoints
+        state = run.directory.read_state()
+        if state is not None and state["state"] != COMPLETE and run.is_ours():
+            run.directory.write_state(FAILED, run.saved_round or 0, error=reason)

@@ -13,29 +13,30 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.process import Runtime
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     """Adds an int64 tensor over all ranks, in place; integers, so that the order of the sum cannot matter."""
     assert values.dtype == torch.int64
-    if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    _all_reduce(values, dist.ReduceOp.SUM, runtime)
     return values
+
+
+def any_rank(flag: bool, runtime: Runtime) -> bool:
+    """Whether the flag is set on some rank."""
+    return bool(sum_over_ranks(torch.tensor([int(flag)], device=runtime.device), runtime))
 
 
 def min_over_ranks(value: int, runtime: Runtime) -> int:
     """The smallest of the ranks' integers."""
     tensor = torch.tensor([value], dtype=torch.int64, device=runtime.device)
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    _all_reduce(tensor, dist.ReduceOp.MIN, runtime)
     return int(tensor.item())
 
 
 def assert_same_on_all_ranks(data: bytes, what: str, runtime: Runtime) -> None:
     """Fails on every rank if the ranks hold different bytes; replicated state is never sent, so it must be equal."""
-    if not dist.is_initialized():
-        return
     digest = int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
     spread = torch.tensor([digest, -digest], dtype=torch.int64, device=runtime.device)
-    dist.all_reduce(spread, op=dist.ReduceOp.MAX)
+    _all_reduce(spread, dist.ReduceOp.MAX, runtime)
     if int(spread[0]) != -int(spread[1]):
         raise RuntimeError(f"{what} differs between the ranks of this run")
 
@@ -51,13 +52,35 @@ def failing_together(runtime: Runtime) -> Iterator[None]:
         yield
     except ConfigError as raised:
         error = raised
-    failed = sum_over_ranks(torch.tensor([int(error is not None)], device=runtime.device))
+    failed = any_rank(error is not None, runtime)
     if error is not None:
         raise error
     if failed:
         raise ConfigError("another rank of this run cannot start; its own error says why")
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def barrier(runtime: Runtime) -> None:
+    if runtime.peers is not None:
+        with _naming_the_lost(runtime):
+            dist.barrier()
+
+
+def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp, runtime: Runtime) -> None:
+    if runtime.peers is not None:
+        with _naming_the_lost(runtime):
+            dist.all_reduce(values, op=operation)
+
+
+@contextmanager
+def _naming_the_lost(runtime: Runtime) -> Iterator[None]:
+    """
+    Raises:
+        PeerLostError: the collective failed because a rank was lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        loss = runtime.peers.loss()
+        if loss is None:
+            raise
+        raise loss from error

@@ -7,10 +7,12 @@ Everyone else receives the `Runtime` made here.
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,6 +21,8 @@ import torch.distributed as dist
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RuntimeConfig
+from fedpeft_dist.runtime.interrupts import stop_with_parent
+from fedpeft_dist.runtime.peers import Peers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,9 +42,15 @@ class Launch:
     restart: int = 0
     """How often torchrun has restarted the group."""
     job: str = ""
-    """The launcher's name for this launch; it outlives a restart."""
+    """torchrun's name for this launch; it outlives a restart."""
+    has_agent: bool = False
+    """Whether torchrun's agent started this process."""
     agent_store: bool = False
-    """Whether torchrun's agent already serves the store at that address."""
+    """Whether that agent already serves the store at that address."""
+    slurm_job: str = ""
+    """The number of the Slurm job that this process belongs to; an array's tasks have one each."""
+    requeues: int = 0
+    """How often Slurm has put that job back into its queue."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Runtime:
     device: torch.device
     precision: str
     threads: int
+    peers: Peers | None = None
+    """None in a process that is alone."""
 
     @property
     def rank(self) -> int:
@@ -80,6 +92,10 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     Only a Slurm job step counts (SLURM_STEP_NUM_TASKS): a batch script that starts python itself is one process,
     however many tasks its job asked for.
     """
+    slurm = {
+        "slurm_job": environment.get("SLURM_JOB_ID", ""),
+        "requeues": int(environment.get("SLURM_RESTART_COUNT", 0)),
+    }
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Launch(
             rank=int(environment["RANK"]),
@@ -90,26 +106,45 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             port=int(environment.get("MASTER_PORT", 29500)),
             restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
             job=environment.get("TORCHELASTIC_RUN_ID", ""),
+            has_agent="TORCHELASTIC_RUN_ID" in environment,
             agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            **slurm,
         )
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
         return Launch(
             rank=int(environment["SLURM_PROCID"]),
             world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment["SLURM_LOCALID"]),
             local_world_size=-(-int(environment["SLURM_STEP_NUM_TASKS"]) // int(environment["SLURM_STEP_NUM_NODES"])),
             address=environment.get("MASTER_ADDR") or _first_slurm_host(environment),
-            port=int(environment.get("MASTER_PORT", 20000 + (job + 97 * step) % 20000)),
-            restart=int(environment.get("SLURM_RESTART_COUNT", 0)),
+            port=int(environment.get("MASTER_PORT") or _slurm_port(environment)),
+            **slurm,
         )
-    return Launch()
+    return Launch(**slurm)
 
 
 def _first_slurm_host(environment: Mapping[str, str]) -> str:
-    nodes = environment["SLURM_STEP_NODELIST"]
-    found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return found.stdout.split()[0]
+    """Where the step's first task runs: its node's name where that resolves, else the address Slurm has for it."""
+    try:
+        node = _ask_slurm("hostnames", environment["SLURM_STEP_NODELIST"]).split()[0]
+        with suppress(OSError):
+            socket.getaddrinfo(node, None)
+            return node
+        return re.search(r" NodeAddr=(\S+)", _ask_slurm("node", node))[1]
+    except (OSError, subprocess.CalledProcessError):  # in a container: where srun was called, the first node of a job
+        return environment["SLURM_LAUNCH_NODE_IPADDR"]
+
+
+def _ask_slurm(*what: str) -> str:
+    return subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, check=True).stdout
+
+
+def _slurm_port(environment: Mapping[str, str]) -> int:
+    """One that steps at work on the same node are unlikely to share, below those that the system hands out."""
+    job, step, restart = (int(environment.get(f"SLURM_{key}", 0)) for key in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    # An attempt that a requeue has not quite ended may still hold its own. With these factors, the ports of a job's
+    # first 16 steps and 4 attempts lie at least 180 apart: close numbers of jobs do not meet.
+    return 20000 + (job + 5909 * step + 1463 * restart) % 12000
 
 
 def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device, str]:
@@ -150,13 +185,19 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     _be_deterministic(device)
     # Gradients accumulate into views of one matrix on purpose; PyTorch warns that their strides are unusual.
     warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-    if launch.address:  # also in a group of one, so that torchrun on one GPU runs what it runs on many
-        _join_group(launch, device)
+    if launch.has_agent:
+        stop_with_parent()
+    # Also in a group of one, so that torchrun on one GPU runs what it runs on many.
+    peers = _join_group(launch, device) if launch.address else None
     try:
-        yield Runtime(launch, device, precision, config.threads)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        yield Runtime(launch, device, precision, config.threads, peers)
+    except BaseException as error:
+        if peers is not None:
+            peers.leave(error)  # and the group stays as it is: taking it down may wait for a rank that is gone
+        raise
+    if peers is not None:
+        peers.leave()
+        dist.destroy_process_group()
 
 
 def _be_deterministic(device: torch.device) -> None:
@@ -171,18 +212,24 @@ def _be_deterministic(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _join_group(launch: Launch, device: torch.device) -> None:
+def _join_group(launch: Launch, device: torch.device) -> Peers:
     is_server = launch.rank == 0 and not launch.agent_store
-    store = dist.TCPStore(
-        launch.address, launch.port, launch.world_size, is_master=is_server, timeout=timedelta(minutes=5)
-    )
-    # torchrun's agent keeps its store across restarts: without a prefix of its own, a restarted group would read the
-    # keys of the one before it and hang.
+    store = _connect(launch, is_server, timedelta(minutes=5))
+    peers = Peers(_connect(launch, False, timedelta(seconds=30)), launch.rank, launch.world_size, launch.agent_store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"fedpeft/{launch.restart}", store),
+        store=store,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(minutes=30),
         device_id=device if device.type == "cuda" else None,
     )
+    peers.start()
+    return peers
+
+
+def _connect(launch: Launch, is_server: bool, timeout: timedelta) -> dist.Store:
+    store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=is_server, timeout=timeout)
+    # torchrun's agent keeps its store across restarts: without a prefix of its own, a restarted group would read the
+    # keys of the one before it and hang.
+    return dist.PrefixStore(f"fedpeft/{launch.restart}", store)

@@ -23,6 +23,16 @@ list, a run's lock tells what is being worked at, its state what is complete.
 """
 
 from fedpeft_dist.sweeps.expansion import Cell, load_sweep, pick_cell
-from fedpeft_dist.sweeps.workers import Outcome, cell_rows, count_states, work_through
+from fedpeft_dist.sweeps.workers import Outcome, cell_rows, cell_state, count_states, record_failure, work_through
 
-__all__ = ["Cell", "Outcome", "cell_rows", "count_states", "load_sweep", "pick_cell", "work_through"]
+__all__ = [
+    "Cell",
+    "Outcome",
+    "cell_rows",
+    "cell_state",
+    "count_states",
+    "load_sweep",
+    "pick_cell",
+    "record_failure",
+    "work_through",
+]

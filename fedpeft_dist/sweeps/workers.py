@@ -7,15 +7,17 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.sweeps.expansion import Cell
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, RunInUseError, differing_keys
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, differing_keys
+from fedpeft_dist.tracking.run_lock import Owner, RunInUseError
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Outcome:
 def cell_rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """Index, name, state and directory of each cell; `waiting` is the state of one that has not begun."""
     return [
-        {"index": cell.index, "name": cell.name, "state": _state(cell), "directory": str(cell.directory.path)}
+        {"index": cell.index, "name": cell.name, "state": cell_state(cell), "directory": str(cell.directory.path)}
         for cell in cells
     ]
 
@@ -45,33 +47,37 @@ def count_states(rows: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
 
 
-def work_through(cells: Sequence[Cell]) -> Outcome:
+def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outcome:
     """Runs the cells one after another in this process, but those that are complete or that another worker is at.
 
     A cell that fails is reported and does not stop the others; a signal that asks a run to stop does.
+
+    Args:
+        stop: of a caller that listens for signals itself; None listens here.
 
     Raises:
         ConfigError: this process is one of several ranks and there is more than one cell.
         RunInUseError: the only cell is in work.
     """
     from fedpeft_dist.federation.rounds import start_and_run
-    from fedpeft_dist.runtime.interrupts import listen_for_stop
     from fedpeft_dist.runtime.process import find_launch
 
     launch, alone = find_launch(), len(cells) == 1
     outcome = Outcome()
     if launch.world_size > 1 and not alone:
         raise ConfigError(f"--index: missing; {launch.world_size} ranks run one cell together, so say which")
-    with listen_for_stop() as stop:
+    this = Owner.this_process(launch.slurm_job, launch.requeues)
+    with listen_for_stop() if stop is None else nullcontext(stop) as stop:
         for cell in cells:
             if stop.received:  # in the last round of the cell before, or between the two
                 outcome.interrupted = True
                 break
             try:
-                if not alone and _state(cell) == COMPLETE:
+                if not alone and cell_state(cell) == COMPLETE:
                     outcome.skipped.append(cell.name)
                     continue
-                if not alone and cell.directory.in_use():
+                holder = None if alone else cell.directory.holder()
+                if holder is not None and not this.succeeds(holder):
                     raise RunInUseError("another worker is at it")
                 if start_and_run(cell.config, stop) != COMPLETE:
                     outcome.interrupted = True
@@ -98,12 +104,18 @@ def _report_failure(cell: Cell, error: Exception) -> None:
         traceback.print_exception(error)
     reason = " ".join(str(error).split()) or type(error).__name__
     print(f"cell {cell.index} {cell.name} failed: {reason}", file=sys.stderr)
+    record_failure(cell, reason)
+
+
+def record_failure(cell: Cell, reason: str) -> None:
+    """Leaves the reason where reports look for it, for a cell that has failed before its first round."""
     with suppress(ConfigError, OSError):  # it may be the directory that is at fault
-        if cell.directory.read_state() is None:  # else what stands there tells of a run that got further
+        state = cell.directory.read_state()
+        if state is None or not state.get("next_round"):  # else what stands there tells of a run that got further
             cell.directory.write_state(FAILED, 0, error=reason)
 
 
-def _state(cell: Cell) -> str:
+def cell_state(cell: Cell) -> str:
     """Of the cell's run; a complete one that its config now wants longer counts as waiting.
 
     `other config` is a run under the cell's name that the sweep file no longer describes, `damaged` one whose files
@@ -111,7 +123,7 @@ def _state(cell: Cell) -> str:
     """
     try:
         state, stored = cell.directory.read_state(), cell.directory.stored_config()
-    except ConfigError:
+    except (ConfigError, OSError):
         return "damaged"
     if state is None:
         return "waiting"

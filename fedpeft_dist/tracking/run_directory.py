@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import dump_config, load_config, result_keys
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.runtime.files import write_atomically, write_text
+from fedpeft_dist.runtime.files import remove_temporaries, write_atomically, write_text
+from fedpeft_dist.tracking.run_lock import Owner, RunLock, find_holder, read_owner
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +24,6 @@ if TYPE_CHECKING:
 # torch and safetensors stand inside the methods that need them: a report reads hundreds of runs and no tensor.
 
 RUNNING, INTERRUPTED, COMPLETE, FAILED = "running", "interrupted", "complete", "failed"
-
-
-LOCK_SECONDS = 1.0
-"""`in_use` holds the lock for a moment to see whether it can be had; whoever wants it in earnest waits that out."""
-
-
-class RunInUseError(ConfigError):
-    """Another process is writing this run."""
 
 
 @dataclass(frozen=True)
@@ -71,40 +62,29 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
-    @property
-    def lock_file(self) -> Path:
-        return self.path / "lock"
-
-    def lock(self) -> FileLock:
-        """Makes this process the run's only writer, until the lock is released or the process ends, however it does.
+    def lock(self, owner: Owner | None = None) -> RunLock:
+        """Makes this process the run's only writer, and removes what writers that were killed have left half-written.
 
         Raises:
-            RunInUseError: another process is, and stays so for LOCK_SECONDS.
+            RunInUseError: another process is.
             ConfigError: the directory cannot be made or locked.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.lock_file)
-            lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.05)
-        except Timeout:
-            raise RunInUseError(
-                f"{self.path}: another process is writing this run; wait for it, or give another output.name"
-            ) from None
-        except (OSError, NotImplementedError) as error:  # the second where a file system knows no locks
-            raise ConfigError(f"output.root: '{self.path}' cannot be locked ({error}); give another folder") from None
+        lock = RunLock(self.path, owner or Owner.this_process())
+        for folder in (self.path, self.checkpoints):
+            remove_temporaries(folder)
         return lock
 
     def in_use(self) -> bool:
-        """Whether some process holds the lock at this moment."""
-        if not self.lock_file.exists():
-            return False
-        lock = FileLock(self.lock_file)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        """Whether some process is writing the run at this moment."""
+        return self.holder() is not None
+
+    def holder(self) -> Owner | None:
+        """The process that is writing the run at this moment."""
+        return find_holder(self.path)
+
+    def owner(self) -> Owner | None:
+        """Who may write the run: its holder, or the later attempt of the holder's job that waits for the lock."""
+        return read_owner(self.path)
 
     def check_writable(self) -> None:
         """
@@ -118,7 +98,7 @@ class RunDirectory:
     def read_state(self) -> dict[str, Any] | None:
         """`state` (running, interrupted, complete or failed), the `next_round`, and the `launch` that wrote it.
 
-        A run that failed before its first round may also tell its `error`.
+        A run that failed may also tell its `error`.
 
         None where there is no run.
         """
@@ -138,6 +118,8 @@ class RunDirectory:
         """Adds a line for a round; a reader sees whole lines only, up to the last one."""
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint on disk must not be ahead of it
 
     def cut_metrics(self, num_rounds: int) -> None:
         """Drops the lines of the rounds that are about to be run again."""

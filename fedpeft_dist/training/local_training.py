@@ -5,7 +5,7 @@ Shapes: L lanes, B batch, K classes, P trainable parameters, W columns of the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,17 +67,25 @@ class LocalTrainer:
         self.logits = torch.compile(model.logits) if compile_model else model.logits
 
     def train(
-        self, tasks: Sequence[ClientTask], global_vector: torch.Tensor, round_number: int, lr_factor: float = 1.0
+        self,
+        tasks: Sequence[ClientTask],
+        global_vector: torch.Tensor,
+        round_number: int,
+        lr_factor: float = 1.0,
+        is_dropped: Callable[[], bool] = lambda: False,
     ) -> Iterator[ClientUpdate]:
         """Yields each client's update as soon as it is done; a round's updates are never held all at once.
 
         Args:
             global_vector: [P] on the device.
+            is_dropped: asked before each local step; once it says so, nothing more is trained or yielded.
         """
         self.model.bind(self.parameters)
         start = self.model.layout.pad(global_vector.to(self.parameters.theta.dtype))
         num_lanes, batch_size = self.parameters.num_lanes, self.config.batch_size
         for tick, upcoming in _with_next(schedule_lanes(tasks, num_lanes, batch_size, self.seed, round_number)):
+            if is_dropped():
+                return
             for lane, _ in tick.starting:
                 self._load(lane, start)
             self._local_step(tick, upcoming, start, lr_factor)

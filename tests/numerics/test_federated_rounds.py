@@ -200,7 +200,7 @@ def test_one_full_batch_step_of_everyone_is_one_centralised_step(method):
     assert_same_delta(lane_model.layout.split(mean), step.delta, 1e-9)
 
     # The same through the exact aggregation and the server, whose wire is float32.
-    aggregator = Aggregator(len(vector), sum(sizes), CPU)
+    aggregator = Aggregator(len(vector), sum(sizes), make_runtime())
     for client in (3, 1, 4, 0, 2):
         aggregator.add(updates[client])
     total = aggregator.reduce()

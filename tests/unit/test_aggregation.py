@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from fedpeft_dist.federation.aggregation import DELTA_LIMIT, Aggregator, fraction_bits, quantize
 from fedpeft_dist.training.local_training import ClientUpdate
+from tests.numerics.cases import make_runtime
 
 P = 3
-CPU = torch.device("cpu")
+RUNTIME = make_runtime()
 BELOW_LIMIT = float(np.nextafter(np.float32(1024), np.float32(0)))
 deltas = st.lists(
     st.floats(-1024, 1024, exclude_min=True, exclude_max=True, width=32, allow_subnormal=True), min_size=P, max_size=P
@@ -60,12 +61,12 @@ def test_the_sum_is_exact_whatever_the_order_and_the_split(cohort, num_ranks, ra
     bits = fraction_bits(largest)
     expected = exact_sum(cohort, bits)
 
-    in_order = Aggregator(P, largest, CPU)
+    in_order = Aggregator(P, largest, RUNTIME)
     for weight, delta, loss in cohort:
         in_order.add(replace(update(delta, weight, loss), num_samples=weight))
     assert in_order.total[:P].tolist() == expected
 
-    ranks = [Aggregator(P, largest, CPU) for _ in range(num_ranks)]
+    ranks = [Aggregator(P, largest, RUNTIME) for _ in range(num_ranks)]
     shuffled = list(cohort)
     if randomness is not None:
         randomness.shuffle(shuffled)
@@ -91,7 +92,7 @@ def test_the_mean_is_within_a_quantum_of_the_exact_one(cohort) -> None:
     largest = sum(weight for weight, _, _ in cohort)
     if largest == 0:
         return
-    aggregator = Aggregator(P, largest, CPU)
+    aggregator = Aggregator(P, largest, RUNTIME)
     for weight, delta, loss in cohort:
         aggregator.add(replace(update(delta, weight, loss), num_samples=0))
     result = aggregator.reduce()
@@ -108,7 +109,7 @@ def test_the_mean_is_within_a_quantum_of_the_exact_one(cohort) -> None:
 @pytest.mark.parametrize("weight", [1, 2, 3, 2**20 - 1, 2**20, 2**20 + 1, 2**31, 2**40 + 1])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_deltas_with_the_largest_weights_do_not_overflow(weight: int, sign: int) -> None:
-    aggregator = Aggregator(P, weight, CPU)
+    aggregator = Aggregator(P, weight, RUNTIME)
     aggregator.add(replace(update([sign * BELOW_LIMIT] * P, weight, loss=1e30), num_samples=0))
     exact = sign * weight * round(Fraction(BELOW_LIMIT) * 2**aggregator.bits)
     assert abs(exact) < 2**63
@@ -121,7 +122,7 @@ def test_the_largest_deltas_with_the_largest_weights_do_not_overflow(weight: int
 
 def test_many_clients_of_the_largest_deltas_do_not_overflow() -> None:
     weights = [997] * 1000 + [4000]
-    aggregator = Aggregator(P, sum(weights), CPU)
+    aggregator = Aggregator(P, sum(weights), RUNTIME)
     for weight in weights:
         aggregator.add(replace(update([BELOW_LIMIT, -BELOW_LIMIT, 0.0], weight, loss=BELOW_LIMIT), num_samples=0))
     quantum = sum(weights) * round(Fraction(BELOW_LIMIT) * 2**aggregator.bits)
@@ -132,7 +133,7 @@ def test_many_clients_of_the_largest_deltas_do_not_overflow() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, DELTA_LIMIT, -DELTA_LIMIT, 3e38])
 def test_a_rejected_client_leaves_no_trace_but_its_count(bad: float) -> None:
     good = [update([1.0, -2.0, 0.5], 3, loss=0.25, client=4), update([0.0, 5.0, 1.5], 1, loss=0.75, client=9)]
-    aggregator = Aggregator(P, 100, CPU)
+    aggregator = Aggregator(P, 100, RUNTIME)
     aggregator.add(replace(good[0], num_samples=3))
     aggregator.add(replace(update([0.0, bad, 1.0], 60, loss=7.0, client=5), num_samples=60))
     aggregator.add(replace(good[1], num_samples=1))
@@ -146,7 +147,7 @@ def test_a_rejected_client_leaves_no_trace_but_its_count(bad: float) -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_rejects_too(loss: float) -> None:
-    aggregator = Aggregator(P, 2, CPU)
+    aggregator = Aggregator(P, 2, RUNTIME)
     aggregator.add(replace(update([1.0] * P, 1, loss=loss, client=2), num_samples=1))
     aggregator.add(replace(update([3.0] * P, 1, loss=1.0, client=3), num_samples=1))
     assert aggregator.rejected_clients() == [2]
@@ -155,7 +156,7 @@ def test_a_loss_that_is_not_finite_rejects_too(loss: float) -> None:
 
 
 def test_a_round_without_weight_has_no_mean() -> None:
-    aggregator = Aggregator(P, 10, CPU)
+    aggregator = Aggregator(P, 10, RUNTIME)
     aggregator.add(replace(update([math.nan] * P, 10), num_samples=10))
     aggregator.add(replace(update([1.0] * P, 0), num_samples=0))
     result = aggregator.reduce()
@@ -165,7 +166,7 @@ def test_a_round_without_weight_has_no_mean() -> None:
 
 
 def test_reduce_starts_over() -> None:
-    aggregator = Aggregator(P, 10, CPU)
+    aggregator = Aggregator(P, 10, RUNTIME)
     aggregator.add(replace(update([5.0] * P, 10, loss=2.0), num_samples=10))
     aggregator.add(replace(update([math.inf] * P, 10, client=8), num_samples=10))
     assert aggregator.reduce(stop_requested=True).stop_requested
@@ -178,7 +179,7 @@ def test_reduce_starts_over() -> None:
 
 
 def test_results_are_not_views_of_what_is_reused() -> None:
-    aggregator = Aggregator(P, 1, CPU)
+    aggregator = Aggregator(P, 1, RUNTIME)
     aggregator.add(replace(update([1.0, 2.0, 3.0]), num_samples=1))
     mean = aggregator.reduce().mean_delta
     aggregator.add(replace(update([9.0] * P), num_samples=1))

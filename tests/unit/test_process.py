@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,10 @@ SRUN = {
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for Slurm's command, which records how it was called."""
     program, calls = tmp_path / "scontrol", tmp_path / "calls"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nprintf "node3\\nnode4\\n"\n')
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n'
+        'case "$2" in hostnames) printf "node3\\nnode4\\n" ;; node) echo "NodeName=$3 NodeAddr=10.0.0.3" ;; esac\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     return calls
@@ -69,35 +74,67 @@ def test_torchruns_variables_set_by_hand() -> None:
 
 
 def test_torchrun_inside_a_slurm_step_is_torchrun() -> None:
-    assert find_launch({**SRUN, **TORCHRUN}) == find_launch(TORCHRUN)
+    assert find_launch({**SRUN, **TORCHRUN}) == replace(find_launch(TORCHRUN), slurm_job="41234")
 
 
-def test_srun_asks_slurm_for_the_first_host(scontrol: Path) -> None:
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The hosts' names that resolve."""
+    known: set[str] = set()
+
+    def resolve(name: str, *_: object) -> list[object]:
+        if name not in known:
+            raise socket.gaierror
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return known
+
+
+def test_srun_asks_slurm_for_the_first_host(scontrol: Path, names: set[str]) -> None:
+    names.add("node3")
     launch = find_launch(SRUN)
     assert (launch.rank, launch.world_size, launch.local_rank) == (3, 5, 0)
     assert launch.local_world_size == 3  # five tasks on two nodes
     assert launch.address == "node3"
     assert scontrol.read_text() == "show hostnames node[3-4]\n"
-    assert launch.port == 20000 + 41234 % 20000
     assert not launch.agent_store
-    ports = {find_launch({**SRUN, "SLURM_JOB_ID": str(job)}).port for job in range(41000, 41100)}
-    assert len(ports) == 100
-    assert all(1024 < port < 65536 for port in ports)
+
+
+def test_srun_asks_slurm_for_an_address_where_the_name_does_not_resolve(scontrol: Path, names: set[str]) -> None:
+    assert find_launch(SRUN).address == "10.0.0.3"
+    assert scontrol.read_text() == "show hostnames node[3-4]\nshow node node3\n"
+
+
+def test_srun_without_slurms_commands_takes_where_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_launch({**SRUN, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9"}).address == "10.0.0.9"
+
+
+def test_steps_that_meet_on_a_node_have_ports_of_their_own(scontrol: Path) -> None:
+    def port(job: int, step: int, restart: int) -> int:
+        variables = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restart)}
+        return find_launch({**SRUN, "MASTER_ADDR": "x", **variables}).port
+
+    ports = {port(job, step, restart) for job in range(41000, 41150) for step in range(8) for restart in range(3)}
+    assert len(ports) == 150 * 8 * 3
+    assert all(20000 <= port < 32000 for port in ports)
 
 
 def test_srun_with_an_address_given_asks_nobody() -> None:
     launch = find_launch({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "1234", "SLURM_RESTART_COUNT": "1"})
-    assert (launch.address, launch.port, launch.restart) == ("head", 1234, 1)
+    assert (launch.address, launch.port, launch.slurm_job) == ("head", 1234, "41234")
+    assert (launch.restart, launch.requeues) == (0, 1)
 
 
 def test_a_batch_script_that_starts_python_itself_is_alone() -> None:
-    assert find_launch(SLURM_JOB) == Launch()
-    assert find_launch({**SLURM_JOB, "SLURM_NTASKS": "64", "SLURM_LOCALID": "0"}) == Launch()
+    assert find_launch(SLURM_JOB) == Launch(slurm_job="41234")
+    assert find_launch({**SLURM_JOB, "SLURM_NTASKS": "64", "SLURM_LOCALID": "0"}) == Launch(slurm_job="41234")
 
 
 def test_a_step_of_one_task_is_alone() -> None:
     one = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
-    assert find_launch(one) == Launch()
+    assert find_launch(one) == Launch(slurm_job="41234")
 
 
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, devices: int, bf16: bool = True) -> None:

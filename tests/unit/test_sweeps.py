@@ -20,7 +20,8 @@ from fedpeft_dist.data import download
 from fedpeft_dist.federation import rounds
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.sweeps import Cell, cell_rows, load_sweep, pick_cell, work_through
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, RunDirectory, RunInUseError
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, RunDirectory
+from fedpeft_dist.tracking.run_lock import RunInUseError
 
 BASE = {"data": {"name": "digits", "clients": 4}, "federation": {"rounds": 2, "cohort": 2}, "output": {"root": "runs"}}
 

@@ -1,0 +1,15 @@
+"""Errors of a group of ranks."""
+
+from __future__ import annotations
+
+
+class PeerLostError(RuntimeError):
+    """Another rank has died, failed or fallen silent, so that this one cannot go on.
+
+    Args:
+        is_told: whether this rank is the one to tell it; the others end without a word.
+    """
+
+    def __init__(self, message: str, is_told: bool):
+        super().__init__(message)
+        self.is_told = is_told

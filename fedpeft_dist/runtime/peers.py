@@ -1,0 +1,159 @@
+"""Which ranks of the group are still there, so that a dead one does not let the others wait for it for ever.
+
+Each rank has a thread that sets its beat in the group's store once in a while and reads the others'. A rank is lost
+when it says that it failed, when its process has ended (seen at once on the same machine), or when its beat stands
+still for SILENT_BEATS beats. A collective that fails asks who it was; where the main thread hangs in one, this thread
+ends the process. One rank, the lowest that is left, tells which rank was lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fedpeft_dist.runtime.errors import PeerLostError
+
+BEAT_SECONDS = 1.0
+RANKS_PER_SECOND = 32
+"""Larger groups beat more slowly: every rank reads every other's beat."""
+SILENT_BEATS = 40
+LAST_SECONDS = 5.0
+"""That the main thread has to end by itself once a rank is lost."""
+_DONE, _FAILED = "done", "failed"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank's process, as it introduces itself to the others."""
+
+    rank: int
+    host: str
+    pid: int
+    started: str
+    """Tells it from a later process of the same number."""
+    place: str
+    """Of the kernel and the process namespace in which `pid` means something; empty where that is not known."""
+
+    @classmethod
+    def this_process(cls, rank: int) -> Member:
+        place = ""
+        if Path("/proc/self/ns/pid").exists():
+            place = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return cls(rank, socket.gethostname(), os.getpid(), _start_time(os.getpid()) or "", place)
+
+    def has_ended(self, place: str) -> bool:
+        """Whether the process is known to have ended; only one in the same place can be known."""
+        return bool(place) and place == self.place and _start_time(self.pid) != self.started
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+
+def _start_time(pid: int) -> str | None:
+    """Of a process, in the kernel's clock ticks; None where it has ended, also where its parent has yet to notice."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Peers:
+    """The other ranks, watched from a thread from `start` to `leave`.
+
+    Args:
+        store: of this object alone; a call on it must end within some seconds.
+        is_agents: whether the store outlives the ranks, in the hands of torchrun's agent.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, is_agents: bool):
+        self.store, self.rank, self.is_agents = store, rank, is_agents
+        self.ranks = range(world_size)
+        self.beat_seconds = max(BEAT_SECONDS, world_size / RANKS_PER_SECOND)
+        self.last_will: Callable[[str], None] = lambda reason: None
+        """Called before this process is ended from outside its main thread."""
+        self._left, self._loss_found = threading.Event(), threading.Event()
+        self._loss: PeerLostError | None = None
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self.this = Member.this_process(rank)
+        self.store.set(f"member/{rank}", json.dumps(asdict(self.this)))
+        self._beat("0")
+
+    def start(self) -> None:
+        """Begins to watch; every rank has been made by now."""
+        found = self.store.multi_get([f"member/{rank}" for rank in self.ranks])
+        self.members = [Member(**json.loads(member)) for member in found]
+        self._thread.start()
+
+    def leave(self, failure: BaseException | None = None) -> None:
+        """Tells the others that this rank has ended, well or with a failure of its own."""
+        self._left.set()
+        self._thread.join(timeout=LAST_SECONDS)
+        with suppress(RuntimeError):  # whoever held the store may have left before
+            self._beat(_DONE if failure is None else _FAILED)
+
+    def loss(self) -> PeerLostError | None:
+        """Which rank was lost, after a collective has failed; None where all of them are still there after a while."""
+        self._loss_found.wait((SILENT_BEATS + 2) * self.beat_seconds)
+        return self._loss
+
+    def _beat(self, value: str) -> None:
+        self.store.set(f"beat/{self.rank}", value)
+
+    def _watch(self) -> None:
+        beats: dict[int, str] = {}
+        changed = dict.fromkeys(self.ranks, time.monotonic())
+        lost: dict[int, str] = {}
+        count, last_look = 0, time.monotonic()
+        while not lost and not self._left.wait(self.beat_seconds):
+            count += 1
+            try:
+                self._beat(str(count))
+                found = self.store.multi_get([f"beat/{rank}" for rank in self.ranks])
+            except RuntimeError:
+                if self.is_agents or self._left.wait(LAST_SECONDS):
+                    return  # the launcher's end is not a rank's, and it tells its ranks by a signal
+                lost[0] = "has died, and with it the store that the group meets in"
+                break
+            now = time.monotonic()
+            if now - last_look > SILENT_BEATS * self.beat_seconds / 2:  # it was this process that was silent
+                changed = dict.fromkeys(self.ranks, now)
+            last_look = now
+            for rank, beat in enumerate(value.decode() for value in found):
+                if beats.get(rank) != beat:
+                    beats[rank], changed[rank] = beat, now
+                if rank == self.rank or beat == _DONE:
+                    continue
+                if beat == _FAILED:
+                    lost[rank] = "has failed, its own error says why"
+                elif self.members[rank].has_ended(self.this.place):
+                    lost[rank] = "has died"
+                elif now - changed[rank] > SILENT_BEATS * self.beat_seconds:
+                    lost[rank] = f"has given no sign of life for {now - changed[rank]:.0f} s"
+        if lost:
+            self._end(lost)
+
+    def _end(self, lost: dict[int, str]) -> None:
+        """Lets the main thread fail by itself, and ends this process if it does not."""
+        told = "; ".join(f"{self.members[rank]} {what}" for rank, what in lost.items())
+        teller = min(rank for rank in self.ranks if rank not in lost)
+        self._loss = PeerLostError(told, is_told=self.rank == teller)
+        self._loss_found.set()
+        if self._left.wait(LAST_SECONDS):
+            return
+        self.last_will(told)
+        if self._loss.is_told:
+            print(f"error: {told}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,132 @@
+"""One writer a run: a lock that ends with its holder, and a file that says who it is.
+
+The lock (flock) keeps two processes from writing at once. The owner's file settles what a lock cannot: Slurm puts a job
+whose node's daemon has died back into its queue and starts it elsewhere, while the old processes, which nobody killed,
+still train and hold the lock. The new attempt of the same job then writes its own name into the owner's file; the old
+one sees it before it writes the next round, and ends without writing anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.runtime.files import write_text
+
+LOCK_SECONDS = 1.0
+"""`find_holder` holds the lock for a moment to see whether it can be had; who wants it in earnest waits that out."""
+TAKEOVER_SECONDS = 1200.0
+"""How long a job's new attempt waits for the old one, which looks around once a round; less than a group's time-out."""
+
+
+class RunInUseError(ConfigError):
+    """Another process is writing this run."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who writes a run, or is about to."""
+
+    host: str
+    pid: int
+    job: str
+    """The Slurm job's number; empty outside one."""
+    attempt: int
+    """How often Slurm had put the job back into its queue."""
+    token: str
+    """No other owner's, of this run or another."""
+
+    @classmethod
+    def this_process(cls, job: str = "", attempt: int = 0) -> Owner:
+        return cls(socket.gethostname(), os.getpid(), job, attempt, uuid.uuid4().hex)
+
+    def succeeds(self, other: Owner) -> bool:
+        """Whether this is a later attempt of the same job."""
+        return bool(self.job) and self.job == other.job and self.attempt > other.attempt
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        return f"host {self.host}, pid {self.pid}{job}"
+
+
+class RunLock:
+    """Makes this process the only writer of a run's directory, until it is released or ends, however it does.
+
+    Raises:
+        RunInUseError: another process is, and stays so for LOCK_SECONDS.
+        ConfigError: the directory cannot be made or locked.
+    """
+
+    def __init__(self, directory: Path, owner: Owner):
+        self.directory, self.owner = directory, owner
+        self._lock = FileLock(_lock_file(directory))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            self._write_owner()
+        except (OSError, NotImplementedError) as error:  # the second where a file system knows no locks
+            self._lock.release()
+            raise ConfigError(f"output.root: '{directory}' cannot be locked ({error}); give another folder") from None
+
+    def release(self) -> None:
+        if self._lock.is_locked and read_owner(self.directory) == self.owner:
+            _owner_file(self.directory).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.05)
+            return
+        except Timeout:
+            holder = read_owner(self.directory)
+        in_use = f"{self.directory}: another process is writing this run" + (f" ({holder})" if holder else "")
+        if holder is None or not self.owner.succeeds(holder):
+            raise RunInUseError(f"{in_use}; wait for it, or give another output.name")
+        self._write_owner()
+        print(f"{in_use}, an earlier attempt of this job; waiting until it lets go", flush=True)
+        try:
+            self._lock.acquire(timeout=TAKEOVER_SECONDS, poll_interval=0.5)
+        except Timeout:
+            raise RunInUseError(f"{in_use}, and has not let go in {TAKEOVER_SECONDS:.0f} s; end it") from None
+
+    def _write_owner(self) -> None:
+        write_text(_owner_file(self.directory), json.dumps(asdict(self.owner)) + "\n")
+
+
+UNKNOWN = Owner("unknown", 0, "", 0, "")
+
+
+def find_holder(directory: Path) -> Owner | None:
+    """The process that is writing a run at this moment; `UNKNOWN` where it does not say who it is."""
+    if not _lock_file(directory).exists():
+        return None
+    lock = FileLock(_lock_file(directory))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return read_owner(directory) or UNKNOWN
+    lock.release()
+    return None
+
+
+def read_owner(directory: Path) -> Owner | None:
+    """Who may write a run; None where nobody says so."""
+    try:
+        return Owner(**json.loads(_owner_file(directory).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _lock_file(directory: Path) -> Path:
+    return directory / "lock"
+
+
+def _owner_file(directory: Path) -> Path:
+    return directory / "owner.json"
