@@ -21,7 +21,7 @@ from fedpeft_dist.runtime.files import DISK_FULL
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING
 from fedpeft_dist.tracking.run_log import RunLog
 from fedpeft_dist.training.rates import rate_factor
 
@@ -154,8 +154,8 @@ def _no_room(error: BaseException, config: RunConfig) -> ConfigError | None:
 
 
 def _mark_failed(run: Run, reason: str) -> None:
-    """By whichever rank it hits: the others may be stuck, or killed before they can."""
+    """By whichever rank it hits first: the others may be stuck, or killed before they can."""
     with suppress(OSError, ConfigError):  # there may be no room for it; what the run did is in its checkpoints
         state = run.directory.read_state()
-        if state is not None and state["state"] != COMPLETE and run.is_ours():
+        if state is not None and state["state"] == RUNNING and run.is_ours():
             run.directory.write_state(FAILED, run.saved_round or 0, error=reason)

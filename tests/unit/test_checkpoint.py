@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fedpeft_dist.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
+from fedpeft_dist.checkpoint import Checkpoint, Origin, load_newest_checkpoint, save_checkpoint, set_newer_aside
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.runtime.files import write_atomically, write_text
+from fedpeft_dist.config.load import config_digest, parse_config, with_values
+from fedpeft_dist.runtime.files import remove_temporaries, write_atomically, write_text
+
+CONFIG = parse_config({"runtime": {"device": "cpu"}}, "test")
+
+
+def origin_of(number: int) -> Origin:
+    return Origin.of(with_values(CONFIG, "federation", rounds=100 + number), f"{number:064x}", f"{number:032x}")
 
 
 def checkpoint_of(next_round: int) -> Checkpoint:
@@ -20,20 +29,20 @@ def checkpoint_of(next_round: int) -> Checkpoint:
     vector = torch.randn(50, generator=generator)
     vector[:4] = torch.tensor([0.1, -0.0, 1e-42, 3e38])  # a subnormal and a negative zero must survive
     state = {"mean": torch.randn(50, generator=generator), "square": torch.rand(50, generator=generator)}
-    return Checkpoint(
-        next_round,
-        f"{next_round:064x}",
-        f"{next_round:032x}",
-        vector,
-        state,
-        {"rejected": 3, "samples": 2**40, "seconds": 0.1 + 0.2},
-    )
+    totals = {"rejected": 3, "samples": 2**40, "seconds": 0.1 + 0.2}
+    return Checkpoint(next_round, origin_of(next_round), vector, state, totals)
+
+
+def newest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint, where none is damaged."""
+    found, damaged = load_newest_checkpoint(directory)
+    assert damaged == []
+    return found
 
 
 def assert_same(found: Checkpoint | None, expected: Checkpoint) -> None:
     assert found is not None
-    assert (found.next_round, found.totals) == (expected.next_round, expected.totals)
-    assert (found.backbone_sha256, found.data_sha256) == (expected.backbone_sha256, expected.data_sha256)
+    assert (found.next_round, found.totals, found.origin) == (expected.next_round, expected.totals, expected.origin)
     assert torch.equal(found.vector.view(torch.int32), expected.vector.view(torch.int32))
     assert found.server_state.keys() == expected.server_state.keys()
     for name, tensor in expected.server_state.items():
@@ -41,33 +50,50 @@ def assert_same(found: Checkpoint | None, expected: Checkpoint) -> None:
 
 
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
-    assert load_newest_checkpoint(tmp_path / "checkpoints") is None
+    assert load_newest_checkpoint(tmp_path / "checkpoints") == (None, [])
     save_checkpoint(tmp_path / "checkpoints", checkpoint_of(7))
-    assert_same(load_newest_checkpoint(tmp_path / "checkpoints"), checkpoint_of(7))
+    assert_same(newest(tmp_path / "checkpoints"), checkpoint_of(7))
+
+
+def test_a_checkpoint_tells_what_it_belongs_to(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint_of(7))
+    origin = newest(tmp_path).origin
+    config = parse_config(origin.config, "test")
+    assert config.federation.rounds == 107
+    assert origin.config_sha256 == config_digest(config)
+    assert origin.config_sha256 != config_digest(CONFIG)
+    assert origin.config_sha256 == config_digest(with_values(config, "output", name="elsewhere"))
+    assert origin.versions["torch"] == torch.__version__
+    assert origin.versions.keys() == {"fedpeft_dist", "torch", "timm", "numpy"}
 
 
 def test_a_server_without_state_has_a_checkpoint_too(tmp_path: Path) -> None:
-    expected = Checkpoint(0, "ab", "cd", torch.zeros(3), {}, {})
+    expected = Checkpoint(0, origin_of(0), torch.zeros(3), {}, {})
     save_checkpoint(tmp_path, expected)
-    assert_same(load_newest_checkpoint(tmp_path), expected)
+    assert_same(newest(tmp_path), expected)
 
 
 def test_views_and_strided_tensors_are_saved_as_they_look(tmp_path: Path) -> None:
     matrix = torch.arange(12.0).view(3, 4)
-    save_checkpoint(tmp_path, Checkpoint(1, "ab", "cd", matrix[:, 1], {"momentum": matrix[:, 1]}, {}))
-    found = load_newest_checkpoint(tmp_path)
+    save_checkpoint(tmp_path, Checkpoint(1, origin_of(1), matrix[:, 1], {"momentum": matrix[:, 1]}, {}))
+    found = newest(tmp_path)
     assert found.vector.tolist() == found.server_state["momentum"].tolist() == [1.0, 5.0, 9.0]
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for next_round in (1, 2, 9, 10, 100):
         save_checkpoint(tmp_path, checkpoint_of(next_round))
-        assert_same(load_newest_checkpoint(tmp_path), checkpoint_of(next_round))
+        assert_same(newest(tmp_path), checkpoint_of(next_round))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["round-000010.safetensors", "round-000100.safetensors"]
 
 
-METADATA = {"next_round": "2", "backbone_sha256": "ab", "data_sha256": "cd", "totals": "{}"}
+def rewrite(path: Path, change: Callable[[dict, dict], None]) -> None:
+    """Writes a checkpoint that safetensors can read, with other content."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(metadata, tensors)
+    save_file(tensors, path, metadata=metadata)
 
 
 def corrupt(path: Path, how: str) -> None:
@@ -81,40 +107,93 @@ def corrupt(path: Path, how: str) -> None:
             path.write_bytes(bytes(range(256)) * 8)
         case "no metadata":
             save_file({"vector": torch.zeros(3)}, path)
+        case "no digest":
+            rewrite(path, lambda metadata, tensors: metadata.pop("sha256"))
         case "no vector":
-            save_file({"server.mean": torch.zeros(3)}, path, metadata=METADATA)
-        case "no backbone":
-            metadata = {key: value for key, value in METADATA.items() if key != "backbone_sha256"}
-            save_file({"vector": torch.zeros(3)}, path, metadata=metadata)
-        case "no data":
-            metadata = {key: value for key, value in METADATA.items() if key != "data_sha256"}
-            save_file({"vector": torch.zeros(3)}, path, metadata=metadata)
-        case "bad totals":
-            save_file({"vector": torch.zeros(3)}, path, metadata=METADATA | {"totals": "{"})
+            rewrite(path, lambda metadata, tensors: tensors.pop("vector"))
+        case "another round":
+            rewrite(path, lambda metadata, tensors: metadata.update(next_round="3"))
+        case "another number":
+            rewrite(path, lambda metadata, tensors: tensors["server.mean"][7:8].mul_(1 + 2e-7))
+        case "another shape":
+            rewrite(path, lambda metadata, tensors: tensors.update(vector=tensors["vector"].view(5, 10)))
+        case "another name":
+            rewrite(path, lambda metadata, tensors: tensors.update({"server.x": tensors.pop("server.mean")}))
 
 
-@pytest.mark.parametrize(
-    "how", ["cut", "empty", "noise", "no metadata", "no vector", "no backbone", "no data", "bad totals"]
-)
-def test_a_corrupt_file_is_named_and_can_be_removed(tmp_path: Path, how: str) -> None:
+WAYS = ["cut", "empty", "noise", "no metadata", "no digest", "no vector"]
+WAYS += ["another round", "another number", "another shape", "another name"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_damaged_file_is_named_and_gives_way_to_the_one_before(tmp_path: Path, how: str) -> None:
     for next_round in (1, 2):
         save_checkpoint(tmp_path, checkpoint_of(next_round))
-    newest = tmp_path / "round-000002.safetensors"
-    corrupt(newest, how)
-    with pytest.raises(ConfigError, match="remove it to go on from the one before") as error:
+    path = tmp_path / "round-000002.safetensors"
+    corrupt(path, how)
+    found, damaged = load_newest_checkpoint(tmp_path)
+    assert_same(found, checkpoint_of(1))
+    assert len(damaged) == 1
+    assert damaged[0].startswith(f"{path}: a damaged checkpoint (")
+    assert "\n" not in damaged[0]
+
+
+def test_where_all_are_damaged_there_is_none(tmp_path: Path) -> None:
+    for next_round in (1, 2):
+        save_checkpoint(tmp_path, checkpoint_of(next_round))
+        corrupt(tmp_path / f"round-00000{next_round}.safetensors", "cut")
+    found, damaged = load_newest_checkpoint(tmp_path)
+    assert found is None
+    assert [Path(line.split(":")[0]).name for line in damaged] == [f"round-00000{n}.safetensors" for n in (2, 1)]
+
+
+def test_a_flipped_bit_anywhere_is_seen(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(2)
+    path = save_checkpoint(tmp_path, checkpoint)
+    content = path.read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << (position % 8)
+        path.write_bytes(flipped)
+        found, damaged = load_newest_checkpoint(tmp_path)
+        if found is not None:  # only where it changes nothing: the header's padding, or an escape of a character
+            assert_same(found, checkpoint)
+        else:
+            assert len(damaged) == 1
+
+
+def test_a_file_that_cannot_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, checkpoint_of(1))
+
+    def fail(path: Path, **_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("fedpeft_dist.checkpoint.safe_open", fail)
+    with pytest.raises(ConfigError, match=r"round-000001\.safetensors: cannot be read \(Stale"):
         load_newest_checkpoint(tmp_path)
-    assert str(error.value).startswith(f"{newest}: ")
-    newest.unlink()
-    assert_same(load_newest_checkpoint(tmp_path), checkpoint_of(1))
+
+
+def test_damaged_files_do_not_push_good_ones_out(tmp_path: Path) -> None:
+    """A run that goes on from round 5 with another `checkpoint_every` must not drop it for a damaged round 10."""
+    for next_round in (5, 10):
+        save_checkpoint(tmp_path, checkpoint_of(next_round))
+    corrupt(tmp_path / "round-000010.safetensors", "cut")
+    set_newer_aside(tmp_path, 5)
+    save_checkpoint(tmp_path, checkpoint_of(6))
+    assert_same(newest(tmp_path), checkpoint_of(6))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["damaged-round-000010.safetensors", "round-000005.safetensors", "round-000006.safetensors"]
 
 
 def test_a_write_that_was_killed_leaves_no_checkpoint(tmp_path: Path) -> None:
-    """A process that dies while writing leaves its temporary file, which is not taken for a checkpoint."""
+    """A process that dies while writing leaves its temporary file, which is not taken for a checkpoint and removed."""
     save_checkpoint(tmp_path, checkpoint_of(1))
     temporary: list[Path] = []
     write_atomically(tmp_path / "round-000002.safetensors", lambda path: (temporary.append(path), path.touch()))
     (tmp_path / "round-000002.safetensors").rename(temporary[0])
-    assert_same(load_newest_checkpoint(tmp_path), checkpoint_of(1))
+    assert_same(newest(tmp_path), checkpoint_of(1))
+    remove_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000001.safetensors"]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(
@@ -126,7 +205,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, checkpoint_of(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"round-00000{n}.safetensors" for n in (1, 2)]
-    assert_same(load_newest_checkpoint(tmp_path), checkpoint_of(2))
+    assert_same(newest(tmp_path), checkpoint_of(2))
 
 
 def fail_with_full_disk(*_: object) -> None:

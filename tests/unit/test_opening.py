@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedpeft_dist.checkpoint import load_newest_checkpoint
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config, with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation import opening, rounds
 from fedpeft_dist.federation.opening import open_run
+from fedpeft_dist.runtime import interrupts
+from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.process import Launch, Runtime, find_launch
-from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RUNNING, RunDirectory
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING, RunDirectory
+from fedpeft_dist.training.local_training import LocalTrainer
 from tests.numerics.cases import make_runtime
 
 
@@ -163,3 +169,135 @@ def test_a_worker_that_torchrun_restarts_does_not_undo_an_interruption(config: R
     run = open_run(config, Runtime(Launch(restart=0, job="other"), device, "fp32", threads=1))
     assert run is not None
     run.close()
+
+
+def run_some_rounds(config: RunConfig, num_rounds: int) -> None:
+    rounds.run_federation(with_values(config, "federation", rounds=num_rounds), make_runtime())
+
+
+def digest_of(config: RunConfig) -> str:
+    return json.loads(directory_of(config).summary_file.read_text())["weights_sha256"]
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
+    config: RunConfig, capsys: pytest.CaptureFixture[str], num_damaged: int
+) -> None:
+    other = with_values(config, "output", name="other")
+    run_some_rounds(config, 5)
+    run_some_rounds(other, 3)
+    directory = directory_of(other)
+    paths = [directory.checkpoints / f"round-00000{n}.safetensors" for n in (3, 2)][:num_damaged]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    run_some_rounds(other, 5)
+    told = capsys.readouterr().err.splitlines()
+    where = "the one before" if num_damaged == 1 else "the beginning"
+    assert [line for line in told if "damaged" in line] == [
+        f"{path}: a damaged checkpoint (its content does not match its digest); going on from {where}" for path in paths
+    ]
+    assert digest_of(other) == digest_of(config)
+    names = sorted(path.name for path in directory.checkpoints.iterdir())
+    assert names == [
+        *(f"damaged-{path.name}" for path in reversed(paths)),
+        "round-000004.safetensors",
+        "round-000005.safetensors",
+    ]
+    rows = [json.loads(line)["round"] for line in directory.metrics_file.read_text().splitlines()]
+    assert rows == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_of_another_config_is_refused(config: RunConfig) -> None:
+    """Also where config.yaml has been edited to match."""
+    run_some_rounds(config, 1)
+    other = config.model_copy(update={"seed": 9})
+    directory_of(config).write_config(other)
+    with pytest.raises(ConfigError, match=r"holds a run of another config: seed \(1 there, 9 here\)"):
+        run_some_rounds(other, 2)
+
+
+def test_other_versions_of_libraries_are_told(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_some_rounds(config, 1)
+    now = opening.library_versions()
+    monkeypatch.setattr(opening, "library_versions", lambda: now | {"torch": "9.9"})
+    run_some_rounds(config, 2)
+    assert f"begun with other versions (torch {now['torch']} there, 9.9 here)" in capsys.readouterr().err
+
+
+def stop_in_round(monkeypatch: pytest.MonkeyPatch, number: int, grace: float) -> StopRequest:
+    """Asks a run to stop at the first local step of a round."""
+    stop, real = StopRequest(), LocalTrainer.train
+    monkeypatch.setattr(interrupts, "GRACE_SECONDS", grace)
+
+    def train(trainer: Any, tasks: Any, vector: Any, round_number: int, *others: Any) -> Any:
+        if round_number == number:
+            stop.received = True
+        return real(trainer, tasks, vector, round_number, *others)
+
+    monkeypatch.setattr(LocalTrainer, "train", train)
+    return stop
+
+
+@pytest.mark.parametrize(("grace", "rounds_done"), [(1000.0, 3), (-1.0, 2)])
+@pytest.mark.parametrize("checkpoint_every", [1, 0])
+def test_a_round_in_work_is_finished_in_time_or_dropped(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, grace: float, rounds_done: int, checkpoint_every: int
+) -> None:
+    other = with_values(config, "output", name="other", checkpoint_every=checkpoint_every)
+    config, other = (with_values(each, "federation", rounds=5) for each in (config, other))
+    rounds.run_federation(config, make_runtime())
+    with monkeypatch.context() as patch:
+        stop = stop_in_round(patch, 2, grace)
+        assert rounds.run_federation(other, make_runtime(), stop) == INTERRUPTED
+    directory = directory_of(other)
+    assert directory.read_state() == {"state": INTERRUPTED, "next_round": rounds_done, "launch": ""}
+    newest, damaged = load_newest_checkpoint(directory.checkpoints)
+    assert (newest.next_round, damaged) == (rounds_done, [])
+    assert rounds.run_federation(other, make_runtime()) == COMPLETE
+    assert digest_of(other) == digest_of(config)
+
+
+def test_a_run_that_is_stopped_before_its_first_round(config: RunConfig) -> None:
+    assert rounds.run_federation(config, make_runtime(), StopRequest(received=True)) == INTERRUPTED
+    assert directory_of(config).read_state() == {"state": INTERRUPTED, "next_round": 0, "launch": ""}
+    assert rounds.run_federation(config, make_runtime()) == COMPLETE
+
+
+def test_a_run_that_another_attempt_takes_over_writes_nothing_more(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_values(config, "federation", rounds=5)
+    directory, real, seen = directory_of(config), LocalTrainer.train, []
+
+    def train(trainer: Any, tasks: Any, vector: Any, round_number: int, *others: Any) -> Any:
+        if round_number == 2:
+            claim = dataclasses.replace(directory.owner(), attempt=1, token="new")
+            (directory.path / "owner.json").write_text(json.dumps(dataclasses.asdict(claim)))
+            seen.extend(path.read_bytes() for path in sorted(directory.path.rglob("*")) if path.is_file())
+        return real(trainer, tasks, vector, round_number, *others)
+
+    monkeypatch.setattr(LocalTrainer, "train", train)
+    assert rounds.run_federation(config, make_runtime()) == INTERRUPTED
+    files = [path for path in sorted(directory.path.rglob("*")) if path.is_file()]
+    events = [path.name.startswith("events") for path in files]
+    for before, path, is_events in zip(seen, files, events):
+        assert is_events or path.read_bytes() == before, path
+    assert not directory.in_use()
+    assert directory.owner().token == "new"
+
+
+def test_a_failure_is_told_in_the_state(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = LocalTrainer.train
+
+    def train(trainer: Any, tasks: Any, vector: Any, round_number: int, *others: Any) -> Any:
+        if round_number == 1:
+            raise MemoryError("out of\nmemory")
+        return real(trainer, tasks, vector, round_number, *others)
+
+    monkeypatch.setattr(LocalTrainer, "train", train)
+    with pytest.raises(MemoryError):
+        run_some_rounds(config, 3)
+    state = directory_of(config).read_state()
+    assert state == {"state": FAILED, "next_round": 1, "launch": "", "error": "out of memory"}

@@ -1,0 +1,79 @@
+"""Signals as a request to stop, and the round that they find in work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedpeft_dist.runtime import interrupts
+from fedpeft_dist.runtime.interrupts import STOP_SIGNALS, StopRequest, listen_for_stop
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_remembered_and_the_handlers_go_back(number: int) -> None:
+    before = signal.getsignal(number)
+    with listen_for_stop() as stop:
+        assert not stop.received
+        os.kill(os.getpid(), number)
+        assert stop.received
+        if number != signal.SIGINT:
+            os.kill(os.getpid(), number)  # again, with no more effect
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_stops_at_once() -> None:
+    with listen_for_stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_round_is_overdue_some_seconds_after_it_has_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
+    stop = StopRequest()
+    assert not stop.is_overdue()
+    now[0] += 1000
+    stop.received = True
+    assert not stop.is_overdue()
+    now[0] += 9.9
+    assert not stop.is_overdue()
+    now[0] += 0.2
+    assert stop.is_overdue()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+def test_a_process_is_told_of_its_parents_death(tmp_path: Path) -> None:
+    child = f"""
+import time
+from pathlib import Path
+from fedpeft_dist.runtime.interrupts import listen_for_stop, stop_with_parent
+with listen_for_stop() as stop:
+    stop_with_parent()
+    Path({str(tmp_path / "ready")!r}).touch()
+    deadline = time.monotonic() + 60
+    while not stop.received and time.monotonic() < deadline:
+        time.sleep(0.01)
+    Path({str(tmp_path / "told")!r}).write_text(str(stop.received))
+"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    wait_for(tmp_path / "ready")
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "told")
+    assert (tmp_path / "told").read_text() == "True"
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and (path.name == "ready" or path.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
