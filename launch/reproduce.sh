@@ -8,40 +8,27 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh ""
 
+workers=${1:-$(env -u OMP_NUM_THREADS nproc)}  # nproc would count the threads that a user has set
 export OMP_NUM_THREADS=1
-workers=${1:-$(env -u OMP_NUM_THREADS nproc)}  # nproc would count the threads just set
 tenth=runs/offline/glyph_vit_tenth.safetensors
 [ -f "$tenth" ] || "$PYTHON" -m fedpeft_dist pretrain --steps 600 --output "$tenth"
 
-work() {
-    local worst=0 code
-    for data in digits glyphs100; do
-        for experiment in communication stability scale pretraining slower; do
-            code=0
-            "$PYTHON" -m fedpeft_dist sweep run "configs/sweeps/offline/$data/$experiment.yaml" || code=$?
-            [ $code != 75 ] || return 75  # interrupted: the same command goes on
-            [ $code = 0 ] || worst=$code
-        done
-    done
-    return $worst
-}
+experiments=({digits,glyphs100}/{communication,stability,scale,pretraining,slower})
+sweeps=("${experiments[@]/#/configs/sweeps/offline/}")
 started=$SECONDS
-pids=()
-set -m  # a process group for each worker, so that a signal reaches what it runs
-for _ in $(seq "$workers"); do
-    work &
-    pids+=($!)
-    sleep 1  # two workers that start as one would build the same cell, and one of them would find it taken
+"$PYTHON" launch/sweep.py "${sweeps[@]/%/.yaml}" --workers "$workers" &
+sweep=$!
+trap : INT                                # of which a terminal tells the sweep itself
+trap 'kill -TERM $sweep 2>/dev/null || true' TERM
+while :; do  # a signal ends the waiting, not the sweep
+    status=0
+    wait $sweep || status=$?
+    kill -0 $sweep 2>/dev/null || break
 done
-set +m
-trap 'for pid in "${pids[@]}"; do kill -TERM -- "-$pid" 2>/dev/null || true; done; wait; exit 143' INT TERM
-status=0
-for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 echo "the sweeps took $((SECONDS - started)) s with $workers workers"
-for data in digits glyphs100; do
-    for experiment in communication stability scale pretraining slower; do
-        "$PYTHON" -m fedpeft_dist report "runs/offline/$data/$experiment"
-    done
+[ $status -le 1 ] || exit $status
+for experiment in "${experiments[@]}"; do
+    "$PYTHON" -m fedpeft_dist report "runs/offline/$experiment"
 done
 [ $status = 0 ] && "$PYTHON" launch/compare_hypotheses.py
 exit $status

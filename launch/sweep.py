@@ -1,0 +1,316 @@
+"""Works through sweeps on one machine: a worker on each GPU, or, where there are none, on every few cores.
+
+    python launch/sweep.py SWEEP [SWEEP ...] [key=value ...] [--workers N] [--cores-per-worker K] [--retries N]
+
+The cells of all sweeps given are one queue. A cell is a process of its own (`fedpeft sweep run SWEEP --index I`), so
+that one that crashes or runs out of memory touches no other; what it says is appended to `log.txt` in its run's
+directory. On a terminal a live table tells how far the cells are, on a pipe plain lines do.
+
+Ctrl-C, SIGTERM and SIGUSR1 stop cleanly: the running cells write a checkpoint, nothing new is started, and the same
+command goes on later. A second Ctrl-C kills the cells. If it is this process that is killed, its running cells go on to
+their end, where nothing follows them; until then their locks keep other workers away.
+
+Exit codes: 0 all cells are complete; 1 some failed; 2 the user's mistake; 75 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, UsageError
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
+from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, record_failure
+from fedpeft_dist.sweeps.attempts import Attempt, Task
+from fedpeft_dist.sweeps.places import Place, find_places
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
+
+WAITING, SKIPPED, ELSEWHERE = "waiting", "skipped", "in work elsewhere"
+LOOK_SECONDS = 0.25
+STATUS_SECONDS = 60.0
+"""Between two lines on a pipe that tell how far all is."""
+TAKEN_SECONDS = 2.0
+"""Between two looks at the cells that other workers are at."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__.partition("\n")[0])
+def sweep(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="SWEEP ... [KEY=VALUE ...]", help="Sweep files, and keys to override.")
+    ],
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many cells run at a time; without it, a GPU or K cores have one.")
+    ] = None,
+    cores_per_worker: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="CPU cores of a worker; without it, as runtime.threads.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, help="How often a cell that failed is tried again, from its checkpoint.")
+    ] = 1,
+) -> None:
+    overrides = [argument for argument in arguments if "=" in argument]
+    sweeps = [Path(argument) for argument in arguments if "=" not in argument]
+    if not sweeps:
+        raise ConfigError("SWEEP: missing; give a sweep's YAML file")
+    cells = [(path, cell) for path in sweeps for cell in load_sweep(path, overrides)]
+    folder = Path(os.path.commonpath([cell.directory.path.absolute().parent for _, cell in cells]))
+    tasks = [
+        Task(path, cell, os.path.relpath(cell.directory.path, folder), SKIPPED if _is_complete(cell) else WAITING)
+        for path, cell in cells
+    ]
+    places = find_places([cell for _, cell in cells], workers, cores_per_worker)
+    started = time.monotonic()
+    with listen_for_stop() as stop, Display() as display:
+        runner = Runner(tasks, places, overrides, retries, display)
+        try:
+            runner.run(stop)
+        except KeyboardInterrupt:
+            display.note("killed")
+
+    for task in tasks:
+        if task.state == FAILED:
+            print(f"failed: {task.name}: {task.reason} (log: {task.log})")
+    counts = Counter(task.state for task in tasks)
+    print(
+        f"{counts[COMPLETE]} complete, {counts[SKIPPED]} skipped, {counts[FAILED]} failed in "
+        f"{time.monotonic() - started:.0f} s, workers: {len(places)}; "
+        f"to compare them: fedpeft report {min(str(folder), os.path.relpath(folder), key=len)}"
+    )
+    if sum(counts[state] for state in (COMPLETE, SKIPPED, FAILED)) < len(tasks):
+        print("interrupted; run the same command to go on", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED)
+    raise SystemExit(1 if counts[FAILED] else 0)
+
+
+class Runner:
+    """Gives the tasks to the places."""
+
+    def __init__(
+        self, tasks: list[Task], places: list[Place], overrides: Sequence[str], retries: int, display: Display
+    ):
+        self.tasks, self.places, self.overrides, self.retries = tasks, places, overrides, retries
+        self.display = display
+        self.waiting = [task for task in tasks if task.state == WAITING]
+        self.attempts: list[Attempt] = []
+        self.idle = list(places)
+        self.speeds: list[tuple[float, int]] = []
+        """Seconds and rounds of each attempt that ended well."""
+        self.stopping = False
+        self.looked_at_taken = 0.0
+
+    def run(self, stop: StopRequest) -> None:
+        """Until every task is complete or has failed, or all has stopped."""
+        self.display.note(f"{len(self.tasks)} cells: {self.status()}; workers: {len(self.places)}")
+        try:
+            while True:
+                for attempt in list(self.attempts):
+                    code = attempt.process.poll()
+                    attempt.look()
+                    if code is not None:
+                        self.attempts.remove(attempt)
+                        self.idle.append(attempt.place)
+                        self.settle(attempt, code)
+                if stop.received and not self.stopping:
+                    self.stopping = True
+                    self.display.note("stopping: the running cells write a checkpoint; Ctrl-C kills them")
+                    for attempt in self.attempts:
+                        attempt.process.terminate()
+                if not self.stopping:
+                    self.fill()
+                if not self.attempts and (self.stopping or not self.count(WAITING, ELSEWHERE)):
+                    return
+                self.display.show(self)
+                time.sleep(LOOK_SECONDS)
+        except BaseException:
+            for attempt in self.attempts:
+                os.killpg(attempt.process.pid, signal.SIGKILL)
+                attempt.process.wait()
+            raise
+
+    def fill(self) -> None:
+        """Starts cells where a worker is idle; those that others were at come last."""
+        while self.idle and (task := self.next_task()) is not None:
+            if _is_complete(task.cell):
+                task.state = SKIPPED
+            elif _is_taken(task.cell):
+                self.leave_alone(task)
+            else:
+                self.start(task)
+
+    def next_task(self) -> Task | None:
+        if not self.waiting and time.monotonic() - self.looked_at_taken > TAKEN_SECONDS:
+            self.looked_at_taken = time.monotonic()
+            self.waiting = [task for task in self.tasks if task.state == ELSEWHERE]
+        return self.waiting.pop(0) if self.waiting else None
+
+    def start(self, task: Task) -> None:
+        try:
+            attempt = Attempt(task, self.idle[0], self.overrides)
+        except OSError as error:
+            self.fail(task, str(error))
+            return
+        self.attempts.append(attempt)
+        self.idle.remove(attempt.place)
+        task.state = RUNNING
+        self.display.note(f"started {task.name} on {attempt.place.name}")
+
+    def settle(self, attempt: Attempt, code: int) -> None:
+        """Decides what becomes of a task whose process has ended: its run's state counts, more than the exit code."""
+        task = attempt.task
+        if _is_complete(task.cell):
+            task.state = COMPLETE
+            self.speeds.append((attempt.elapsed, attempt.rounds - attempt.rounds_before))
+            self.display.note(
+                f"complete {task.name}, accuracy {attempt.accuracy}, {_time(attempt.elapsed)}; {self.status()}"
+            )
+        elif _is_taken(task.cell):
+            self.leave_alone(task)
+        elif self.stopping and code != EXIT_MISTAKE:
+            task.state = WAITING
+        else:
+            task.failures += 1
+            if code == EXIT_MISTAKE or task.failures > self.retries:
+                self.fail(task, attempt.reason(code))
+                return
+            task.state, task.reason = WAITING, attempt.reason(code)
+            self.waiting.append(task)  # what disturbed it may have passed when its turn comes again
+            self.display.note(f"to be tried again: {task.name}: {task.reason} (log: {task.log})")
+
+    def leave_alone(self, task: Task) -> None:
+        if task.state != ELSEWHERE:
+            self.display.note(f"left alone {task.name}, another process is at it")
+        task.state = ELSEWHERE
+
+    def fail(self, task: Task, reason: str) -> None:
+        task.state, task.reason = FAILED, reason
+        record_failure(task.cell, reason)
+        self.display.note(f"failed {task.name}: {reason} (log: {task.log})")
+
+    def count(self, *states: str) -> int:
+        return sum(task.state in states for task in self.tasks)
+
+    def status(self) -> str:
+        counts = {
+            "complete": self.count(COMPLETE, SKIPPED),
+            **{state: self.count(state) for state in (RUNNING, FAILED, ELSEWHERE, WAITING)},
+        }
+        left = self.seconds_left()
+        parts = [f"{count} {state}" for state, count in counts.items() if count]
+        return ", ".join(parts) + ("" if left is None else f"; {_time(left)} left")
+
+    def seconds_left(self) -> float | None:
+        """By the mean time of a round, over the attempts that are done or can tell; None before there is one."""
+        speeds, left, unknown = list(self.speeds), [], 0
+        for attempt in self.attempts:
+            seconds = attempt.seconds_left()
+            if seconds is None:
+                unknown += attempt.rounds - attempt.rounds_before
+            else:
+                left.append(seconds)
+                speeds.append((attempt.elapsed + seconds, attempt.rounds - attempt.rounds_before))
+        if not speeds or self.stopping or not self.count(RUNNING, WAITING):
+            return None
+        unknown += sum(task.cell.config.federation.rounds for task in self.tasks if task.state == WAITING)
+        per_round = sum(seconds for seconds, _ in speeds) / max(1, sum(rounds for _, rounds in speeds))
+        return max([(sum(left) + unknown * per_round) / len(self.places), *left])
+
+
+def _is_complete(cell: Cell) -> bool:
+    return cell_state(cell) == COMPLETE
+
+
+def _is_taken(cell: Cell) -> bool:
+    with suppress(OSError, NotImplementedError):  # what cannot be locked fails by itself, and says why
+        return cell.directory.in_use()
+    return False
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------
+
+
+class Display:
+    """A live table below the notes on a terminal, and lines anywhere else; a context manager."""
+
+    def __init__(self):
+        self.console = Console()
+        live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.live = live if self.console.is_terminal else nullcontext()
+        self.told = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.live.__exit__(*error)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, runner: Runner) -> None:
+        """How far all is."""
+        if self.console.is_terminal:
+            self.live.update(self.table(runner), refresh=True)
+        elif time.monotonic() - self.told > STATUS_SECONDS:
+            self.told = time.monotonic()
+            self.note(runner.status())
+
+    def table(self, runner: Runner) -> Group:
+        """Rows for what runs and what failed, as many as fit, and counts for the rest."""
+        table = Table("cell", "worker", "round", "accuracy", "left", box=None, pad_edge=False, expand=True)
+        for attempt in runner.attempts:
+            left = attempt.seconds_left()
+            table.add_row(
+                attempt.task.name,
+                attempt.place.name,
+                f"{attempt.rounds_done}/{attempt.rounds}",
+                attempt.accuracy,
+                "" if left is None else _time(left),
+            )
+        failed = [task for task in runner.tasks if task.state == FAILED]
+        room = max(1, self.console.height - len(runner.attempts) - 5)
+        lines = [
+            Text(f"failed {task.name}: {task.reason}", "red", no_wrap=True, overflow="ellipsis")
+            for task in failed[-room:]
+        ]
+        if len(failed) > room:
+            lines.insert(0, Text(f"{len(failed) - room} more failed", "red"))
+        status = ("stopping: " if runner.stopping else "") + runner.status()
+        return Group(table, *lines, Text(status, "bold"))
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=False)
+    except (ConfigError, UsageError) as error:
+        message = error.format_message() if isinstance(error, UsageError) else str(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(EXIT_MISTAKE) from None
+    except (typer.Abort, KeyboardInterrupt):
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
