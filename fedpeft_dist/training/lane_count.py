@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.runtime.memory import available_host_memory
 from fedpeft_dist.runtime.process import Runtime
 
 MEMORY_SHARE = 0.7
@@ -52,13 +50,4 @@ def _free_memory(runtime: Runtime) -> int:
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()  # what the measurement has left in PyTorch's own pool
         return torch.cuda.mem_get_info(runtime.device)[0]
-    return _available_host_memory() // runtime.launch.local_world_size
-
-
-def _available_host_memory() -> int:
-    """What can be had without swapping; where the kernel does not tell (not Linux), half of what is installed."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return available_host_memory() // runtime.launch.local_world_size

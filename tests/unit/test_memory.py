@@ -1,0 +1,64 @@
+"""What memory is left, below the limits of control groups of both versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedpeft_dist.runtime.memory import available_host_memory
+
+MIB = 1 << 20
+FILES = {
+    2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def limit(root: Path, version: int, group: str, most: int | str, used: int, cached: int = 0) -> None:
+    top, *names, cache = FILES[version]
+    for name, value in zip(names, (most, used)):
+        write(root / top / group / name, f"{value}\n")
+    write(root / top / group / "memory.stat", f"anon 17\n{cache} {cached}\n")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write(tmp_path / "proc/meminfo", f"MemTotal: 99 kB\nMemAvailable:   {1000 * 1024} kB\nHugePages_Total: 0\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_smallest_limit_on_the_way_up_counts(root: Path, version: int) -> None:
+    line = {1: "4:cpu,memory:/slurm/job_7/step_0\n3:cpuset:/", 2: "0::/slurm/job_7/step_0"}[version]
+    write(root / "proc/self/cgroup", line + "\n")
+    assert available_host_memory(root) == 1000 * MIB
+    limit(root, version, "slurm/job_7/step_0", 9223372036854771712 if version == 1 else "max", 5 * MIB)
+    assert available_host_memory(root) == 1000 * MIB
+    limit(root, version, "slurm/job_7", 100 * MIB, 60 * MIB, cached=10 * MIB)
+    assert available_host_memory(root) == 50 * MIB
+    limit(root, version, "slurm", 80 * MIB, 70 * MIB)
+    assert available_host_memory(root) == 10 * MIB
+    limit(root, version, ".", 80 * MIB, 90 * MIB)
+    assert available_host_memory(root) == 0
+
+
+def test_a_machine_without_groups_or_with_odd_ones(root: Path) -> None:
+    assert available_host_memory(root) == 1000 * MIB
+    write(root / "proc/self/cgroup", "0::/../outside\n1:name=systemd:/x\n")
+    write(root / "sys/fs/cgroup/memory.max", "nonsense")
+    write(root / "sys/fs/cgroup/memory.current", "3")
+    assert available_host_memory(root) == 1000 * MIB
+
+
+def test_this_machine() -> None:
+    assert available_host_memory() > MIB
+
+
+def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
+    assert available_host_memory(tmp_path) > 100 * MIB
