@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, load_config, with_values
-from fedpeft_dist.runtime.errors import PeerLostError
+from fedpeft_dist.runtime.errors import PeerLostError, ToldElsewhereError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75
 GRACE_SECONDS = 5
@@ -271,7 +271,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except ConfigError as error:
-        _fail(str(error))
+        _fail(str(error), isinstance(error, ToldElsewhereError))
     except UsageError as error:
         if not error.format_message():  # the help has been printed in its place
             raise SystemExit(EXIT_MISTAKE) from None
@@ -292,12 +292,15 @@ def _leave_interrupted() -> NoReturn:
     raise SystemExit(EXIT_INTERRUPTED)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, is_told_elsewhere: bool = False) -> NoReturn:
     from fedpeft_dist.runtime.launch import find_launch
 
-    # Every rank makes the same mistake; one rank a machine tells it. The others leave it the time to: torchrun ends all
-    # ranks as soon as one has failed. Who is still there afterwards was alone with its mistake.
-    if find_launch().local_rank:
+    # Every rank makes the same mistake, and one rank a machine tells it. The others leave it the time to: torchrun ends
+    # all ranks as soon as one has failed. Who is still there afterwards was alone with its mistake, but not under srun,
+    # which lets all of them end by themselves.
+    launch = find_launch()
+    if launch.local_rank:
         time.sleep(GRACE_SECONDS)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if not (is_told_elsewhere or (launch.is_step and launch.local_rank)):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(EXIT_MISTAKE)

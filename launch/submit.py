@@ -121,8 +121,10 @@ class Cluster(str, Enum):
 SETTLED = (
     *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "partition", "account", "qos"),
     *("constraint", "array", "signal", "output", "error", "open-mode", "chdir"),
+    *("gpus", "gpus-per-task", "ntasks-per-gpu", "gpu-bind"),
 )
-"""What sbatch is told by the command's other options, or by what it promises."""
+"""What sbatch is told by the command's other options, or by what it promises: a rank sees all GPUs that its job has on
+its node, and takes the one of its local rank."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -193,9 +195,9 @@ def submit(
             "qos": qos,
             "constraint": constraint,
             "array_parallelism": array_parallelism,
-            # Since Slurm 22.05 srun no longer takes the CPUs from sbatch. Each rank sees its node's GPUs and takes its
-            # own. Ranks left behind by another have a minute to say why.
-            "srun_args": [f"--cpus-per-task={cpus_per_task}", "--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=60"],
+            # Since Slurm 22.05 srun no longer takes the CPUs from sbatch. Ranks left behind by another have a minute to
+            # say why.
+            "srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=60"],
             "additional_parameters": {"requeue": True, **_parse_directives(slurm or ())},
         }
         parameters = common | {key: value for key, value in given.items() if value is not None}

@@ -25,8 +25,9 @@ free_ports() {
     echo "$port"
 }
 
-# Debian's defaults are for large clusters; the short times here make tests quick. A job that is requeued waits until
-# its credential has expired (cred_expire), and a node without its daemon is noticed after SlurmdTimeout.
+# Slurm's defaults are for large clusters; the short times here make tests quick. A job that is requeued waits until its
+# credential has expired (cred_expire), and a node without its daemon is looked for after SlurmdTimeout. Clusters count
+# their jobs from different numbers, so that the jobs of two, which share this machine, do not meet at the same port.
 write_config() {
     local port=$1 host
     host=$(uname -n)
@@ -78,11 +79,11 @@ start() {
     [ "$(id -u)" = 0 ] || fail "Slurm's daemons start jobs for others, so this needs root"
     [ ! -e "$folder" ] || fail "$folder exists: a cluster runs there, or is left there; slurm/local_cluster.sh stop"
     mkdir -p "$folder/state"
-    trap 'stop >/dev/null; exit 1' ERR
+    trap 'stop; fail "one of the daemons cannot be started"' ERR
     (umask 077 && head -c 128 /dev/urandom >"$folder/munge.key")
     write_config "$(free_ports)"
     munged --force --num-threads=2 --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
-        --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed" 2>/dev/null
+        --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed"
     slurmctld
     slurmd -N n1
     slurmd -N n2
@@ -107,7 +108,7 @@ status() {
 processes() {
     local process
     for process in /proc/[0-9]*; do
-        { grep -qzx "SLURM_CONF=$SLURM_CONF" "$process/environ" || continue; } 2>/dev/null
+        { grep -qzxF "SLURM_CONF=$SLURM_CONF" "$process/environ" || continue; } 2>/dev/null
         if [[ $(readlink "$process/exe") == */sbin/* ]] || grep -qz '^SLURM_JOB_ID=' "$process/environ"; then
             echo "${process#/proc/}"
         fi
@@ -115,7 +116,7 @@ processes() {
 }
 
 stop() {
-    [ -e "$folder" ] || fail "no cluster runs in $folder"
+    [ -e "$folder/munge.key" ] || fail "no cluster runs in $folder"
     timeout 5 scancel --user=root 2>/dev/null || true
     for _ in $(seq 25); do
         [ -n "$(timeout 5 squeue --noheader 2>/dev/null)" ] || break

@@ -9,7 +9,8 @@
 # to sbatch, as options or as SBATCH_* variables. The job runs in the folder where sbatch was called, which paths in a
 # config are relative to. A job that is preempted, requeued, warned of its time limit or left by a node goes on by
 # itself from its last checkpoint; `scancel --signal=USR1 JOB` sends it back to the queue. The log is one file for all
-# attempts. Of the environment it reads
+# attempts. The warning comes two minutes ahead of the limit or up to half a minute sooner: a job needs several times
+# that to get anywhere, or a later warning (--signal=USR1@30). Of the environment it reads
 #
 #   FEDPEFT_SETUP        a file to source first, on every attempt: modules and the like
 #   FEDPEFT_VENV         a virtual environment; without it the one active at sbatch, else .venv in the repository, else

@@ -38,6 +38,8 @@ class Launch:
     """The number of the Slurm job that this process belongs to; an array's tasks have one each."""
     requeues: int = 0
     """How often Slurm has put that job back into its queue."""
+    is_step: bool = False
+    """Whether srun started this process as one of several."""
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -71,6 +73,7 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             local_world_size=-(-int(environment["SLURM_STEP_NUM_TASKS"]) // int(environment["SLURM_STEP_NUM_NODES"])),
             address=environment.get("MASTER_ADDR") or _first_slurm_host(environment),
             port=int(environment.get("MASTER_PORT") or _slurm_port(environment)),
+            is_step=True,
             **slurm,
         )
     return Launch(**slurm)
