@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, load_config, with_values
-from fedpeft_dist.runtime.errors import PeerLostError, ToldElsewhereError
+from fedpeft_dist.runtime.errors import FirstToldError, PeerLostError, ToldElsewhereError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75
 GRACE_SECONDS = 5
@@ -271,11 +271,11 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except ConfigError as error:
-        _fail(str(error), isinstance(error, ToldElsewhereError))
+        _fail(error, str(error))
     except UsageError as error:
         if not error.format_message():  # the help has been printed in its place
             raise SystemExit(EXIT_MISTAKE) from None
-        _fail(error.format_message())
+        _fail(error, error.format_message())
     except PeerLostError as error:
         if error.is_told:
             print(f"error: {error}", file=sys.stderr)
@@ -292,15 +292,17 @@ def _leave_interrupted() -> NoReturn:
     raise SystemExit(EXIT_INTERRUPTED)
 
 
-def _fail(message: str, is_told_elsewhere: bool = False) -> NoReturn:
+def _fail(error: Exception, message: str) -> NoReturn:
     from fedpeft_dist.runtime.launch import find_launch
 
-    # Every rank makes the same mistake, and one rank a machine tells it. The others leave it the time to: torchrun ends
-    # all ranks as soon as one has failed. Who is still there afterwards was alone with its mistake, but not under srun,
-    # which lets all of them end by themselves.
     launch = find_launch()
-    if launch.local_rank:
+    # torchrun ends all ranks as soon as one has failed: who tells goes first, who does not leaves it the time to.
+    is_silent = isinstance(error, ToldElsewhereError)
+    if is_silent or (launch.local_rank and not isinstance(error, FirstToldError)):
         time.sleep(GRACE_SECONDS)
-    if not (is_told_elsewhere or (launch.is_step and launch.local_rank)):
+        # Before the group was formed every rank has made the same mistake, and one rank a machine has told it. Who is
+        # still there was alone with its mistake, but not under srun, which lets all of them end by themselves.
+        is_silent = is_silent or launch.is_step
+    if not is_silent:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(EXIT_MISTAKE)

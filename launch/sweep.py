@@ -138,9 +138,11 @@ class Runner:
                     return
                 self.display.show(self)
                 time.sleep(LOOK_SECONDS)
-        except BaseException:
+        except BaseException as error:
             for attempt in self.attempts:
-                os.killpg(attempt.process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has just ended by itself
+                    number = signal.SIGKILL if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+                    os.killpg(attempt.process.pid, number)
                 attempt.process.wait()
             raise
 

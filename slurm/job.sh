@@ -52,7 +52,10 @@ finish() {
     local now
     case $1 in
     75 | 138 | 143)
-        now=$(scontrol --oneliner show job "$job") || true
+        for _ in 1 2 3 4 5 6; do  # the controller may be busy, or about to be back
+            now=$(scontrol --oneliner show job "$job") && break || sleep 10
+        done
+        [ -n "$now" ] || echo "error: Slurm does not answer; submit job $job again to go on" >&2
         if [[ $now == *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
             scontrol requeue "$job" || echo "error: job $job cannot be requeued; submit it again to go on" >&2
         fi

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation.server_optimizers import ServerOptimizer, make_server_optimizer
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.runtime.collectives import assert_same_on_all_ranks, barrier, failing_together
+from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import (
     COMPLETE,
@@ -37,6 +39,8 @@ from fedpeft_dist.tracking.run_directory import (
 )
 from fedpeft_dist.tracking.run_lock import Owner, RunLock
 from fedpeft_dist.tracking.run_log import NO_TOTALS, vector_bytes
+
+LOOK_SECONDS = 1.0
 
 
 @dataclass
@@ -58,6 +62,8 @@ class Run:
     """Held by rank 0 for as long as the run is open."""
     saved_round: int | None = None
     """`next_round` of the newest checkpoint."""
+    looked: float = 0.0
+    """When `look_around` did."""
 
     def close(self) -> None:
         if self.lock is not None:
@@ -65,7 +71,13 @@ class Run:
 
     def is_ours(self) -> bool:
         """Whether this group may still write the run: a later attempt of its Slurm job may have taken it over."""
-        return self.directory.owner() == self.owner
+        return self.directory.owner() in (self.owner, None)
+
+    def look_around(self, stop: StopRequest) -> None:
+        """Asks to stop where the run was taken over; on rank 0, and once in a while at most."""
+        if self.lock is not None and time.monotonic() - self.looked > LOOK_SECONDS:
+            self.looked = time.monotonic()
+            stop.received = stop.received or not self.is_ours()
 
     def save(self) -> None:
         """Writes a checkpoint of this moment, where there is none of it; called by every rank, done by rank 0."""
@@ -76,8 +88,11 @@ class Run:
         self.saved_round = self.next_round
 
 
-def open_run(config: RunConfig, runtime: Runtime) -> Run | None:
+def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = None) -> Run | None:
     """The run of a config, at its newest checkpoint where it has one.
+
+    Args:
+        stop: ends the waiting for an earlier attempt of the same Slurm job that still writes the run.
 
     Returns:
         None where nothing is to be done: the run is complete, or it was interrupted under this very launch and only the
@@ -95,7 +110,7 @@ def open_run(config: RunConfig, runtime: Runtime) -> Run | None:
     # Only now, so that a config that cannot be run leaves no file.
     owner = Owner.this_process(runtime.launch.slurm_job, runtime.launch.requeues)
     with failing_together(runtime):
-        lock = directory.lock(owner) if runtime.is_main else None
+        lock = directory.lock(owner, stop) if runtime.is_main else None
     run = None
     try:
         run = _open_locked(config, directory, simulation, lock)

@@ -22,6 +22,7 @@ from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING
+from fedpeft_dist.tracking.run_lock import RunInUseError
 from fedpeft_dist.tracking.run_log import RunLog
 from fedpeft_dist.training.rates import rate_factor
 
@@ -52,9 +53,15 @@ def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None
     """
     run: Run | None = None
     with listen_for_stop() if stop is None else nullcontext(stop) as stop:
+        if runtime.peers is not None:
+            runtime.peers.stop = stop
         try:
-            run = open_run(config, runtime)
+            run = open_run(config, runtime, stop)
             return COMPLETE if run is None else run_rounds(run, runtime, stop)
+        except RunInUseError:
+            if stop.received:  # while it waited for an earlier attempt
+                return INTERRUPTED
+            raise
         except BaseException as error:
             full = _no_room(error, config)
             if run is not None:  # else what stands there may be another process's
@@ -83,9 +90,11 @@ def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
         while run.next_round < federation.rounds and not stopped:
             stopped = run_round(run, aggregator, log, runtime, stop)
         if run.next_round < federation.rounds:
-            if runtime.is_main and run.is_ours():
+            if run.is_ours():
                 run.save()
                 log.interrupted()
+            elif runtime.is_main:
+                print(f"{run.directory.path}: taken over by {run.directory.owner()}", flush=True)
             barrier(runtime)
             return INTERRUPTED
         backbone = simulation.model.backbone
@@ -107,7 +116,12 @@ def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, s
     steps = {client: simulation.num_steps(client) for client in cohort}
     tasks = simulation.tasks(assign(steps, runtime.world_size)[runtime.rank])
     factor = rate_factor(config.client.schedule, round_number, federation.rounds)
-    for update in simulation.trainer.train(tasks, run.vector, round_number, factor, stop.is_overdue):
+
+    def is_dropped() -> bool:
+        run.look_around(stop)
+        return stop.is_overdue()
+
+    for update in simulation.trainer.train(tasks, run.vector, round_number, factor, is_dropped):
         aggregator.add(update)
     rejected = aggregator.rejected_clients()
     lost = runtime.is_main and not run.is_ours()
@@ -133,6 +147,7 @@ def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, s
         evaluate_seconds=time.perf_counter() - trained,
     )
     if _is_due(run.next_round, config.output.checkpoint_every, federation.rounds):
+        log.flush()
         run.save()
     return total.stop_requested
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.runtime.errors import ToldElsewhereError
+from fedpeft_dist.runtime.errors import FirstToldError, ToldElsewhereError
 from fedpeft_dist.runtime.process import Runtime
 
 
@@ -49,7 +49,7 @@ def failing_together(runtime: Runtime) -> Iterator[None]:
     The code inside may not call collectives.
 
     Raises:
-        ConfigError: on the first of the ranks that raise one inside.
+        ConfigError: on the first of the ranks that raise one inside (a FirstToldError where there are several).
         ToldElsewhereError: on the others.
     """
     error: ConfigError | None = None
@@ -59,6 +59,8 @@ def failing_together(runtime: Runtime) -> Iterator[None]:
         error = raised
     teller = min_over_ranks(runtime.world_size if error is None else runtime.rank, runtime)
     if teller == runtime.rank:
+        if runtime.peers is not None and type(error) is ConfigError:
+            raise FirstToldError(str(error)) from error
         raise error
     if teller < runtime.world_size:
         raise ToldElsewhereError(f"rank {teller} of this run tells why it cannot start")

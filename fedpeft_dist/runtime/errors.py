@@ -5,6 +5,10 @@ from __future__ import annotations
 from fedpeft_dist.config.errors import ConfigError
 
 
+class FirstToldError(ConfigError):
+    """The user's mistake, found on one rank or more of a group, of which this one is to tell."""
+
+
 class ToldElsewhereError(ConfigError):
     """The user's mistake, found on another rank or on this one too, of which another rank tells."""
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from fedpeft_dist.runtime.errors import PeerLostError
+from fedpeft_dist.runtime.interrupts import StopRequest
 
 BEAT_SECONDS = 1.0
 RANKS_PER_SECOND = 32
@@ -29,7 +30,7 @@ RANKS_PER_SECOND = 32
 SILENT_BEATS = 40
 LAST_SECONDS = 5.0
 """That the main thread has to end by itself once a rank is lost."""
-_DONE, _FAILED = "done", "failed"
+_DONE, _FAILED, _STOP = "done", "failed", "stop"
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,14 @@ class Peers:
         self.store, self.rank, self.is_agents = store, rank, is_agents
         self.ranks = range(world_size)
         self.beat_seconds = max(BEAT_SECONDS, world_size / RANKS_PER_SECOND)
+        self.stop = StopRequest()
+        """Of this rank's; what one rank is asked, the others learn from its beat."""
         self.last_will: Callable[[str], None] = lambda reason: None
         """Called before this process is ended from outside its main thread."""
         self._left, self._loss_found = threading.Event(), threading.Event()
         self._loss: PeerLostError | None = None
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._looked = time.monotonic()
         self.this = Member.this_process(rank)
         self.store.set(f"member/{rank}", json.dumps(asdict(self.this)))
         self._beat("0")
@@ -93,7 +97,10 @@ class Peers:
         """Begins to watch; every rank has been made by now."""
         found = self.store.multi_get([f"member/{rank}" for rank in self.ranks])
         self.members = [Member(**json.loads(member)) for member in found]
+        self._looked = time.monotonic()
         self._thread.start()
+        if not self.is_agents and self.rank:
+            threading.Thread(target=self._watch_store, name="store", daemon=True).start()
 
     def leave(self, failure: BaseException | None = None) -> None:
         """Tells the others that this rank has ended, well or with a failure of its own."""
@@ -114,11 +121,11 @@ class Peers:
         beats: dict[int, str] = {}
         changed = dict.fromkeys(self.ranks, time.monotonic())
         lost: dict[int, str] = {}
-        count, last_look = 0, time.monotonic()
+        count = 0
         while not lost and not self._left.wait(self.beat_seconds):
             count += 1
             try:
-                self._beat(str(count))
+                self._beat(f"{count} {_STOP}" if self.stop.received else str(count))
                 found = self.store.multi_get([f"beat/{rank}" for rank in self.ranks])
             except RuntimeError:
                 if self.is_agents or self._left.wait(LAST_SECONDS):
@@ -126,14 +133,16 @@ class Peers:
                 lost[0] = "has died, and with it the store that the group meets in"
                 break
             now = time.monotonic()
-            if now - last_look > SILENT_BEATS * self.beat_seconds / 2:  # it was this process that was silent
+            if now - self._looked > SILENT_BEATS * self.beat_seconds / 2:  # it was this process that was silent
                 changed = dict.fromkeys(self.ranks, now)
-            last_look = now
+            self._looked = now
             for rank, beat in enumerate(value.decode() for value in found):
                 if beats.get(rank) != beat:
                     beats[rank], changed[rank] = beat, now
                 if rank == self.rank or beat == _DONE:
                     continue
+                if beat.endswith(_STOP):
+                    self.stop.received = True
                 if beat == _FAILED:
                     lost[rank] = "has failed, its own error says why"
                 elif self.members[rank].has_ended(self.this.place):
@@ -143,6 +152,19 @@ class Peers:
         if lost:
             self._end(lost)
 
+    def _watch_store(self) -> None:
+        """The process that holds the store may hang, and with it whoever asks it for something."""
+        silent = SILENT_BEATS * self.beat_seconds
+        before = time.monotonic()
+        while not (self._left.wait(self.beat_seconds) or self._loss_found.is_set()):
+            now = time.monotonic()
+            if now - before > silent / 2:  # it was this process that was silent
+                self._looked = now
+            before = now
+            if now - self._looked > silent:
+                self._end({0: f"has given no sign of life for {now - self._looked:.0f} s"})
+                return
+
     def _end(self, lost: dict[int, str]) -> None:
         """Lets the main thread fail by itself, and ends this process if it does not."""
         told = "; ".join(f"{self.members[rank]} {what}" for rank, what in lost.items())
@@ -151,6 +173,10 @@ class Peers:
         self._loss_found.set()
         if self._left.wait(LAST_SECONDS):
             return
+        # What follows may wait for a disk or a pipe that hangs, too.
+        resort = threading.Timer(LAST_SECONDS, os._exit, (1,))
+        resort.daemon = True
+        resort.start()
         self.last_will(told)
         if self._loss.is_told:
             print(f"error: {told}", file=sys.stderr)

@@ -18,6 +18,10 @@ from fedpeft_dist.runtime.launch import Launch, find_launch
 from fedpeft_dist.runtime.network import interface_towards
 from fedpeft_dist.runtime.peers import Peers
 
+LONGEST_WAIT_HOURS = 6
+"""That a rank may wait for another's share of a round; one that is dead is found much sooner, by its peers."""
+FAR_AWAY = "192.0.2.1"
+"""An address that no machine has: its way out is the default route."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -118,9 +122,12 @@ def _be_deterministic(device: torch.device) -> None:
 
 
 def _join_group(launch: Launch, device: torch.device) -> Peers:
-    interface = interface_towards(launch.address)
-    if launch.local_world_size < launch.world_size and interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if launch.local_world_size < launch.world_size:
+        interface = interface_towards(launch.address)
+        if interface == "lo":  # which a machine's own name often means to itself, and which is no way to the others
+            interface = interface_towards(FAR_AWAY)
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     is_server = launch.rank == 0 and not launch.agent_store
     store = _connect(launch, is_server, timedelta(minutes=5))
     peers = Peers(_connect(launch, False, timedelta(seconds=30)), launch.rank, launch.world_size, launch.agent_store)
@@ -129,7 +136,7 @@ def _join_group(launch: Launch, device: torch.device) -> Peers:
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(minutes=30),
+        timeout=timedelta(hours=LONGEST_WAIT_HOURS),
         device_id=device if device.type == "cuda" else None,
     )
     peers.start()
@@ -139,5 +146,5 @@ def _join_group(launch: Launch, device: torch.device) -> Peers:
 def _connect(launch: Launch, is_server: bool, timeout: timedelta) -> dist.Store:
     store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=is_server, timeout=timeout)
     # torchrun's agent keeps its store across restarts: without a prefix of its own, a restarted group would read the
-    # keys of the one before it and hang.
-    return dist.PrefixStore(f"fedpeft/{launch.restart}", store)
+    # keys of the one before it and hang. Another job's ranks that take this store for theirs meet nobody here.
+    return dist.PrefixStore(f"fedpeft/{launch.slurm_job}.{launch.requeues}/{launch.restart}", store)

@@ -131,8 +131,9 @@ def cell_state(cell: Cell) -> str:
         return "other config"
     if state["state"] == COMPLETE and state.get("next_round", 0) < cell.config.federation.rounds:
         return "waiting"
-    if state["state"] == RUNNING and not cell.directory.in_use():
-        return "stopped"
+    with suppress(OSError):  # another user's run, which cannot be locked
+        if state["state"] == RUNNING and not cell.directory.in_use():
+            return "stopped"
     return state["state"]
 
 

@@ -16,6 +16,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import dump_config, load_config, result_keys
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import remove_temporaries, write_atomically, write_text
+from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.tracking.run_lock import Owner, RunLock, find_holder, read_owner
 
 if TYPE_CHECKING:
@@ -62,14 +63,17 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
-    def lock(self, owner: Owner | None = None) -> RunLock:
+    def lock(self, owner: Owner | None = None, stop: StopRequest | None = None) -> RunLock:
         """Makes this process the run's only writer, and removes what writers that were killed have left half-written.
+
+        Args:
+            stop: ends the waiting for an earlier attempt of the owner's job.
 
         Raises:
             RunInUseError: another process is.
             ConfigError: the directory cannot be made or locked.
         """
-        lock = RunLock(self.path, owner or Owner.this_process())
+        lock = RunLock(self.path, owner or Owner.this_process(), stop or StopRequest())
         for folder in (self.path, self.checkpoints):
             remove_temporaries(folder)
         return lock

@@ -11,14 +11,17 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 import uuid
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.files import write_text
+from fedpeft_dist.runtime.interrupts import StopRequest
 
 LOCK_SECONDS = 1.0
 """`find_holder` holds the lock for a moment to see whether it can be had; who wants it in earnest waits that out."""
@@ -64,13 +67,13 @@ class RunLock:
         ConfigError: the directory cannot be made or locked.
     """
 
-    def __init__(self, directory: Path, owner: Owner):
-        self.directory, self.owner = directory, owner
-        self._lock = FileLock(_lock_file(directory))
+    def __init__(self, directory: Path, owner: Owner, stop: StopRequest):
+        self.directory, self.owner, self.stop = directory, owner, stop
+        self._lock = _flock(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            self._write_owner()
+            self._write_owner(owner)
         except (OSError, NotImplementedError) as error:  # the second where a file system knows no locks
             self._lock.release()
             raise ConfigError(f"output.root: '{directory}' cannot be locked ({error}); give another folder") from None
@@ -89,15 +92,23 @@ class RunLock:
         in_use = f"{self.directory}: another process is writing this run" + (f" ({holder})" if holder else "")
         if holder is None or not self.owner.succeeds(holder):
             raise RunInUseError(f"{in_use}; wait for it, or give another output.name")
-        self._write_owner()
+        self._write_owner(self.owner)
         print(f"{in_use}, an earlier attempt of this job; waiting until it lets go", flush=True)
-        try:
-            self._lock.acquire(timeout=TAKEOVER_SECONDS, poll_interval=0.5)
-        except Timeout:
-            raise RunInUseError(f"{in_use}, and has not let go in {TAKEOVER_SECONDS:.0f} s; end it") from None
+        deadline = time.monotonic() + TAKEOVER_SECONDS
+        while True:
+            try:
+                self._lock.acquire(timeout=0.5, poll_interval=0.1)
+                return
+            except Timeout:
+                if time.monotonic() < deadline and not self.stop.received:
+                    continue
+            self._write_owner(holder)  # it may go on
+            if self.stop.received:
+                raise RunInUseError(f"{in_use}, and this one was asked to stop")
+            raise RunInUseError(f"{in_use}, and has not let go in {TAKEOVER_SECONDS:.0f} s; end it")
 
-    def _write_owner(self) -> None:
-        write_text(_owner_file(self.directory), json.dumps(asdict(self.owner)) + "\n")
+    def _write_owner(self, owner: Owner) -> None:
+        write_text(_owner_file(self.directory), json.dumps(asdict(owner)) + "\n")
 
 
 UNKNOWN = Owner("unknown", 0, "", 0, "")
@@ -107,7 +118,7 @@ def find_holder(directory: Path) -> Owner | None:
     """The process that is writing a run at this moment; `UNKNOWN` where it does not say who it is."""
     if not _lock_file(directory).exists():
         return None
-    lock = FileLock(_lock_file(directory))
+    lock = _flock(directory)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -117,11 +128,17 @@ def find_holder(directory: Path) -> Owner | None:
 
 
 def read_owner(directory: Path) -> Owner | None:
-    """Who may write a run; None where nobody says so."""
+    """Who may write a run; None where nobody says so, or it cannot be read just now."""
     try:
         return Owner(**json.loads(_owner_file(directory).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _flock(directory: Path) -> FileLock:
+    # Newer versions of filelock put a file that outlives its holder in place of a lock, where the system has none.
+    strict = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
+    return FileLock(_lock_file(directory), **strict)
 
 
 def _lock_file(directory: Path) -> Path:

@@ -106,6 +106,11 @@ class RunLog:
         self.writer.write_round(row)
         self.progress.round_done(row)
 
+    def flush(self) -> None:
+        """What a checkpoint is about to count must be on disk, too."""
+        if self.writer is not None:
+            self.writer.flush()
+
     def interrupted(self) -> None:
         """The run stopped at a round boundary; this launch's name lets a restarted worker leave it stopped."""
         if self.runtime.is_main:

@@ -40,5 +40,8 @@ class MetricsWriter:
             if name != "round" and isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, row["round"])
 
+    def flush(self) -> None:
+        self.board.flush()
+
     def close(self) -> None:
         self.board.close()
