@@ -269,7 +269,8 @@ def sweep_run(
 def main() -> None:
     """The console script: runs a command and turns what goes wrong into an exit code."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
+            raise SystemExit(1)
     except ConfigError as error:
         _fail(error, str(error))
     except UsageError as error:

@@ -334,7 +334,8 @@ def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:
 
 def main() -> None:
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
+            raise SystemExit(1)
     except (ConfigError, UsageError) as error:
         fail(error)
 

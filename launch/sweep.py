@@ -305,7 +305,8 @@ def _time(seconds: float) -> str:
 
 def main() -> None:
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
+            raise SystemExit(1)
     except (ConfigError, UsageError) as error:
         message = error.format_message() if isinstance(error, UsageError) else str(error)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -144,7 +144,10 @@ def _join_group(launch: Launch, device: torch.device) -> Peers:
 
 
 def _connect(launch: Launch, is_server: bool, timeout: timedelta) -> dist.Store:
-    store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=is_server, timeout=timeout)
+    # An agent's store is there before its ranks; one that is not has gone with its agent, and nobody will come.
+    patience = timedelta(seconds=20) if launch.agent_store else timeout
+    store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=is_server, timeout=patience)
+    store.set_timeout(timeout)
     # torchrun's agent keeps its store across restarts: without a prefix of its own, a restarted group would read the
     # keys of the one before it and hang. Another job's ranks that take this store for theirs meet nobody here.
     return dist.PrefixStore(f"fedpeft/{launch.slurm_job}.{launch.requeues}/{launch.restart}", store)

@@ -1,0 +1,85 @@
+"""What a checkpoint costs beside a round of the quickstart, and how large it is beside what it must hold.
+
+    python benchmarks/checkpoint_cost.py [rounds] [folder]
+
+The runs, and so their checkpoints, lie below the folder (a temporary one without it): give one on the disk in question.
+Prints one JSON object. Seconds are medians over a run's rounds, from one run each with a checkpoint after every round;
+a round's are those without its evaluation, a checkpoint's include its flush to the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+from fedpeft_dist.config.load import load_config
+from fedpeft_dist.federation.opening import Run
+from fedpeft_dist.federation.rounds import run_federation
+from fedpeft_dist.runtime import process
+from fedpeft_dist.tracking.run_directory import RunDirectory, read_json, read_metrics
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
+METHODS, SERVERS = ("bias", "full"), ("sgd", "yogi")
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as root:
+        with redirect_stdout(sys.stderr):  # the runs' progress
+            cases = {f"{m}, {s}": measure(m, s, rounds, Path(root)) for m in METHODS for s in SERVERS}
+    print(json.dumps({"rounds": rounds, **cases}, indent=1))
+
+
+def measure(method: str, server: str, rounds: int, root: Path) -> dict[str, float]:
+    name = f"{method}-{server}"
+    overrides = [
+        f"server.optimizer={{name: {server}}}",
+        f"federation.rounds={rounds}",
+        "runtime.device=cpu",
+        f"output.root={root}",
+        f"output.name={name}",
+        "output.checkpoint_every=1",
+    ]
+    config, directory = load_config(CONFIGS / f"{method}.yaml", overrides), RunDirectory(root / name)
+    with process.start(config.runtime) as runtime, timed_saves() as saves:
+        run_federation(config, runtime)
+    round_seconds = statistics.median(row["seconds"] for row in read_metrics(directory.metrics_file))
+    save_seconds = statistics.median(saves)
+    size = max(directory.checkpoints.iterdir()).stat().st_size
+    vector_bytes = 4 * read_json(directory.summary_file)["trainable_parameters"]
+    return {
+        "checkpoint_over_round": save_seconds / round_seconds,
+        "checkpoint_seconds": save_seconds,
+        "round_seconds": round_seconds,
+        "file_bytes": size,
+        "vector_bytes": vector_bytes,
+        "file_over_vector": size / vector_bytes,
+    }
+
+
+@contextmanager
+def timed_saves() -> Iterator[list[float]]:
+    """The seconds that each checkpoint takes while the context lasts."""
+    seconds: list[float] = []
+    save = Run.save
+
+    def timed(run: Run) -> None:
+        started = time.perf_counter()
+        save(run)
+        seconds.append(time.perf_counter() - started)
+
+    Run.save = timed
+    try:
+        yield seconds
+    finally:
+        Run.save = save
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The real command, with a fault in one round that the variable FAULT names as kind:round (counted from 0):rank.
+
+`endless` gives every client a million local steps, on all ranks if the rank is left empty; `raise` raises an error.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+from dataclasses import replace
+
+from fedpeft_dist.training.local_training import LocalTrainer
+
+
+def main() -> None:
+    kind, faulty_round, faulty_rank = os.environ["FAULT"].split(":")
+    train = LocalTrainer.train
+
+    def train_or_fail(self, tasks, global_vector, round_number, *rest, **options):
+        if round_number == int(faulty_round) and faulty_rank in ("", str(self.runtime.rank)):
+            if kind == "raise":
+                raise RuntimeError("a fault that a test has planted")
+            tasks = [replace(task, num_steps=10**6) for task in tasks]
+        return train(self, tasks, global_vector, round_number, *rest, **options)
+
+    LocalTrainer.train = train_or_fail
+    runpy.run_module("fedpeft_dist", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Processes that are told to stop, that are killed, that hang or fail: who ends when, with which code, saying what.
+
+A run's ranks are started by torchrun, or without an agent, as srun starts them: then they have to end by themselves.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RunDirectory
+from tests.real_runs import (
+    ROUNDS,
+    TRACE,
+    Launched,
+    complete,
+    differences,
+    run_of,
+    send,
+    start,
+    start_without_agent,
+    wait_for_rounds,
+    wait_until,
+    whole,
+    write_config,
+)
+
+__all__ = ["whole"]
+ENDLESS = 3
+"""The round that would last for days."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path, "run")
+
+
+def assert_interrupted(run: RunDirectory, code: int, output: str) -> int:
+    """Returns the round that comes next."""
+    state = run.read_state()
+    assert (code, state["state"]) == (75, INTERRUPTED), output
+    assert 0 < state["next_round"] < ROUNDS
+    assert output.count("interrupted; run the same command to go on\n") == 1
+    assert TRACE not in output
+    return state["next_round"]
+
+
+# --- asked to stop -----------------------------------------------------------------------------------------------
+
+
+def test_each_signal_at_any_time_interrupts_and_the_run_ends_all_the_same(config: Path, whole: RunDirectory) -> None:
+    """First while it imports and builds, when nothing or a whole state may be there; then between its rounds."""
+    run = run_of(config)
+    early = [(0.3, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGUSR1), (4, signal.SIGTERM)]
+    for seconds, number in early:
+        with start(config) as launched:
+            time.sleep(seconds)
+            assert launched.process.poll() is None, launched.output
+            send(launched.process.pid, number)
+            code = launched.wait(timeout=60)
+            # Only in its first instants is the interpreter deaf.
+            assert code == 75 or (seconds < 1 and code == -number), (seconds, number.name, launched.output)
+            assert "Traceback" not in launched.output
+        state = run.read_state()
+        assert state is None or state["state"] == INTERRUPTED, (seconds, state)
+        assert state is not None or not run.config_file.exists()
+    rounds_done = 0 if state is None else state["next_round"]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        with start(config) as launched:
+            wait_for_rounds(launched, run, rounds_done + 3)
+            send(launched.process.pid, number)
+            rounds_done = assert_interrupted(run, launched.wait(timeout=60), launched.output)
+    complete(config)
+    assert not differences(run, whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_round_that_would_last_for_days_is_dropped(tmp_path: Path, whole: RunDirectory, ranks: int) -> None:
+    config = write_config(tmp_path, "run", checkpoint_every=10)
+    run = run_of(config)
+    with start(config, ranks, faulty=True, FAULT=f"endless:{ENDLESS}:") as launched:
+        wait_for_rounds(launched, run, ENDLESS)
+        time.sleep(1)
+        send(launched.process.pid, signal.SIGTERM)
+        asked = launched.seconds
+        code = launched.wait(timeout=60)
+        assert launched.seconds - asked < 30
+        assert assert_interrupted(run, code if ranks == 1 else 75, launched.output) == ENDLESS
+    assert f"going on after round {ENDLESS}\n" in complete(config)
+    assert not differences(run, whole)
+
+
+def test_a_second_sigint_stops_at_once(config: Path, whole: RunDirectory) -> None:
+    run = run_of(config)
+    with start(config, faulty=True, FAULT=f"endless:{ENDLESS}:") as launched:
+        wait_for_rounds(launched, run, ENDLESS)
+        for _ in range(2):
+            time.sleep(1)
+            assert launched.process.poll() is None
+            send(launched.process.pid, signal.SIGINT)
+        asked = launched.seconds
+        code = launched.wait(timeout=60)
+        assert launched.seconds - asked < 10
+        assert code not in (0, 75)
+        assert "Traceback" not in launched.output
+    assert run.read_state()["state"] == FAILED
+    complete(config)
+    assert not differences(run, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
+def test_a_signal_to_torchrun_interrupts_its_ranks(config: Path, whole: RunDirectory, number: signal.Signals) -> None:
+    """The last two end the agent on the spot, and its ranks are told by the kernel."""
+    run = run_of(config)
+    with start(config, ranks=2) as launched:
+        wait_for_rounds(launched, run, 3)
+        send(launched.process.pid, number)
+        assert launched.wait(timeout=60) != 0
+        assert_interrupted(run, 75, launched.output)
+    complete(config, ranks=2)
+    assert not differences(run, whole)
+
+
+def test_torchrun_that_is_killed_while_its_ranks_start_leaves_none_behind(config: Path, whole: RunDirectory) -> None:
+    with start(config, ranks=2) as launched:
+        wait_until(lambda: len(launched.ranks()) == 2)
+        time.sleep(1)
+        send(launched.process.pid, signal.SIGKILL)
+        launched.wait(timeout=60)
+    complete(config, ranks=2)
+    assert not differences(run_of(config), whole)
+
+
+def test_a_restart_under_the_same_launch_leaves_an_interrupted_run_interrupted(config: Path) -> None:
+    """torchrun takes exit code 75 for a failure and starts the worker again; that must not undo the interruption."""
+    run = run_of(config)
+    with start(config, ranks=2, max_restarts=1) as launched:
+        wait_for_rounds(launched, run, 3)
+        send(launched.ranks()[1], signal.SIGUSR1)
+        assert launched.wait() == 0
+        assert "a restart does not undo it" in launched.output
+        assert_interrupted(run, 75, launched.output)
+
+
+# --- a rank is lost ----------------------------------------------------------------------------------------------
+
+
+def assert_named_once(outputs: Sequence[str], rank: int) -> None:
+    lines = [line for output in outputs for line in output.splitlines()]
+    naming = [line for line in lines if re.search(rf"\brank {rank} \(host \S+, pid \d+\) has ", line)]
+    assert len(naming) == 1, "\n".join(lines)
+    assert not any(re.search(rf"\brank {1 - rank} \(host ", line) for line in lines), "\n".join(lines)
+
+
+def lose(ranks: Sequence[Launched], run: RunDirectory, lost: int, number: signal.Signals) -> float:
+    """Sends a signal to a rank in mid-run; returns how many seconds the other one then takes to end, with code 1."""
+    wait_for_rounds(ranks[0], run, 3)
+    send(ranks[lost].process.pid, number)
+    sent = time.monotonic()
+    assert ranks[1 - lost].process.wait(timeout=100) == 1
+    return time.monotonic() - sent
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 15), (signal.SIGSTOP, 60)])
+def test_a_lost_rank_ends_the_others(
+    config: Path, whole: RunDirectory, lost: int, number: signal.Signals, limit: float
+) -> None:
+    """Rank 0 serves the store that the ranks meet in, where there is no agent to do so."""
+    run = run_of(config)
+    first, second = start_without_agent(config)
+    with first, second:
+        assert lose([first, second], run, lost, number) < limit
+        assert_named_once([first.output, second.output], lost)
+    assert run.read_state()["state"] == FAILED
+    complete(config)
+    assert not differences(run, whole)
+
+
+@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 15), (signal.SIGSTOP, 60)])
+def test_a_lost_rank_is_named_under_torchrun(config: Path, number: signal.Signals, limit: float) -> None:
+    run = run_of(config)
+    with start(config, ranks=2) as launched:
+        wait_for_rounds(launched, run, 3)
+        ranks = launched.ranks()
+        send(ranks[1], number)
+        wait_until(lambda: ranks[0] not in launched.processes(), timeout=limit)
+        assert launched.wait(timeout=60) == 1  # torchrun gives a rank that does not listen half a minute
+        assert_named_once([launched.output], 1)
+    assert run.read_state()["state"] == FAILED
+
+
+def test_an_error_on_one_rank_ends_the_others(config: Path, whole: RunDirectory) -> None:
+    run = run_of(config)
+    first, second = start_without_agent(config, faulty=True, FAULT=f"raise:{ENDLESS}:1")
+    with first, second:
+        assert second.wait() == 1
+        failed = time.monotonic()
+        assert first.wait(timeout=60) == 1
+        assert time.monotonic() - failed < 15
+        assert second.output.count("RuntimeError: a fault that a test has planted") == 1
+        assert "Traceback" not in first.output
+        assert_named_once([first.output, second.output], 1)
+    assert run.read_state()["state"] == FAILED
+    complete(config)
+    assert not differences(run, whole)
