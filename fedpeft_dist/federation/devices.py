@@ -1,6 +1,6 @@
 """How fast each client receives, trains and sends, for the whole run.
 
-Shapes: N clients.
+Shapes: N clients, S of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ class Devices:
     samples_per_second: np.ndarray
     uplink_bytes_per_second: np.ndarray
     downlink_bytes_per_second: np.ndarray
+
+    def of(self, clients: np.ndarray) -> list[list[float]]:
+        """The three of some clients, int64 [S]: S numbers each, in the order above."""
+        return [getattr(self, field.name)[clients].tolist() for field in fields(self)]
 
 
 def make_devices(config: schema.DevicesConfig, population: int, seed: int) -> Devices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class LocalWork:
     num_steps: int
     """All that it would take in a round."""
 
-    @property
+    @cached_property
     def batches(self) -> int:
         """Of an epoch."""
         return -(-self.num_samples // self.batch_size)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +26,7 @@ from fedpeft_dist.federation.availability import make_availability
 from fedpeft_dist.federation.client_dropout import STAYS, make_dropout
 from fedpeft_dist.federation.devices import make_devices
 from fedpeft_dist.federation.local_work import LocalWork
-from fedpeft_dist.federation.sampling import WeightedOrder, first_available, poisson_draw, uniform_order
+from fedpeft_dist.federation.sampling import WeightedOrder, first, poisson_draw, uniform_order
 from fedpeft_dist.federation.traces import digest
 from fedpeft_dist.tracking.cost import BYTES_PER_PARAMETER
 
@@ -60,8 +62,7 @@ class RoundPlan:
         return figures if self.seconds is None else {**figures, "simulated_seconds": self.seconds}
 
 
-@dataclass(frozen=True)
-class _Course:
+class _Course(NamedTuple):
     """How a round goes for one selected client, were it not ended before."""
 
     client: int
@@ -96,6 +97,7 @@ class Participation:
         self.config, self.cohort, self.seed = federation.participation, federation.cohort, config.seed
         self.partition, self.population = partition, partition.num_clients
         self.bytes = num_parameters * BYTES_PER_PARAMETER
+        self._work = cache(self._work_of)
         self.availability = make_availability(self.config, self.population, self.seed)
         self.dropout = make_dropout(self.config.dropout, self.population, self.seed)
         self.devices = make_devices(self.config.devices, self.population, self.seed)
@@ -163,24 +165,24 @@ class Participation:
 
     def select(self, round_number: int) -> np.ndarray:
         """The clients that the server sends the parameters to in a round, counted from 0, in the order drawn: int64."""
-        wanted = self.num_selected
+
+        def available(clients: np.ndarray) -> np.ndarray:
+            return clients if self.availability is None else clients[self.availability.of(clients, round_number)]
+
+        where, wanted = (self.seed, round_number, available), self.num_selected
         match self.config.name:
             case "poisson":
-                drawn = poisson_draw(self.population, self.cohort / self.population, self.seed, round_number)
-                chunks, wanted = [drawn], len(drawn)
+                return poisson_draw(self.population, self.cohort / self.population, *where)
             case "weighted":
-                chunks = self.weighted(wanted, self.seed, round_number)
-            case _:
-                chunks = uniform_order(self.population, wanted, self.seed, round_number)
-        if self.availability is None:
-            return first_available(chunks, wanted, None)
-        return first_available(chunks, wanted, lambda clients: self.availability.of(clients, round_number))
+                return first(self.weighted(wanted, *where), wanted)
+        return first(uniform_order(self.population, wanted, *where), wanted)
 
     def plan(self, round_number: int) -> RoundPlan:
         """What becomes of a round, counted from 0: a function of config, seed and round alone."""
         selected = self.select(round_number)
         progress = self.dropout.progress(selected, round_number)
-        courses = [self._course(client, share) for client, share in zip(selected.tolist(), progress.tolist())]
+        speeds = self.devices.of(selected)
+        courses = [self._course(*row) for row in zip(selected.tolist(), progress.tolist(), *speeds)]
         # Sorting keeps the order drawn among those that report at once, as all do where nothing takes time.
         reports = sorted((course for course in courses if course.reports), key=lambda course: course.moment)
         wanted = len(selected) if self.config.name == "poisson" else min(self.cohort, len(selected))
@@ -206,15 +208,15 @@ class Participation:
             return self.deadline
         return max(course.moment for course in courses)
 
-    def _course(self, client: int, lost_after: float) -> _Course:
+    def _course(self, client: int, lost_after: float, speed: float, uplink: float, downlink: float) -> _Course:
         """
         Args:
             lost_after: the share of its local steps after which it is lost, or STAYS.
+            speed: samples per second.
+            uplink: bytes per second, as downlink.
         """
-        work, devices = self._work(self.partition.size(client)), self.devices
-        speed = float(devices.samples_per_second[client])
-        received = self.bytes / float(devices.downlink_bytes_per_second[client])
-        sending = self.bytes / float(devices.uplink_bytes_per_second[client])
+        work = self._work(self.partition.size(client))
+        received, sending = self.bytes / downlink, self.bytes / uplink
         if lost_after != STAYS:
             steps = int(lost_after * work.num_steps)
             moment = received + work.samples(steps) / speed
@@ -226,5 +228,5 @@ class Participation:
             return _Course(client, work, speed, received, steps, moment, reports=True)
         return _Course(client, work, speed, received, work.num_steps, self.deadline, reports=False)
 
-    def _work(self, num_samples: int) -> LocalWork:
+    def _work_of(self, num_samples: int) -> LocalWork:
         return LocalWork(num_samples, self.client_config.batch_size, self.client_config.num_steps(num_samples))

@@ -11,7 +11,6 @@ import numpy as np
 
 from fedpeft_dist.config.errors import ConfigError
 
-
 _KINDS = {"i8": "whole number", "f8": "number"}
 
 
@@ -38,6 +37,8 @@ def read_columns(path: str, columns: Mapping[str, str], key: str) -> np.ndarray:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of no rows, which is told below
                 rows = np.loadtxt(file, dtype=list(columns.items()), delimiter=",", comments=None, ndmin=1)
+    except ConfigError:  # which is a ValueError, too
+        raise
     except OSError as error:
         raise ConfigError(f"{key}: '{path}' cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
