@@ -217,7 +217,8 @@
       hovered.dataset.width = hovered.style.strokeWidth;
       hovered.style.strokeWidth = 3.5;
       const spread = one.seeds > 1 ? ` ± ${one.std[n].toFixed(4)}` : "";
-      const place = `round ${one.round[n]}, ${tidy(one.mib[n])} MiB`;
+      const hours = one.hours.length ? `, ${tidy(one.hours[n])} simulated hours` : "";
+      const place = `round ${one.round[n]}, ${tidy(one.mib[n])} MiB${hours}`;
       tip.textContent = `${one.label}: ${one.mean[n].toFixed(4)}${spread}, ${place}`;
       tip.hidden = false;
       const [w, h] = [tip.offsetWidth, tip.offsetHeight];
@@ -230,6 +231,10 @@
     chartOf(byId("chart-round"), "round", false, "rounds"),
     chartOf(byId("chart-mib"), "mib", true, "MiB sent"),
   ];
+  if (series.some((one) => one.hours.length)) {
+    byId("hours").hidden = false;
+    charts.push(chartOf(byId("chart-hours"), "hours", false, "simulated hours"));
+  }
 
   byId("filter").addEventListener("input", update);
   showUnfinished.addEventListener("change", update);

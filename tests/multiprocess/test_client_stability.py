@@ -41,7 +41,7 @@ def traces(folder: Path) -> dict[str, dict[str, str]]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "traces": {"over_selection": 1.3, "seconds_per_round": 7.0, "deadline": 6.0, "late": "partial"},
+    "traces": {"over_selection": 1.3, "seconds_per_round": 7.0, "deadline": 2.5, "late": "partial"},
     "drawn": {
         "name": "weighted",
         "over_selection": 1.5,
