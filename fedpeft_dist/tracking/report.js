@@ -167,7 +167,7 @@
         svg.append(draw("line", { class: "grid", x1: box.left, x2: box.right, y1: up(tick), y2: up(tick) }));
         label(box.left - 6, up(tick) + 4, "end", tick.toFixed(2));
       }
-      for (const tick of (logarithmic ? powers : steps)(low, high, Math.floor(width / 70), 1)) {
+      for (const tick of (logarithmic ? powers : steps)(low, high, Math.floor(width / 70), key === "round" ? 1 : 0)) {
         svg.append(draw("line", { class: "grid", x1: across(tick), x2: across(tick), y1: box.top, y2: box.bottom }));
         label(Math.min(across(tick), box.right - 8), box.bottom + 18, "middle", tidy(tick));
       }

@@ -98,8 +98,14 @@ def wait_for_rounds(process: subprocess.Popen, directory: RunDirectory, count: i
         time.sleep(0.02)
 
 
-def wait_until_free(directory: RunDirectory) -> None:
-    """Ranks have sessions of their own under torchrun, and end by themselves when it is gone."""
+def kill_after(rounds: int, config: Path, ranks: int) -> None:
+    """By SIGKILL, torchrun and the rank that writes; the others end by themselves when these are gone."""
+    directory, process = RunDirectory(config.with_suffix("")), start(config, ranks)
+    wait_for_rounds(process, directory, rounds)
+    os.kill(directory.holder().pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert directory.read_state()["state"] != "complete", "it was killed too late"
     deadline = time.monotonic() + 120
     while directory.in_use():
         assert time.monotonic() < deadline
@@ -116,20 +122,12 @@ def result(directory: RunDirectory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_weights_are_equal_on_1_and_2_ranks_and_through_a_kill(case: str, tmp_path: Path) -> None:
-    configs = [write_config(tmp_path, case, name) for name in ("whole", "other", "killed")]
-    whole, other, killed = (RunDirectory(config.with_suffix("")) for config in configs)
-    run(configs[0], ranks=1)
-    run(configs[1], ranks=2)
-    process = start(configs[2], ranks=2)
-    wait_for_rounds(process, killed, 4)
-    (rank,) = {killed.holder().pid} - {process.pid}
-    os.kill(rank, signal.SIGKILL)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert killed.read_state()["state"] != "complete", "it was killed too late"
-    wait_until_free(killed)
-    run(configs[2], ranks=1)
-    assert result(other) == result(killed) == result(whole)
+    whole, killed = (write_config(tmp_path, case, name) for name in ("whole", "killed"))
+    run(whole, ranks=1)
+    kill_after(4, killed, ranks=2)
+    run(killed, ranks=2)
+    whole, killed = (RunDirectory(config.with_suffix("")) for config in (whole, killed))
+    assert result(killed) == result(whole)
 
     # What the comparison is for has happened.
     rows = rows_of(whole)
