@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, load_config, with_values
-from fedpeft_dist.runtime.errors import PeerLostError
+from fedpeft_dist.runtime.errors import PeerLostError, ToldElsewhereError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75
 GRACE_SECONDS = 5
@@ -46,8 +46,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         run_config = with_values(run_config, "output", name=default_run_name(config, run_config))
 
     from fedpeft_dist.runtime.interrupts import listen_for_stop
+    from fedpeft_dist.runtime.launch import follow_agent
 
     with listen_for_stop() as stop:  # before the imports, which take seconds
+        follow_agent()
         from fedpeft_dist.federation.rounds import start_and_run
 
         if start_and_run(run_config, stop) == "interrupted":
@@ -251,10 +253,12 @@ def sweep_run(
 ) -> None:
     """Run a sweep's cells one after another, or one of them; what is complete is skipped, so are cells in work."""
     from fedpeft_dist.runtime.interrupts import listen_for_stop
+    from fedpeft_dist.runtime.launch import follow_agent
     from fedpeft_dist.sweeps import load_sweep, pick_cell, work_through
 
-    cells = load_sweep(sweep, overrides or ())
     with listen_for_stop() as stop:
+        follow_agent()
+        cells = load_sweep(sweep, overrides or ())
         outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)], stop)
         if outcome.interrupted:
             _leave_interrupted()
@@ -267,7 +271,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except ConfigError as error:
-        _fail(str(error))
+        _fail(str(error), isinstance(error, ToldElsewhereError))
     except UsageError as error:
         if not error.format_message():  # the help has been printed in its place
             raise SystemExit(EXIT_MISTAKE) from None
@@ -281,19 +285,22 @@ def main() -> None:
 
 
 def _leave_interrupted() -> NoReturn:
-    from fedpeft_dist.runtime.process import find_launch
+    from fedpeft_dist.runtime.launch import find_launch
 
     if find_launch().rank == 0:
         print("interrupted; run the same command to go on", file=sys.stderr)
     raise SystemExit(EXIT_INTERRUPTED)
 
 
-def _fail(message: str) -> NoReturn:
-    from fedpeft_dist.runtime.process import find_launch
+def _fail(message: str, is_told_elsewhere: bool = False) -> NoReturn:
+    from fedpeft_dist.runtime.launch import find_launch
 
-    # Every rank makes the same mistake; one rank a machine tells it. The others leave it the time to: torchrun ends all
-    # ranks as soon as one has failed. Who is still there afterwards was alone with its mistake.
-    if find_launch().local_rank:
+    # Every rank makes the same mistake, and one rank a machine tells it. The others leave it the time to: torchrun ends
+    # all ranks as soon as one has failed. Who is still there afterwards was alone with its mistake, but not under srun,
+    # which lets all of them end by themselves.
+    launch = find_launch()
+    if launch.local_rank:
         time.sleep(GRACE_SECONDS)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if not (is_told_elsewhere or (launch.is_step and launch.local_rank)):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(EXIT_MISTAKE)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.runtime.errors import ToldElsewhereError
 from fedpeft_dist.runtime.process import Runtime
 
 
@@ -46,17 +47,21 @@ def failing_together(runtime: Runtime) -> Iterator[None]:
     """Lets every rank raise ConfigError where one of them does, so that none waits for the others for ever.
 
     The code inside may not call collectives.
+
+    Raises:
+        ConfigError: on the first of the ranks that raise one inside.
+        ToldElsewhereError: on the others.
     """
     error: ConfigError | None = None
     try:
         yield
     except ConfigError as raised:
         error = raised
-    failed = any_rank(error is not None, runtime)
-    if error is not None:
+    teller = min_over_ranks(runtime.world_size if error is None else runtime.rank, runtime)
+    if teller == runtime.rank:
         raise error
-    if failed:
-        raise ConfigError("another rank of this run cannot start; its own error says why")
+    if teller < runtime.world_size:
+        raise ToldElsewhereError(f"rank {teller} of this run tells why it cannot start")
 
 
 def barrier(runtime: Runtime) -> None:

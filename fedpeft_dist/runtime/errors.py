@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from fedpeft_dist.config.errors import ConfigError
+
+
+class ToldElsewhereError(ConfigError):
+    """The user's mistake, found on another rank or on this one too, of which another rank tells."""
+
 
 class PeerLostError(RuntimeError):
     """Another rank has died, failed or fallen silent, so that this one cannot go on.

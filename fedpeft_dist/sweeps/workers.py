@@ -60,7 +60,7 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
         RunInUseError: the only cell is in work.
     """
     from fedpeft_dist.federation.rounds import start_and_run
-    from fedpeft_dist.runtime.process import find_launch
+    from fedpeft_dist.runtime.launch import find_launch
 
     launch, alone = find_launch(), len(cells) == 1
     outcome = Outcome()
@@ -69,7 +69,7 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
     this = Owner.this_process(launch.slurm_job, launch.requeues)
     with listen_for_stop() if stop is None else nullcontext(stop) as stop:
         for cell in cells:
-            if stop.received:  # in the last round of the cell before, or between the two
+            if stop.received and not alone:  # in the last round of the cell before, or between the two
                 outcome.interrupted = True
                 break
             try:

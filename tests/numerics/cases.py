@@ -20,7 +20,8 @@ from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.methods import attach_method
 from fedpeft_dist.methods.lane_model import LaneModel
-from fedpeft_dist.runtime.process import Launch, Runtime
+from fedpeft_dist.runtime.launch import Launch
+from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.lane_schedule import ClientTask, Tick, schedule_lanes
 from fedpeft_dist.training.local_training import ClientUpdate, LocalTrainer
 

@@ -17,7 +17,8 @@ from fedpeft_dist.federation import opening, rounds
 from fedpeft_dist.federation.opening import open_run
 from fedpeft_dist.runtime import interrupts
 from fedpeft_dist.runtime.interrupts import StopRequest
-from fedpeft_dist.runtime.process import Launch, Runtime, find_launch
+from fedpeft_dist.runtime.launch import Launch, find_launch
+from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING, RunDirectory
 from fedpeft_dist.training.local_training import LocalTrainer
 from tests.numerics.cases import make_runtime

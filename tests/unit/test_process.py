@@ -12,7 +12,8 @@ import torch
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RuntimeConfig
-from fedpeft_dist.runtime.process import Launch, Runtime, find_launch, resolve_device
+from fedpeft_dist.runtime.launch import Launch, find_launch
+from fedpeft_dist.runtime.process import Runtime, resolve_device
 
 TORCHRUN = {
     "RANK": "5",

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.runtime import process
-from fedpeft_dist.runtime.process import Launch, Runtime
+from fedpeft_dist.runtime.launch import Launch
+from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking import run_log
 from fedpeft_dist.tracking.partition_view import partition_figure, partition_table
 from fedpeft_dist.tracking.progress import RoundProgress

@@ -1,0 +1,343 @@
+#!/usr/bin/env python3
+"""Submits a run, or a sweep as a job array, through submitit; a job that is interrupted goes on by itself.
+
+    python launch/submit.py CONFIG [key=value ...] --gpus-per-node 4 --tasks-per-node 4 --cpus-per-task 8 --time 240
+    python launch/submit.py SWEEP [key=value ...] --gpus-per-node 1 --array-parallelism 8 --partition gpu [--dry-run]
+
+A task is a rank. Each job of a sweep's array runs one cell, or several small ones in turn (--cells-per-task); complete
+cells are left out. What a job runs is settled here: files that change afterwards change no job in the queue, and a
+mistake in any cell submits none.
+
+Ahead of its time limit, and when Slurm preempts it, a job gets a signal: it finishes or drops its round, writes a
+checkpoint, goes back into the queue under its number, and later continues in the same files. `scancel` ends it.
+
+Logs lie in `jobs/` in the run's directory, or in the folder of the sweep's cells: a folder for each submission, in it a
+file for each job and rank. Exit codes, here and of the jobs, are those of `fedpeft`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import submitit
+import typer
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+from submitit.slurm.slurm import _make_sbatch_string
+
+from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, Overrides, UsageError
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import default_run_name, is_sweep, load_config, read_yaml, with_values
+from fedpeft_dist.runtime.interrupts import listen_for_stop
+from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, work_through
+from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
+
+# --- in the job --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """What submitit pickles here, together with this class, and calls in each rank of the job."""
+
+    cells: list[Cell]
+    folder: Path
+    """Where the command was called: what a config's relative paths start from."""
+
+    def __call__(self) -> None:
+        os.chdir(self.folder)
+        here = submitit.JobEnvironment()
+        if here.cluster == "local" and here.num_tasks > 1:
+            ranks = TorchDistributedEnvironment()
+            ranks.master_addr = "127.0.0.1"  # this machine's name need not resolve
+            ranks.export(set_cuda_visible_devices=False, overwrite=True)
+        warning = signal.Signals[f"SIG{here.USR_SIG}"]
+        requeue = signal.getsignal(warning)
+        was_warned = False
+        with listen_for_stop() as stop:
+
+            def remember(*_: Any) -> None:
+                nonlocal was_warned
+                was_warned = stop.received = True
+
+            signal.signal(warning, remember)
+            try:
+                outcome = work_through(self.cells, stop)
+            except ConfigError as error:
+                fail(error)
+        if outcome.interrupted and here.global_rank == 0:
+            if callable(requeue) and (_is_running(here.raw_job_id) if here.cluster == "slurm" else was_warned):
+                requeue(warning, None)  # submitit's handler: it calls `checkpoint`, requeues, and ends this process
+            print("interrupted; submit it again to go on", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED)
+        if outcome.failed:
+            raise SystemExit(1)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What to run after the requeueing: the same, since runs find their own checkpoints."""
+        return DelayedSubmission(self)
+
+
+def _is_running(job: str) -> bool:
+    """Whether Slurm lets this attempt of the job run.
+
+    It does ahead of the time limit and of a preemption. It does not once it is ending the job itself, to cancel it or
+    to requeue it, or has already started it anew, which the processes on a node that was lost do not notice.
+    """
+    command = ["squeue", "--noheader", "--jobs", job, "--Format", "State,RestartCnt"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return found.stdout.split() == ["RUNNING", os.environ.get("SLURM_RESTART_COUNT", "0")]
+
+
+def fail(error: Exception) -> NoReturn:
+    message = error.format_message() if isinstance(error, UsageError) else str(error)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(EXIT_MISTAKE)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+class Cluster(str, Enum):
+    slurm = "slurm"
+    local = "local"
+    debug = "debug"
+
+
+SETTLED = (
+    *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "partition", "account", "qos"),
+    *("constraint", "array", "signal", "output", "error", "open-mode", "chdir"),
+    *("gpus", "gpus-per-task", "ntasks-per-gpu", "gpu-bind"),
+)
+"""What sbatch is told by the command's other options, or by what it promises: a rank sees all GPUs that its job has on
+its node, and takes the one of its local rank."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__.partition("\n")[0])
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG|SWEEP", help="A YAML file.", show_default=False)],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a job.")] = 1,
+    tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on a node, one for each GPU.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Without it, a job is given no GPU.")] = None,
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="CPUs of a rank.")] = 1,
+    time: Annotated[int, typer.Option(metavar="MINUTES", min=1, help="How long a job may run in one go.")] = 60,
+    partition: Annotated[str | None, typer.Option(help="This and the next three are Slurm's.")] = None,
+    account: str | None = None,
+    qos: str | None = None,
+    constraint: str | None = None,
+    array_parallelism: Annotated[int, typer.Option(min=1, help="Jobs of an array that run at a time.")] = 256,
+    cells_per_task: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="Cells that a job runs in turn; 1 on Slurm, else all.")
+    ] = None,
+    max_timeouts: Annotated[int, typer.Option(min=0, help="How often a job goes on after its time limit.")] = 10,
+    signal_delay: Annotated[
+        int, typer.Option(metavar="SECONDS", min=1, help="How long before its time limit a job is told to stop.")
+    ] = 120,
+    setup: Annotated[
+        list[str] | None, typer.Option(metavar="COMMAND|FILE", help="To run, or to source, first; repeatable.")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None, typer.Option(metavar="KEY[=VALUE]", help="Any other option of sbatch; repeatable.")
+    ] = None,
+    cluster: Annotated[
+        Cluster, typer.Option(help="local: background processes on this machine; debug: here and now, with pdb.")
+    ] = Cluster.slurm,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
+) -> None:
+    cells, home = find_cells(config, overrides or ())
+    waiting = list(find_unfinished(cells))
+    if not waiting:
+        print(f"nothing to submit: {len(cells)} complete in {home}")
+        return
+    size = cells_per_task or (1 if cluster is Cluster.slurm else len(waiting))
+    jobs = [Job(waiting[i : i + size], Path.cwd()) for i in range(0, len(waiting), size)]
+    ranks = nodes * tasks_per_node
+    if ranks > 1 and len(jobs[0].cells) > 1:
+        raise ConfigError(f"--cells-per-task: {size}, but {ranks} ranks run one cell together; give 1")
+    if nodes > 1 and cluster is not Cluster.slurm:
+        raise ConfigError(f"--nodes: {nodes}, but --cluster {cluster.value} is this machine; give 1")
+    if ranks > 1 and cluster is Cluster.debug:
+        raise ConfigError(f"--tasks-per-node: {ranks}, but --cluster debug is this process; give 1")
+    if signal_delay >= 60 * time:
+        raise ConfigError(f"--signal-delay: {signal_delay} s of the {60 * time} s that a job has; give less")
+
+    lines = [_setup_line(text) for text in setup or ()]
+    common = {"signal_delay_s": signal_delay, "stderr_to_stdout": True, **({"setup": lines} if lines else {})}
+    if cluster is Cluster.slurm:
+        given = {
+            "job_name": cells[0].name if len(cells) == 1 else config.stem,
+            "time": time,
+            "nodes": nodes,
+            "ntasks_per_node": tasks_per_node,
+            "gpus_per_node": gpus_per_node,
+            "cpus_per_task": cpus_per_task,
+            "partition": partition,
+            "account": account,
+            "qos": qos,
+            "constraint": constraint,
+            "array_parallelism": array_parallelism,
+            # Since Slurm 22.05 srun no longer takes the CPUs from sbatch. Ranks left behind by another have a minute to
+            # say why.
+            "srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=60"],
+            "additional_parameters": {"requeue": True, **_parse_directives(slurm or ())},
+        }
+        parameters = common | {key: value for key, value in given.items() if value is not None}
+    else:
+        parameters = common | {
+            "timeout_min": time,
+            "tasks_per_node": tasks_per_node,
+            "gpus_per_node": gpus_per_node or 0,
+        }
+    folder = home.absolute() / "jobs" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    if dry_run:
+        if cluster is Cluster.slurm:
+            command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+            count = len(jobs) if len(jobs) > 1 else None
+            print(_make_sbatch_string(command, folder, map_count=count, **parameters))
+        for i, job in enumerate(jobs):
+            print(f"# {cluster.value} job {i}, ranks: {ranks}, cells: {', '.join(cell.name for cell in job.cells)}")
+        return
+    RunDirectory(folder).check_writable()
+    submitted = hand_in(jobs, cluster, folder, max_timeouts, parameters)
+    if cluster is Cluster.debug:
+        for job in submitted:
+            job.results()
+        return
+    ids = list(dict.fromkeys(job.job_id.partition("_")[0] for job in submitted))
+    print(f"submitted: {cluster.value} job {', '.join(ids)}; jobs: {len(jobs)}, cells: {len(waiting)}, ranks: {ranks}")
+    print(f"logs:      {os.path.relpath(folder)}")
+    follow = [f"tail -F {shlex.quote(os.path.relpath(submitted[0].paths.stdout))}"]
+    if cluster is Cluster.slurm:
+        follow.insert(0, f"squeue --jobs {ids[0]}")
+    if len(cells) > 1:
+        follow.append(shlex.join(["fedpeft", "sweep", "list", str(config), *(overrides or ())]))
+    print(f"follow:    {'; '.join(follow)}")
+
+
+def find_cells(path: Path, overrides: Sequence[str]) -> tuple[list[Cell], Path]:
+    """A sweep's cells and the folder of their directories, or a single run and its directory.
+
+    Raises:
+        ConfigError: a file or a key that is not valid.
+    """
+    if is_sweep(read_yaml(path)):
+        cells = load_sweep(path, overrides)
+        home = cells[0].directory.path.parent
+    else:
+        config = load_config(path, overrides)
+        if config.output.name is None:
+            config = with_values(config, "output", name=default_run_name(path, config))
+        cells = [Cell(0, config.output.name, config)]
+        home = cells[0].directory.path
+    return cells, home
+
+
+def find_unfinished(cells: Sequence[Cell]) -> Iterator[Cell]:
+    """
+    Raises:
+        ConfigError: a directory that holds another run, or none that can go on.
+    """
+    for cell in cells:
+        state = cell_state(cell)
+        if state in ("other config", "damaged"):
+            raise ConfigError(f"{cell.directory.path}: {state}: its run cannot go on; give another output.name or root")
+        if state != COMPLETE:
+            yield cell
+
+
+def hand_in(
+    jobs: Sequence[Job], cluster: Cluster, folder: Path, max_timeouts: int, parameters: dict[str, Any]
+) -> list[submitit.Job]:
+    """
+    Raises:
+        ConfigError: there is no Slurm here, or it refuses the jobs.
+    """
+    if cluster is Cluster.debug:
+        return submitit.DebugExecutor(folder).submit_array(jobs)
+    if cluster is Cluster.slurm:
+        if not (shutil.which("sbatch") and shutil.which("srun")):
+            raise ConfigError("--cluster: slurm, but sbatch or srun is not on this machine; give local or debug")
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=max_timeouts, python=_python())
+        output = redirect_stderr(io.StringIO())  # submitit prints there what it raises, too
+    else:
+        executor = submitit.LocalExecutor(folder, max_num_timeout=max_timeouts)
+        output = _output_to(folder / "setup.out")
+    executor.update_parameters(**parameters)
+    try:
+        with output:
+            return executor.submit_array(jobs)
+    except (FailedJobError, FailedSubmissionError) as error:
+        shutil.rmtree(folder)
+        with suppress(OSError):  # up to the first folder that holds something else
+            os.removedirs(folder.parent)
+        said = [re.sub("^sbatch: (error: )?", "", line) for line in str(error).splitlines()]
+        raise ConfigError(f"sbatch refuses: {'; '.join(said)}") from None
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Of processes started meanwhile: else a pipe that this command writes to would stay open until they end."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    with open(path, "wb") as file:
+        for descriptor in kept:
+            os.dup2(file.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+def _python() -> str:
+    """This Python, deaf to a preemption until submitit listens: a job that dies of its warning is not requeued."""
+    ignore = f'trap \'\' TERM {submitit.JobEnvironment.USR_SIG}; exec "$0" "$@"'
+    return shlex.join(["sh", "-c", ignore, sys.executable])
+
+
+def _setup_line(text: str) -> str:
+    path = Path(text)
+    return f". {shlex.quote(str(path.absolute()))}" if path.is_file() else text
+
+
+def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:
+    """`key=value` texts for sbatch; a key alone is a switch."""
+    found: dict[str, str | bool] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not re.fullmatch("[a-z][a-z-]*", key):
+            raise ConfigError(f"--slurm: {text!r} is no option of sbatch; give key=value, such as mem=64G, or a key")
+        if key in SETTLED:
+            raise ConfigError(f"--slurm: {key!r} is settled by this command's own options; see --help")
+        found[key] = value if equals else True
+    return found
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=False)
+    except (ConfigError, UsageError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+# What train.sh and sweep.sh have in common: a job's Python, its steps, and its end. Meant to be sourced, with
+# `repository` set. The variables it reads are told in train.sh.
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# Slurm's name for this job. The last task of an array has the array's own number, which would mean all of its tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
+if [ -n "${FEDPEFT_SETUP:-}" ]; then
+    [ -r "$FEDPEFT_SETUP" ] || fail "FEDPEFT_SETUP: '$FEDPEFT_SETUP' cannot be read"
+    set +eu  # it is the site's, written for interactive shells
+    source "$FEDPEFT_SETUP"
+    set -eu
+fi
+read -ra python <<<"${FEDPEFT_RUN:-}"
+if [ -n "${FEDPEFT_VENV:-}" ]; then
+    python+=("$FEDPEFT_VENV/bin/python")
+elif [ ${#python[@]} = 0 ] && [ -n "${VIRTUAL_ENV:-}" ]; then
+    python+=("$VIRTUAL_ENV/bin/python")
+elif [ ${#python[@]} = 0 ] && [ -x "$repository/.venv/bin/python" ]; then
+    python+=("$repository/.venv/bin/python")
+else
+    python+=(python)  # the container's, or what FEDPEFT_SETUP has put first
+fi
+command -v "${python[0]}" >/dev/null ||
+    fail "no ${python[0]} on $(uname -n); FEDPEFT_VENV, FEDPEFT_SETUP and FEDPEFT_RUN say where Python is"
+
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# Since Slurm 22.05, srun no longer takes this one from the job.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+# The signal that ends a job reaches this shell, too; it stays to see how its step ends.
+trap : TERM
+
+fedpeft() { "${python[@]}" -m fedpeft_dist "$@"; }
+
+# Runs a command of fedpeft on all the job's tasks. Each is to see all the job's GPUs on its node, of which it takes the
+# one of its local rank, so nothing may bind tasks to GPUs (--gpu-bind=none would, in some versions, hide from them which
+# GPUs are the job's). When one task has ended, the others are given a minute: to be killed at once would turn the exit
+# code of ranks that are about to leave by themselves, interrupted or mistaken, into that of a signal.
+step() (
+    unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_GPU_BIND
+    exec srun --export=ALL --kill-on-bad-exit=0 --wait=60 "${python[@]}" -m fedpeft_dist "$@"
+)
+
+# Ends the job with its step's exit code, or, where the run was interrupted, has Slurm start it again. 138 and 143 are
+# USR1 and TERM that come while Python still starts. It is not for this attempt to say where the job was cancelled or
+# requeued already; then it is no longer RUNNING, or RUNNING on another node that took over from this one.
+finish() {
+    local now
+    case $1 in
+    75 | 138 | 143)
+        now=$(scontrol --oneliner show job "$job") || true
+        if [[ $now == *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+            scontrol requeue "$job" || echo "error: job $job cannot be requeued; submit it again to go on" >&2
+        fi
+        ;;
+    esac
+    exit "$1"
+}

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# A sweep as a Slurm array, a cell a task:
+#
+#   sbatch [options] slurm/sweep.sh SWEEP [key=value ...]
+#   sbatch --gpus-per-node=1 --time=4:00:00 slurm/sweep.sh configs/sweeps/cifar100/communication.yaml
+#
+# Options, folder, environment and what befalls a task are as in train.sh; a cell is run by all tasks of its job. The job
+# runs the first cell itself and submits an array with its own resources for the others, so that nothing is reserved
+# just to count. `--array=0-5` given by hand does without that: there, every option of sbatch's counts for every task,
+# also those that a running job no longer tells (--signal, --mail-type, --output).
+#
+# A cell that is complete is skipped, and one that fails stops no other; the exit code of its task tells.
+#
+#   FEDPEFT_CELLS_PER_TASK   how many cells a task runs, one after another (1)
+#   FEDPEFT_MAX_TASKS        how many tasks may run at once (all)
+#
+#SBATCH --job-name=fedpeft-sweep
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@120
+set -euo pipefail
+
+# What runs is Slurm's copy of this file, in a folder of Slurm's own.
+submitted=$(scontrol --oneliner show job "${SLURM_JOB_ID:?is not set; give this script to sbatch}" | sed -n '1s/.* Command=\([^ ]*\).*/\1/p')
+repository=${FEDPEFT_REPOSITORY:-$(cd "$SLURM_SUBMIT_DIR" && dirname "$(dirname "$(realpath -m "$submitted")")")}
+[ -r "$repository/slurm/job.sh" ] || { echo "error: no slurm/job.sh in '$repository'; set FEDPEFT_REPOSITORY" >&2; exit 2; }
+source "$repository/slurm/job.sh"
+
+asked() { squeue --noheader --jobs="$SLURM_JOB_ID" --format="$1"; }
+
+# The options of sbatch's that ask for what this job has: its environment tells most of them, the queue the rest.
+resources() {
+    local option variable value
+    while read -r option variable; do
+        [ -z "${!variable:-}" ] || echo "--$option=${!variable}"
+    done <<END
+job-name SLURM_JOB_NAME
+partition SLURM_JOB_PARTITION
+account SLURM_JOB_ACCOUNT
+qos SLURM_JOB_QOS
+reservation SLURM_JOB_RESERVATION
+nodes SLURM_JOB_NUM_NODES
+ntasks SLURM_NTASKS
+ntasks-per-node SLURM_NTASKS_PER_NODE
+cpus-per-task SLURM_CPUS_PER_TASK
+mem SLURM_MEM_PER_NODE
+mem-per-cpu SLURM_MEM_PER_CPU
+mem-per-gpu SLURM_MEM_PER_GPU
+gpus SLURM_GPUS
+gpus-per-task SLURM_GPUS_PER_TASK
+ntasks-per-gpu SLURM_NTASKS_PER_GPU
+END
+    for option in time=%l gres=%b constraint=%f exclude=%x; do
+        value=$(asked "${option#*=}")
+        case $value in "" | N/A | "(null)") ;; *) echo "--${option%=*}=${value//gres[:\/]/}" ;; esac
+    done
+    [ "$(asked %h)" != NO ] || echo --exclusive
+}
+
+# Submits the array for all tasks but this one, once: the job's comment survives a requeue.
+submit_others() {
+    local limit="" options array
+    [[ $(asked %k) != *"array "* ]] || return 0
+    mapfile -t options < <(resources)
+    if [ "${FEDPEFT_MAX_TASKS:-0}" = 1 ]; then
+        options+=(--dependency="afterany:$SLURM_JOB_ID")
+    fi
+    [ "${FEDPEFT_MAX_TASKS:-0}" = 0 ] || limit=%$((FEDPEFT_MAX_TASKS > 1 ? FEDPEFT_MAX_TASKS - 1 : 1))
+    array=$(
+        for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done  # they tell of this job
+        sbatch --parsable --array="1-$((tasks - 1))$limit" "${options[@]}" "$repository/slurm/sweep.sh" "$@"
+    ) || fail "the array for the other cells cannot be submitted from here; give sbatch --array=0-$((tasks - 1))"
+    scontrol update jobid="$SLURM_JOB_ID" comment="array $array"
+    echo "$cells cells in $tasks tasks: the first runs here, the others in the array $array"
+}
+
+[ $# -gt 0 ] || fail "usage: sbatch [options] slurm/sweep.sh SWEEP [key=value ...]"
+per_task=${FEDPEFT_CELLS_PER_TASK:-1}
+[[ $per_task =~ ^[1-9][0-9]*$ ]] || fail "FEDPEFT_CELLS_PER_TASK: '$per_task' is no number from 1 up"
+[[ ${FEDPEFT_MAX_TASKS:-0} =~ ^[0-9]+$ ]] || fail "FEDPEFT_MAX_TASKS: '$FEDPEFT_MAX_TASKS' is no number"
+listing=$(fedpeft sweep list "$@" --json) || exit $?
+cells=$(grep -o '"index":' <<<"$listing" | wc -l)
+tasks=$(((cells + per_task - 1) / per_task))
+first=$((${SLURM_ARRAY_TASK_ID:-0} * per_task))
+[ $first -lt "$cells" ] || fail "there is no array task $SLURM_ARRAY_TASK_ID; the $cells cells make tasks 0 to $((tasks - 1))"
+if [ -z "${SLURM_ARRAY_TASK_ID:-}" ] && [ $tasks -gt 1 ]; then
+    limit=$(scontrol show config | sed -n 's/^MaxArraySize *= *//p')
+    [ $tasks -le "$limit" ] || fail "the $cells cells make $tasks tasks, but an array here has $limit at most; set" \
+        "FEDPEFT_CELLS_PER_TASK to $(((cells + limit - 1) / limit)) or more"
+    submit_others "$@"
+fi
+
+worst=0
+for ((cell = first; cell < first + per_task && cell < cells; cell++)); do
+    code=0
+    step sweep run "$@" --index $cell || code=$?
+    case $code in
+    0) ;;
+    75 | 138 | 143) finish $code ;;
+    *)
+        echo "cell $cell ended with exit code $code" >&2
+        worst=$code
+        ;;
+    esac
+done
+finish $worst

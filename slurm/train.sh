@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# One run as a Slurm job, on any number of nodes and GPUs:
+#
+#   sbatch [options] slurm/train.sh CONFIG [key=value ...]
+#   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 --time=12:00:00 \
+#       slurm/train.sh configs/paper/cifar100/bias.yaml
+#
+# Ask for as many tasks as GPUs: each task is a rank, with a GPU of its own. Partition, account, time and so on are given
+# to sbatch, as options or as SBATCH_* variables. The job runs in the folder where sbatch was called, which paths in a
+# config are relative to. A job that is preempted, requeued, warned of its time limit or left by a node goes on by
+# itself from its last checkpoint; `scancel --signal=USR1 JOB` sends it back to the queue. The log is one file for all
+# attempts. The warning comes two minutes ahead of the limit or up to half a minute sooner: a job needs several times
+# that to get anywhere, or a later warning (--signal=USR1@30). Of the environment it reads
+#
+#   FEDPEFT_SETUP        a file to source first, on every attempt: modules and the like
+#   FEDPEFT_VENV         a virtual environment; without it the one active at sbatch, else .venv in the repository, else
+#                        the `python` there is
+#   FEDPEFT_RUN          what to put before python: "apptainer exec --nv image.sif"; then python is the image's own
+#   FEDPEFT_REPOSITORY   this repository, where Slurm cannot tell which script was submitted
+#   OMP_NUM_THREADS      by default the CPUs of a task
+#
+#SBATCH --job-name=fedpeft
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@120
+set -euo pipefail
+
+# What runs is Slurm's copy of this file, in a folder of Slurm's own.
+submitted=$(scontrol --oneliner show job "${SLURM_JOB_ID:?is not set; give this script to sbatch}" | sed -n '1s/.* Command=\([^ ]*\).*/\1/p')
+repository=${FEDPEFT_REPOSITORY:-$(cd "$SLURM_SUBMIT_DIR" && dirname "$(dirname "$(realpath -m "$submitted")")")}
+[ -r "$repository/slurm/job.sh" ] || { echo "error: no slurm/job.sh in '$repository'; set FEDPEFT_REPOSITORY" >&2; exit 2; }
+source "$repository/slurm/job.sh"
+
+[ $# -gt 0 ] || fail "usage: sbatch [options] slurm/train.sh CONFIG [key=value ...]"
+code=0
+step train "$@" || code=$?
+finish $code

@@ -1,0 +1,145 @@
+"""A real Slurm of two nodes on this machine, for as long as the tests last, and what they ask of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, read_metrics
+
+SCRIPTS = Path(__file__).parents[2] / "slurm"
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
+ENVIRONMENT = {
+    **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "FEDPEFT"))},
+    "FEDPEFT_VENV": sys.prefix,
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+}
+
+
+def run_plainly(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of fedpeft in one process of its own, without Slurm."""
+    command = [sys.executable, "-m", "fedpeft_dist", *arguments]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Job:
+    number: int
+    log: Path
+    cluster: Cluster
+
+    def show(self) -> dict[str, str]:
+        """Slurm's record of the job."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.cluster.run("scontrol", "show", "job", str(self.number))))
+
+    @property
+    def state(self) -> str:
+        return self.show()["JobState"]
+
+    def wait(self, seconds: float = 240) -> str:
+        """Until it has ended for good; returns how."""
+        wait_until(lambda: self.state in ENDED, seconds, f"the end of a job, whose log says:\n{self.read_log()}")
+        return self.state
+
+    def tasks(self) -> list[int]:
+        """The processes that compute for it, of all its attempts."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                variables = (process / "environ").read_bytes().split(b"\0")
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if b"SLURM_JOB_ID=%d" % self.number in variables and words[1:3] == [b"-m", b"fedpeft_dist"]:
+                    found.append(int(process.name))
+        return found
+
+    def send(self, number: signal.Signals, tasks: list[int]) -> None:
+        for task in tasks:
+            with suppress(ProcessLookupError):
+                os.kill(task, number)
+
+    def read_log(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**ENVIRONMENT, "FEDPEFT_CLUSTER": str(self.folder), "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
+        environment = {**self.environment, **variables}
+        finished = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+        assert finished.returncode == 0, f"{command}: {finished.stderr}"
+        return finished.stdout
+
+    def submit(self, script: str, *arguments: str, cwd: Path, options: str = "", **variables: str) -> Job:
+        """A job of a script in slurm/, started in a folder with options of sbatch's."""
+        command = ["sbatch", "--parsable", f"--output={cwd}/%j.log", *options.split(), str(SCRIPTS / script)]
+        number = int(self.run(*command, *arguments, cwd=cwd, **variables))
+        return Job(number, cwd / f"{number}.log", self)
+
+    def states(self) -> dict[int, str]:
+        """Of all jobs that it remembers; each task of an array counts for itself."""
+        rows = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%A %T").splitlines()
+        return {int(number): state for number, state in map(str.split, rows)}
+
+    def stop_daemon(self, node: str) -> None:
+        os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
+
+    def start_daemon(self, node: str) -> None:
+        self.run("slurmd", "-N", node)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    missing = [name for name in ("munged", "slurmctld", "slurmd") if not shutil.which(name, path=ENVIRONMENT["PATH"])]
+    if missing:
+        pytest.skip(f"no {missing[0]} here; apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons need root")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
+    script = str(SCRIPTS / "local_cluster.sh")
+    cluster.run(script, "start")
+    try:
+        yield cluster
+    finally:
+        cluster.run(script, "stop")
+
+
+def weights(run: Path) -> str:
+    return json.loads((run / "summary.json").read_text())["weights_sha256"]
+
+
+def rounds(run: Path) -> list[int]:
+    file = RunDirectory(run).metrics_file
+    return [row["round"] for row in read_metrics(file)] if file.exists() else []
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """Complete, every round told once, and the same result to the bit."""
+    assert RunDirectory(run).read_state()["state"] == COMPLETE
+    assert rounds(run) == rounds(reference)
+    assert weights(run) == weights(reference)

@@ -1,0 +1,186 @@
+"""launch/submit.py where there is no Slurm: what it would submit, what it refuses, and jobs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedpeft_dist.tracking.report_runs import read_runs
+from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
+
+SUBMIT = Path(__file__).parents[2] / "launch" / "submit.py"
+BASE = {
+    "backbone": {
+        "name": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    },
+    "method": {"name": "bias"},
+    "data": {"name": "digits", "image_size": 16, "clients": 4, "partition": {"name": "iid"}},
+    "federation": {"rounds": 12, "cohort": 4},
+    "client": {"epochs": 4, "batch_size": 32},
+    "runtime": {"device": "cpu", "lanes": 2},
+    "output": {"root": "runs", "name": "run"},
+}
+SWEEP = {"base": "base.yaml", "output": "cells", "axes": {"client.optimizer.lr": [0.01, 0.1]}, "seeds": [1, 2]}
+LOAD = """
+import pickle, sys, cloudpickle
+with open(sys.argv[1], "rb") as file:
+    job = pickle.load(file).function
+again = pickle.loads(cloudpickle.dumps(job.checkpoint())).function
+assert again == job
+print(again.folder, *(cell.name for cell in again.cells))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the command is called."""
+    path = tmp_path / "called here"
+    path.mkdir()
+    (path / "base.yaml").write_text(yaml.safe_dump(BASE), encoding="utf-8")
+    (path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """With a torch that cannot be imported, and a Slurm that takes every job and runs none."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "torch.py").write_text("raise RuntimeError('torch is imported')")
+    (programs / "srun").touch(0o755)
+    (programs / "sbatch").touch(0o755)
+    (programs / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
+    return os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(programs)}
+
+
+def call(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    """What the command prints."""
+    return run(folder, environment, str(SUBMIT), *arguments).stdout
+
+
+def run(
+    folder: Path, environment: dict[str, str] | None, *arguments: str, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=check, timeout=300
+    )
+
+
+def test_a_dry_run_shows_the_job_and_leaves_nothing(folder: Path, environment: dict[str, str]) -> None:
+    before = sorted(folder.rglob("*"))
+    options = [
+        *("--nodes=2", "--tasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8", "--time=90", "--partition=gpu"),
+        *("--account=us", "--qos=long", "--constraint=a100", "--signal-delay=300", "--slurm=mem=64G"),
+        *("--slurm=exclusive", "--setup=module load cuda", "--setup=base.yaml", "--dry-run"),
+    ]
+    lines = call(folder, "base.yaml", *options, environment=environment).splitlines()
+    directives = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")]
+    for directive in (
+        *("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "cpus-per-task=8", "time=90", "partition=gpu"),
+        *("account=us", "qos=long", "constraint=a100", "signal=USR2@300", "mem=64G", "exclusive", "requeue"),
+        *("job-name=run", "open-mode=append"),
+    ):
+        assert directive in directives
+    assert lines.index("module load cuda") + 1 == lines.index(f". {shlex.quote(str(folder / 'base.yaml'))}")
+    assert lines[-1] == "# slurm job 0, ranks: 8, cells: run"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_sweep_s_complete_cells_are_left_out(folder: Path, environment: dict[str, str]) -> None:
+    RunDirectory(folder / "cells" / "lr0.01-seed2").write_state(COMPLETE, 12)
+    shown = call(
+        folder, "sweep.yaml", "--cells-per-task=2", "--array-parallelism=1", "--dry-run", environment=environment
+    )
+    assert "#SBATCH --array=0-1%1\n" in shown
+    jobs = [line for line in shown.splitlines() if line.startswith("# slurm")]
+    assert jobs == [
+        "# slurm job 0, ranks: 1, cells: lr0.01-seed1, lr0.1-seed1",
+        "# slurm job 1, ranks: 1, cells: lr0.1-seed2",
+    ]
+
+
+def test_what_is_submitted_knows_its_cells_and_its_folder(folder: Path, environment: dict[str, str]) -> None:
+    shown = call(folder, "sweep.yaml", "federation.rounds=3", "--cells-per-task=3", environment=environment)
+    assert re.match(r"submitted: slurm job 7; jobs: 2, cells: 4, ranks: 1\nlogs:      cells/jobs/", shown)
+    assert shown.endswith("; fedpeft sweep list sweep.yaml federation.rounds=3\n")
+    first, second = sorted(folder.glob("cells/jobs/*/7_*_submitted.pkl"))
+    loaded = run(folder.parent, environment, "-c", LOAD, str(first)).stdout
+    assert loaded == f"{folder} lr0.01-seed1 lr0.01-seed2 lr0.1-seed1\n"
+    assert run(folder.parent, environment, "-c", LOAD, str(second)).stdout == f"{folder} lr0.1-seed2\n"
+    call(folder, "sweep.yaml", environment=environment)
+    assert len(list((folder / "cells" / "jobs").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("bose.yaml", "bose.yaml: no such config file; did you mean base.yaml?"),
+        ("sweep.yaml client.epoch=2", "sweep.yaml, cell lr0.01-seed1: client.epoch: unknown key; did you mean"),
+        ("base.yaml --slurm time=10", "--slurm: 'time' is settled by this command's own options"),
+        ("base.yaml --slurm 64G", "--slurm: '64G' is no option of sbatch; give key=value, such as mem=64G"),
+        ("base.yaml --time 2", "--signal-delay: 120 s of the 120 s that a job has; give less"),
+        ("sweep.yaml --nodes 2 --cells-per-task 2", "--cells-per-task: 2, but 2 ranks run one cell together; give 1"),
+        ("base.yaml --nodes 2 --cluster local", "--nodes: 2, but --cluster local is this machine; give 1"),
+        ("base.yaml --tasks-per-node 2 --cluster debug", "--tasks-per-node: 2, but --cluster debug is this process"),
+        ("base.yaml --cluster pbs", "Invalid value for '--cluster': "),
+        ("base.yaml", "sbatch refuses: invalid partition specified: x; Batch job submission failed"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(
+    folder: Path, environment: dict[str, str], tmp_path: Path, arguments: str, message: str
+) -> None:
+    said = "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed"
+    (tmp_path / "programs" / "sbatch").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    before = sorted(folder.rglob("*"))
+    environment["PYTHONPATH"] = ""  # the end with an error may import torch
+    done = run(folder, environment, str(SUBMIT), *arguments.split(), check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_run_of_another_config_is_found_at_submission(folder: Path, environment: dict[str, str]) -> None:
+    run_folder = RunDirectory(folder / "runs" / "run")
+    run_folder.write_state("interrupted", 3)
+    run_folder.config_file.write_text(yaml.safe_dump(BASE | {"seed": 7}))
+    done = run(folder, environment, str(SUBMIT), "base.yaml", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: runs/run: other config: its run cannot go on")
+
+
+def test_a_local_job_of_two_ranks_goes_on_when_it_is_warned(folder: Path) -> None:
+    shown = call(folder, "base.yaml", "--cluster=local", "--tasks-per-node=2", "--setup=echo set up")
+    controller = int(re.match(r"submitted: local job (\d+)", shown)[1])
+    found = RunDirectory(folder / "runs" / "run")
+
+    def wait_until(condition) -> None:
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+
+    log = next(iter(folder.glob("runs/run/jobs/*"))) / f"{controller}_0_log.out"
+    wait_until(lambda: found.metrics_file.exists() and found.metrics_file.read_text().count("\n") >= 2)
+    os.kill(json.loads((found.path / "owner.json").read_text())["pid"], signal.SIGUSR2)
+    wait_until(lambda: (log.parent / f"{controller}_0_result.pkl").exists())
+    assert "Requeued job" in log.read_text()
+    assert (log.parent / "setup.out").read_text() == "set up\n"
+    rows = [json.loads(row) for row in found.metrics_file.read_text().splitlines()]
+    assert [row["round"] for row in rows] == list(range(1, 13))
+    assert json.loads(found.summary_file.read_text())["world_size"] == 2
+    assert call(folder, "base.yaml") == "nothing to submit: 1 complete in runs/run\n"
+    assert [r.name for r in read_runs(folder / "runs")] == ["run"]
