@@ -61,15 +61,15 @@ class WeightedOrder:
     def __call__(self, chunk: int, seed: int, round_number: int, available: Available) -> Iterator[np.ndarray]:
         generator = np.random.default_rng(derive_seed(seed, "weighted cohort", round_number))
         seen: set[int] = set()
-        num_found = chunk
+        is_fruitful = True
         # Once half of what is drawn has been drawn before, those seen hold most of the samples.
-        while _FEW * len(seen) < len(self.sizes) and 2 * num_found >= chunk:
+        while _FEW * len(seen) < len(self.sizes) and is_fruitful:
             # Drawn with replacement; to leave out what was drawn before is to draw from the rest in proportion.
             places = np.searchsorted(self.ends, generator.integers(self.ends[-1], size=chunk), side="right")
             found = [client for client in dict.fromkeys(places.tolist()) if client not in seen]
             seen.update(found)
             yield available(np.array(found, dtype=np.int64))
-            num_found, chunk = len(found), len(seen)
+            is_fruitful, chunk = 2 * len(found) >= chunk, len(seen)
         rest = available(_without(np.flatnonzero(self.sizes), seen))
         # The same distribution at once: the order in which clocks ring, each as fast as its client is large.
         yield rest[np.argsort(generator.standard_exponential(len(rest)) / self.sizes[rest])]
