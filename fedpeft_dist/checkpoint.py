@@ -51,11 +51,14 @@ class Origin:
     """Of the backbone that the vector goes with."""
     data_sha256: str
     """Of the data that it was trained on (`Dataset.fingerprint`)."""
+    traces_sha256: str = ""
+    """Of the traces that clients took part by; the empty text where there were none."""
     versions: dict[str, str] = field(default_factory=library_versions)
 
     @classmethod
-    def of(cls, config: RunConfig, backbone_sha256: str, data_sha256: str) -> Origin:
-        return cls(json.loads(config.model_dump_json()), config_digest(config), backbone_sha256, data_sha256)
+    def of(cls, config: RunConfig, backbone_sha256: str, data_sha256: str, traces_sha256: str = "") -> Origin:
+        tree = json.loads(config.model_dump_json())
+        return cls(tree, config_digest(config), backbone_sha256, data_sha256, traces_sha256)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _load(path: Path) -> Checkpoint:
     origin = json.loads(metadata["origin"])
     return Checkpoint(
         next_round=int(metadata["next_round"]),
-        origin=Origin(**{entry.name: origin[entry.name] for entry in fields(Origin)}),
+        origin=Origin(**{entry.name: origin[entry.name] for entry in fields(Origin) if entry.name in origin}),
         vector=tensors.pop("vector"),
         server_state={name.removeprefix("server."): tensor for name, tensor in tensors.items()},
         totals=json.loads(metadata["totals"]),

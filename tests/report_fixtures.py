@@ -26,8 +26,13 @@ def make_run(
     parameters: int | None = None,
     privacy: Mapping[str, float | None] | None = None,
     counts: Sequence[Sequence[int]] | None = None,
+    simulated_seconds: float | None = None,
 ) -> RunDirectory:
-    """Writes a run with a round for each accuracy; the tree is its config over the defaults."""
+    """Writes a run with a round for each accuracy; the tree is its config over the defaults.
+
+    Args:
+        simulated_seconds: of each round, where clients take simulated time.
+    """
     config = parse_config(tree, str(path))
     parameters = parameters or PARAMETERS[config.method.name]
     directory = RunDirectory(path)
@@ -35,7 +40,8 @@ def make_run(
     directory.write_config(config)
     sent = uplink_bytes(parameters, config.federation.cohort)
     for number, accuracy in enumerate(accuracies, 1):
-        directory.append_metrics({"round": number, "accuracy": accuracy, "uplink_bytes": sent})
+        timed = {} if simulated_seconds is None else {"simulated_seconds": simulated_seconds}
+        directory.append_metrics({"round": number, "accuracy": accuracy, "uplink_bytes": sent, **timed})
     if counts is not None:
         directory.write_partition(counts, len(counts))
     directory.write_state(state, len(accuracies))
@@ -50,6 +56,7 @@ def make_run(
                 "best_accuracy": max(accuracy for accuracy in accuracies if accuracy is not None),
                 "uplink_bytes_total": sent * len(accuracies),
                 "downlink_bytes_total": sent * len(accuracies),
+                "simulated_hours": None if simulated_seconds is None else simulated_seconds * len(accuracies) / 3600,
                 "samples_per_second": 100.0,
                 "weights_sha256": hashlib.sha256(path.name.encode()).hexdigest(),
                 "privacy": privacy,

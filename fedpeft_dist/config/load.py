@@ -195,13 +195,13 @@ def _name_choices(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache
 def _choices() -> dict[str, str]:
-    """Dotted keys of the sections whose `name` is one of a fixed list, and the names that they have by default."""
+    """Dotted keys of the sections whose `name` chooses their fields, and the names that they have by default."""
 
     def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
         for name, field in model.model_fields.items():
             for section in _sections(field):
                 tag = section.model_fields.get("name")
-                if tag is not None and get_origin(tag.annotation) is Literal:
+                if tag is not None and get_origin(tag.annotation) is Literal and len(get_args(tag.annotation)) == 1:
                     yield prefix + name, field.default.name
                 yield from walk(section, f"{prefix}{name}.")
 

@@ -20,7 +20,7 @@ from fedpeft_dist.lanes.random import derive_seed, permutation
 
 
 class Partition(Protocol):
-    """What a run needs to know of it; no method costs O(N) but `largest_total`."""
+    """What a run needs to know of it; no method costs O(N) but `largest_total` and `sizes`."""
 
     num_clients: int
 
@@ -32,6 +32,9 @@ class Partition(Protocol):
 
     def largest_total(self, num_clients: int) -> int:
         """The samples of that many clients, the largest ones."""
+
+    def sizes(self) -> np.ndarray:
+        """Every client's size: int64 [N]."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ class IndexPartition:
         return self.samples[self.offsets[client] : self.offsets[client + 1]]
 
     def largest_total(self, num_clients: int) -> int:
-        return int(np.sort(np.diff(self.offsets))[-num_clients:].sum())
+        return int(np.sort(self.sizes())[-num_clients:].sum())
+
+    def sizes(self) -> np.ndarray:
+        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,9 @@ class SharedPoolPartition:
 
     def largest_total(self, num_clients: int) -> int:
         return num_clients * self.samples_per_client
+
+    def sizes(self) -> np.ndarray:
+        return np.broadcast_to(np.int64(self.samples_per_client), (self.num_clients,))  # one number in memory
 
 
 def make_partition(config: schema.DataConfig, train: ImageSet, seed: int) -> Partition:

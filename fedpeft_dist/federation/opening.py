@@ -36,6 +36,7 @@ from fedpeft_dist.tracking.run_directory import (
     check_same_backbone,
     check_same_data,
     check_same_run,
+    check_same_traces,
 )
 from fedpeft_dist.tracking.run_lock import Owner, RunLock
 from fedpeft_dist.tracking.run_log import NO_TOTALS, vector_bytes
@@ -82,7 +83,9 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint of this moment, where there is none of it; called by every rank, done by rank 0."""
         if self.lock is not None and self.saved_round != self.next_round:
-            origin = Origin.of(self.config, self.simulation.model.backbone.sha256, self.simulation.data_sha256)
+            simulation = self.simulation
+            backbone, traces = simulation.model.backbone.sha256, simulation.participation.sha256
+            origin = Origin.of(self.config, backbone, simulation.data_sha256, traces)
             checkpoint = Checkpoint(self.next_round, origin, self.vector, self.server.state, self.totals)
             save_checkpoint(self.directory.checkpoints, checkpoint)
         self.saved_round = self.next_round
@@ -107,6 +110,8 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
         return None
     with failing_together(runtime):
         simulation = Simulation(config, runtime)
+        traces = simulation.participation.sha256.encode()
+    assert_same_on_all_ranks(traces, "the traces of participation", runtime)
     # Only now, so that a config that cannot be run leaves no file.
     owner = Owner.this_process(runtime.launch.slurm_job, runtime.launch.requeues)
     with failing_together(runtime):
@@ -167,6 +172,7 @@ def _check_origin(origin: Origin, config: RunConfig, directory: RunDirectory, si
         check_same_run(parse_config(origin.config, f"{directory.checkpoints}"), config, directory.path)
     check_same_backbone(origin.backbone_sha256, simulation.model.backbone.sha256, directory.path)
     check_same_data(origin.data_sha256, simulation.data_sha256, directory.path)
+    check_same_traces(origin.traces_sha256, simulation.participation.sha256, directory.path)
 
 
 def _tell_what_was_found(run: Run, checkpoint: Checkpoint | None, damaged: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The round loop: sample a cohort, train it, aggregate, step, evaluate, log, checkpoint."""
+"""The round loop: plan who takes part, train them, aggregate, step, evaluate, log, checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fedpeft_dist.data.partition import class_counts
 from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.assignment import assign
 from fedpeft_dist.federation.opening import Run, open_run
-from fedpeft_dist.federation.participation import sample_cohort
 from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.collectives import any_rank, barrier
 from fedpeft_dist.runtime.files import DISK_FULL
@@ -78,14 +77,15 @@ def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
     """Runs the rounds that are left; returns `complete` or `interrupted`."""
     config, simulation, federation = run.config, run.simulation, run.config.federation
     dataset, population = simulation.dataset, simulation.partition.num_clients
-    largest_weight = simulation.partition.largest_total(federation.cohort)
-    aggregator = Aggregator(len(run.vector), largest_weight, runtime)
+    aggregator = Aggregator(len(run.vector), simulation.participation.largest_weight, runtime)
     if runtime.peers is not None:
         runtime.peers.last_will = partial(_mark_failed, run)
     with RunLog(config, run.directory, runtime, run.totals, run.next_round) as log:
         if runtime.is_main:
             counts = class_counts(simulation.partition, dataset.train.labels, dataset.num_classes, MAX_CLIENTS)
             log.write_setting(counts, population, dataset.class_names)
+            if note := simulation.participation.describe():
+                log.progress.note(f"{run.directory.path}: {note}")
         stopped = any_rank(stop.received, runtime)
         while run.next_round < federation.rounds and not stopped:
             stopped = run_round(run, aggregator, log, runtime, stop)
@@ -111,10 +111,8 @@ def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, s
     """
     config, simulation, federation = run.config, run.simulation, run.config.federation
     started, round_number = time.perf_counter(), run.next_round
-    population = simulation.partition.num_clients
-    cohort = sample_cohort(federation.participation, population, federation.cohort, config.seed, round_number)
-    steps = {client: simulation.num_steps(client) for client in cohort}
-    tasks = simulation.tasks(assign(steps, runtime.world_size)[runtime.rank])
+    plan = simulation.participation.plan(round_number)
+    tasks = simulation.tasks(assign(plan.steps, runtime.world_size)[runtime.rank], plan.steps)
     factor = rate_factor(config.client.schedule, round_number, federation.rounds)
 
     def is_dropped() -> bool:
@@ -130,6 +128,8 @@ def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, s
         return True
     for client in rejected:
         print(f"round {round_number + 1}: client {client} is rejected, its delta is not finite or too large")
+    if not plan.steps and runtime.is_main:
+        print(f"round {round_number + 1}: no client's update arrives ({plan.selected} selected), the round is skipped")
     if total.mean_delta is not None:
         run.vector = run.server.step(run.vector, -total.mean_delta)
     trained = time.perf_counter()
@@ -143,6 +143,9 @@ def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, s
         total.num_rejected,
         total.num_samples,
         len(run.vector),
+        plan.cohort,
+        plan.selected,
+        {} if federation.participation.is_ideal else plan.figures(),
         seconds=trained - started,
         evaluate_seconds=time.perf_counter() - trained,
     )

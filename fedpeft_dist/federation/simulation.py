@@ -5,7 +5,7 @@ Shapes: N clients, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -20,6 +20,7 @@ from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, mak
 from fedpeft_dist.data.pixels import choose_resident
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
+from fedpeft_dist.federation.participation import Participation
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.runtime.collectives import min_over_ranks
@@ -73,6 +74,17 @@ class Simulation:
         return min_over_ranks(lanes, self.runtime)
 
     @cached_property
+    def participation(self) -> Participation:
+        """Reads traces, which an evaluation has no need of.
+
+        Raises:
+            ConfigError: a trace that cannot be read, a cohort or a deadline that cannot be.
+        """
+        participation = Participation(self.config, self.partition, self.model.layout.num_parameters)
+        participation.check()
+        return participation
+
+    @cached_property
     def trainer(self) -> LocalTrainer:
         config = self.config
         return LocalTrainer(
@@ -108,16 +120,12 @@ class Simulation:
             metrics["accuracy"] = self.test_evaluator.accuracy(vector)
         return metrics
 
-    def num_steps(self, client: int) -> int:
-        """Local steps that a client takes in a round."""
-        return self.config.client.num_steps(self.partition.size(client))
-
-    def tasks(self, clients: Sequence[int]) -> list[ClientTask]:
-        """What these clients have to do in a round."""
-        return [
-            ClientTask(client, self.partition.indices(client), self.num_steps(client), self.partition.size(client))
-            for client in clients
-        ]
+    def tasks(self, clients: Sequence[int], steps: Mapping[int, int] | None = None) -> list[ClientTask]:
+        """What these clients have to do in a round; steps: how many each takes, where it is not all of its own."""
+        sizes = {client: self.partition.size(client) for client in clients}
+        if steps is None:
+            steps = {client: self.config.client.num_steps(size) for client, size in sizes.items()}
+        return [ClientTask(client, self.partition.indices(client), steps[client], sizes[client]) for client in clients]
 
     def _make_stores(self) -> list[DeviceStore]:
         """Of the training and the test images; after the model is on the device, and before lanes share the rest."""

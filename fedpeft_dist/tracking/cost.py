@@ -47,5 +47,5 @@ def compute_cost(config: RunConfig) -> Cost:
 
 
 def uplink_bytes(num_parameters: int, cohort: int) -> int:
-    """Bytes that a cohort sends in a round."""
+    """Bytes that so many clients send in a round; downlink counts the same for clients that receive."""
     return num_parameters * BYTES_PER_PARAMETER * cohort

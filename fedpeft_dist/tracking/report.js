@@ -167,7 +167,7 @@
         svg.append(draw("line", { class: "grid", x1: box.left, x2: box.right, y1: up(tick), y2: up(tick) }));
         label(box.left - 6, up(tick) + 4, "end", tick.toFixed(2));
       }
-      for (const tick of (logarithmic ? powers : steps)(low, high, Math.floor(width / 70), 1)) {
+      for (const tick of (logarithmic ? powers : steps)(low, high, Math.floor(width / 70), key === "round" ? 1 : 0)) {
         svg.append(draw("line", { class: "grid", x1: across(tick), x2: across(tick), y1: box.top, y2: box.bottom }));
         label(Math.min(across(tick), box.right - 8), box.bottom + 18, "middle", tidy(tick));
       }
@@ -217,7 +217,8 @@
       hovered.dataset.width = hovered.style.strokeWidth;
       hovered.style.strokeWidth = 3.5;
       const spread = one.seeds > 1 ? ` ± ${one.std[n].toFixed(4)}` : "";
-      const place = `round ${one.round[n]}, ${tidy(one.mib[n])} MiB`;
+      const hours = one.hours.length ? `, ${tidy(one.hours[n])} simulated hours` : "";
+      const place = `round ${one.round[n]}, ${tidy(one.mib[n])} MiB${hours}`;
       tip.textContent = `${one.label}: ${one.mean[n].toFixed(4)}${spread}, ${place}`;
       tip.hidden = false;
       const [w, h] = [tip.offsetWidth, tip.offsetHeight];
@@ -230,6 +231,10 @@
     chartOf(byId("chart-round"), "round", false, "rounds"),
     chartOf(byId("chart-mib"), "mib", true, "MiB sent"),
   ];
+  if (series.some((one) => one.hours.length)) {
+    byId("hours").hidden = false;
+    charts.push(chartOf(byId("chart-hours"), "hours", false, "simulated hours"));
+  }
 
   byId("filter").addEventListener("input", update);
   showUnfinished.addEventListener("change", update);

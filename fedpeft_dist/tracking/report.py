@@ -136,6 +136,7 @@ def _group_row(group: Group, grouping: Grouping) -> dict[str, Any]:
         "mib_per_round": group.mib_per_round,
         "mib_total": group.mib_total,
         "share_of_full": group.share_of_full,
+        "simulated_hours": group.simulated_hours,
         "epsilon": group.epsilon,
         "final_accuracy": {"mean": final.mean, "std": final.std},
         "best_accuracy": {"mean": best.mean, "std": best.std},

@@ -73,6 +73,12 @@ class Group:
         return statistics.fmean(run.summary["uplink_bytes_total"] for run in self.runs) / MIB
 
     @property
+    def simulated_hours(self) -> float | None:
+        """None where its clients take no simulated time."""
+        found = [run.summary.get("simulated_hours") for run in self.runs]
+        return statistics.fmean(found) if all(is_number(hours) for hours in found) else None
+
+    @property
     def share_of_full(self) -> float:
         return self.parameters / self.runs[0].summary["backbone_parameters"]
 
@@ -87,14 +93,14 @@ class Group:
         return max(found, default=None)
 
     def curve(self) -> list[tuple[Point, Statistic]]:
-        """The rounds that all its runs with metrics have evaluated."""
+        """The rounds that all its runs with metrics have evaluated, and their mean accuracy, bytes and hours."""
         num_curves = sum(bool(run.curve) for run in self.runs)
         by_round = defaultdict(list)
         for run in self.runs:
             for point in run.curve:
                 by_round[point.round].append((run.seed, point))
         return [
-            (found[0][1], Statistic.over((seed, point.accuracy) for seed, point in found))
+            (_mean_point([p for _, p in found]), Statistic.over((seed, point.accuracy) for seed, point in found))
             for _, found in sorted(by_round.items())
             if len(found) == num_curves
         ]
@@ -160,6 +166,16 @@ def refining(
         if len(after) > len(before):
             chosen.append(axis)
     return chosen
+
+
+def _mean_point(points: Sequence[Point]) -> Point:
+    """What seeds sent by one round, and how long it took, differs where clients can be lost."""
+    sent, hours, first = {p.mib_sent for p in points}, {p.hours for p in points}, points[0]
+    if len(sent) > 1:
+        first = replace(first, mib_sent=statistics.fmean(p.mib_sent for p in points))
+    if len(hours) > 1:
+        first = replace(first, hours=None if None in hours else statistics.fmean(p.hours for p in points))
+    return first
 
 
 def _frozen(keys: Keys, without: Iterable[str]) -> tuple:

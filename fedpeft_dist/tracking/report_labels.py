@@ -13,17 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, TypeAlias, get_args
 
-from fedpeft_dist.config.schema import DataSection, MethodConfig
+from fedpeft_dist.config.schema import DataSection, MethodConfig, ParticipationConfig
 from fedpeft_dist.tracking.report_runs import plain
 
 Keys: TypeAlias = dict[str, Any]
 """Dotted config key to value: what a group's runs have in common."""
 DATA_SET, BACKBONE, POPULATION, PARTITION, PRIVACY = "data set", "backbone", "clients", "partition", "privacy"
+PARTICIPATION = "participation"
 MAX_TRAIN, NUM_CLIENTS, COHORT = "data.max_train", "data.clients", "federation.cohort"
 CHECKPOINT = "backbone.checkpoint"
 PARTITION_KIND = "kind of partition"
 """Its name without its alpha; with NUM_CLIENTS and COHORT a coarser axis, for the communication table."""
-SPEAKING = (DATA_SET, BACKBONE, POPULATION, NUM_CLIENTS, PARTITION, PARTITION_KIND)
+SPEAKING = (DATA_SET, BACKBONE, POPULATION, NUM_CLIENTS, PARTICIPATION, PARTITION, PARTITION_KIND)
 """Axes whose labels say by themselves what they are."""
 _BARE_KEYS = {DATA_SET: ("data.path", "data.subset"), PARTITION: ("data.partition.alpha",)}
 """Their values follow the name at once: `dirichlet 0.1`."""
@@ -34,6 +35,12 @@ _METHOD_DEFAULTS = {
     for method in get_args(get_args(MethodConfig)[0])
 }
 """What a method's label leaves out, by the method's name."""
+_PARTICIPATION = "federation.participation."
+_PARTICIPATION_DEFAULTS = {
+    f"{_PARTICIPATION}{key}{'.name' * hasattr(value, 'name')}": getattr(value, "name", value)
+    for key, value in ParticipationConfig()
+}
+"""What the label of participation leaves out."""
 _ABSENT = "-"
 
 
@@ -73,6 +80,7 @@ def find_axes(groups: Sequence[Keys], populations: Sequence[int | None]) -> Axes
         BACKBONE: ["backbone.name", CHECKPOINT, "backbone.model_args"],
         MAX_TRAIN: [MAX_TRAIN],
         POPULATION: [NUM_CLIENTS, COHORT],
+        PARTICIPATION: _participation_keys(keys),
         PRIVACY: ["privacy.name", *(key for key in keys if key.startswith("privacy.") and key != "privacy.name")],
         PARTITION: _partition_keys(keys),
     }
@@ -130,6 +138,13 @@ def _partition_keys(keys: list[str]) -> list[str]:
     return [*first, *(key for key in keys if key.startswith("data.partition.") and key not in first)]
 
 
+def _participation_keys(keys: list[str]) -> list[str]:
+    """What is chosen comes before its details, which vary along with it."""
+    first = f"{_PARTICIPATION}name"
+    found = [key for key in keys if key.startswith(_PARTICIPATION) and key != first]
+    return [first, *sorted(found, key=lambda key: (not key.endswith((".name", ".late")), key))]
+
+
 def _varying_options(groups: Sequence[Keys], keys: Iterable[str], name_key: str) -> dict[Any, list[str]]:
     """For each choice's name, the keys that have more than one value among the groups with this choice."""
     values: dict[Any, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -166,7 +181,20 @@ def _composite_label(axis: str, found: Sequence[str], keys: Keys, population: in
         return _population(keys, population)
     if axis == MAX_TRAIN:
         return "all" if keys.get(axis) is None else show(keys[axis])
+    if axis == PARTICIPATION:
+        return _participation(keys, shown)
     return _choice(keys, found[0], shown, _BARE_KEYS.get(axis, ()))
+
+
+def _participation(keys: Keys, shown: Sequence[str]) -> str:
+    """`uniform (devices lognormal, late partial)`, without what is as it is by default."""
+    told = []
+    for key in shown:
+        if keys.get(key) is not None and keys[key] != _PARTICIPATION_DEFAULTS.get(key):
+            words = key.removeprefix(_PARTICIPATION).removesuffix(".name").replace(".", " ").replace("_", " ")
+            told.append(f"{words} {show(keys[key])}")
+    name = show(keys.get(f"{_PARTICIPATION}name", _ABSENT))
+    return f"{name} ({', '.join(told)})" if told else name
 
 
 def _population(keys: Keys, population: int | None) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fedpeft_dist.runtime.files import write_text
 from fedpeft_dist.tracking.report_groups import Grouping
 from fedpeft_dist.tracking.report_labels import show
-from fedpeft_dist.tracking.report_runs import Run
+from fedpeft_dist.tracking.report_runs import Point, Run
 from fedpeft_dist.tracking.report_tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def group_series(grouping: Grouping) -> Iterable[dict[str, Any]]:
             "seeds": group.accuracy.seeds,
             "round": [point.round for point, _ in curve],
             "mib": [_digits(point.mib_sent) for point, _ in curve],
+            "hours": _hours([point for point, _ in curve]),
             "mean": [_digits(found.mean) for _, found in curve],
             "std": [_digits(found.std or 0.0) for _, found in curve],
         }
@@ -112,6 +113,7 @@ def run_series(runs: Iterable[Run]) -> Iterable[dict[str, Any]]:
                 "seeds": 1,
                 "round": [point.round for point in curve],
                 "mib": [_digits(point.mib_sent) for point in curve],
+                "hours": _hours(curve),
                 "mean": [_digits(point.accuracy) for point in curve],
                 "std": [0] * len(curve),
             }
@@ -194,6 +196,12 @@ def _thin(curve: Sequence[Any]) -> list[Any]:
     if len(curve) <= MAX_POINTS:
         return list(curve)
     return [curve[round(number * (len(curve) - 1) / (MAX_POINTS - 1))] for number in range(MAX_POINTS)]
+
+
+def _hours(points: Sequence[Point]) -> list[float]:
+    """None at all where there is no simulated time."""
+    hours = [point.hours for point in points]
+    return [] if None in hours else [_digits(value) for value in hours]
 
 
 def _digits(value: float) -> float:

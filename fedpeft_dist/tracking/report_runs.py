@@ -33,6 +33,8 @@ class Point:
     accuracy: float
     mib_sent: float
     """Uplink, of all clients, up to this round."""
+    hours: float | None = None
+    """Simulated, up to this round; None for runs without simulated time."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,17 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _curve(path: Path, rows: list[dict[str, Any]]) -> tuple[Point, ...]:
-    points, sent = [], 0
+    points, sent, seconds = [], 0, 0.0
+    timed = all(is_number(row.get("simulated_seconds")) for row in rows)
     for row in rows:
         sent += row["uplink_bytes"]
+        seconds += row["simulated_seconds"] if timed else 0.0
         accuracy = row.get("accuracy")
         if accuracy is None:
             continue
         if not is_number(accuracy):
             raise ConfigError(f"{path}: accuracy of round {row['round']} is {accuracy!r}, no number")
-        points.append(Point(int(row["round"]), float(accuracy), sent / MIB))
+        points.append(Point(int(row["round"]), float(accuracy), sent / MIB, seconds / 3600 if timed else None))
     return tuple(points)
 
 

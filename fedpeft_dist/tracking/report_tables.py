@@ -17,6 +17,7 @@ from fedpeft_dist.tracking.report_labels import (
     DATA_SET,
     MAX_TRAIN,
     NUM_CLIENTS,
+    PARTICIPATION,
     PARTITION,
     PARTITION_KIND,
     POPULATION,
@@ -29,6 +30,7 @@ from fedpeft_dist.tracking.run_directory import COMPLETE
 
 TITLES = {
     POPULATION: "Client stability",
+    PARTICIPATION: "Participation",
     PARTITION: "Data distribution",
     BACKBONE: "Backbone",
     PRIVACY: "Privacy",
@@ -77,13 +79,15 @@ def main_table(grouping: Grouping) -> Table:
     varying = grouping.varying()
     names = short_names(varying)
     private = any(group.is_private for group in groups)
+    timed = any(group.simulated_hours is not None for group in groups)
     columns = [Column("method", is_text=True)]
     telling = grouping.distinguishing
     columns += [Column(names[axis], is_text=True, drop=NEVER if axis in telling else ALWAYS) for axis in varying]
     columns += [Column("trained parameters"), Column("clients a round", drop=1)]
     columns += [Column("MiB per client and round", drop=3), Column("MiB a round")]
     columns += [Column("total MiB", drop=4), Column("share of full's bytes", drop=2)]
-    columns += [Column("epsilon")] * private + [Column("final accuracy"), Column("seeds")]
+    columns += [Column("simulated hours")] * timed + [Column("epsilon")] * private
+    columns += [Column("final accuracy"), Column("seeds")]
     rows = []
     for group in groups:
         row = [Cell(group.method, group.method)]
@@ -96,7 +100,7 @@ def main_table(grouping: Grouping) -> Table:
             Cell(f"{group.mib_total:,.2f}", group.mib_total),
             Cell(f"{group.share_of_full:.2%}", group.share_of_full),
         ]
-        row += [_epsilon_cell(group)] * private
+        row += [_hours_cell(group)] * timed + [_epsilon_cell(group)] * private
         row += [accuracy_cell(group), Cell(str(group.accuracy.seeds), group.accuracy.seeds)]
         rows.append(tuple(row))
     along = _varying_along(grouping, groups, grouping.distinguishing)
@@ -127,7 +131,7 @@ def run_table(runs: Sequence[Run], grouping: Grouping) -> Table:
     keys = sorted({key for run in runs for key in run.keys})
     differing = [k for k in keys if k != "seed" and len({repr(run.keys[k]) for run in runs if k in run.keys}) > 1]
     from_summary = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total", "downlink_bytes_total")
-    from_summary += ("final_accuracy", "best_accuracy", "samples_per_second", "weights_sha256")
+    from_summary += ("simulated_hours", "final_accuracy", "best_accuracy", "samples_per_second", "weights_sha256")
     columns = ["run", "state", "group", "method.name", *(k for k in differing if k != "method.name")]
     rows = []
     for run in runs:
@@ -146,7 +150,7 @@ def run_table(runs: Sequence[Run], grouping: Grouping) -> Table:
 def comparison_tables(grouping: Grouping) -> list[Table]:
     """Those in which there is something to compare."""
     tables = communication_tables(grouping)
-    first = (POPULATION, PARTITION, MAX_TRAIN, BACKBONE, PRIVACY)
+    first = (POPULATION, PARTICIPATION, PARTITION, MAX_TRAIN, BACKBONE, PRIVACY)
     rest = [axis for axis in grouping.distinguishing if axis not in (*first, DATA_SET)]
     for axis in (*first, *rest):
         if axis in grouping.distinguishing:
@@ -270,6 +274,11 @@ def _label_cell(group: Group, axis: str) -> Cell:
     value = group.axes[axis]
     first = value.order[0] if len(value.order) == 1 else None
     return Cell(value.label, first[1] if first and first[0] == 0 else value.label)
+
+
+def _hours_cell(group: Group) -> Cell:
+    hours = group.simulated_hours
+    return EMPTY if hours is None else Cell(f"{hours:,.4g}", hours)
 
 
 def _epsilon_cell(group: Group) -> Cell:

@@ -220,8 +220,21 @@ def check_same_data(expected: str, actual: str, path: Path) -> None:
     """
     if expected != actual:
         raise ConfigError(
-            f"{path} was begun on other data (sha256 {expected[:12]} there, {actual[:12]} here); give back the files "
+            f"{path} was begun on other data (sha256 {expected[:12]} there, {actual[:12]} here); give back the "
             "below data.root that it had, or train again under another output.name"
+        )
+
+
+def check_same_traces(expected: str, actual: str, path: Path) -> None:
+    """Refuses to go on with a run by other traces than it began with.
+
+    Raises:
+        ConfigError: the two digests differ.
+    """
+    if expected != actual:
+        raise ConfigError(
+            f"{path} was begun with other traces (sha256 {expected[:12]} there, {actual[:12]} here); give back the "
+            "files that federation.participation named, or train again under another output.name"
         )
 
 

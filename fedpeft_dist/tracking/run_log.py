@@ -27,6 +27,10 @@ from fedpeft_dist.tracking.writer import MetricsWriter
 _PROCESS_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NO_TOTALS = {"rejected": 0, "samples": 0, "seconds": 0.0, "best_accuracy": 0.0}
 """Sums and records over a run's rounds; a checkpoint carries them."""
+PARTICIPATION = ("selected", "dropped", "late", "surplus", "partial", "wasted_samples")
+"""Further sums, of runs whose clients are not always there; `simulated_seconds` of those whose clients take time."""
+_CLIENTS = ("clients_sending", "clients_receiving")
+"""Further sums: what uplink and downlink follow from."""
 
 
 class RunLog:
@@ -42,6 +46,8 @@ class RunLog:
     ):
         self.config, self.directory, self.runtime, self.totals = config, directory, runtime, totals
         self.rounds_done = rounds_done
+        for key in _CLIENTS:  # which a checkpoint lacks that was written when all cohorts were full
+            totals.setdefault(key, rounds_done * config.federation.cohort)
         self.progress = RoundProgress(config.output.name, config.federation.rounds, rounds_done, runtime.is_main)
         self.writer: MetricsWriter | None = None
 
@@ -74,11 +80,23 @@ class RunLog:
         num_rejected: int,
         num_samples: int,
         num_parameters: int,
+        cohort: int,
+        selected: int,
+        participation: Mapping[str, float],
         seconds: float,
         evaluate_seconds: float,
     ) -> None:
-        """Adds a round to the totals and shows it; `evaluation` is empty for a round that was not evaluated."""
+        """Adds a round to the totals and shows it.
+
+        Args:
+            evaluation: empty for a round that was not evaluated.
+            cohort: clients that sent an update.
+            selected: clients that received the parameters.
+            participation: how clients fared, as numbers to add up; empty where nothing can happen to them.
+        """
         self.rounds_done += 1
+        for key, value in (*zip(_CLIENTS, (cohort, selected)), *participation.items()):
+            self.totals[key] = self.totals.get(key, 0) + value
         self.totals["rejected"] += num_rejected
         self.totals["samples"] += num_samples
         self.totals["seconds"] += seconds
@@ -87,16 +105,16 @@ class RunLog:
             self.totals["best_accuracy"] = max(self.totals["best_accuracy"], evaluation["accuracy"])
         if self.writer is None:
             return
-        link = uplink_bytes(num_parameters, self.config.federation.cohort)
         row = {
             "round": self.rounds_done,
             "accuracy": None,
             **evaluation,
             "train_loss": train_loss,
-            "cohort": self.config.federation.cohort,
+            "cohort": cohort,
             "rejected": num_rejected,
-            "uplink_bytes": link,
-            "downlink_bytes": link,
+            **participation,
+            "uplink_bytes": uplink_bytes(num_parameters, cohort),
+            "downlink_bytes": uplink_bytes(num_parameters, selected),
             "seconds": seconds,
             "evaluate_seconds": evaluate_seconds,
             "samples": num_samples,
@@ -134,7 +152,7 @@ class RunLog:
             "weights_sha256": digest,
         }
         self.directory.write_trainable(layout.split(vector), metadata)
-        link = uplink_bytes(len(vector), config.federation.cohort) * config.federation.rounds
+        sent, received = (uplink_bytes(len(vector), int(totals[key])) for key in _CLIENTS)
         summary = {
             "method": config.method.name,
             "trainable_parameters": len(vector),
@@ -142,9 +160,11 @@ class RunLog:
             "rounds": config.federation.rounds,
             "final_accuracy": totals["final_accuracy"],
             "best_accuracy": totals["best_accuracy"],
-            "uplink_bytes_total": link,
-            "downlink_bytes_total": link,
+            "uplink_bytes_total": sent,
+            "downlink_bytes_total": received,
             "rejected_total": int(totals["rejected"]),
+            "participation": {key: int(totals[key]) for key in PARTICIPATION if key in totals} or None,
+            "simulated_hours": totals["simulated_seconds"] / 3600 if "simulated_seconds" in totals else None,
             "samples_per_second": totals["samples"] / totals["seconds"],
             "lanes": config.runtime.lanes,
             "world_size": self.runtime.world_size,

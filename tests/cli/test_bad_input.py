@@ -177,6 +177,24 @@ def test_output_root_that_is_a_file(refuse: Refuse) -> None:
     assert_tells(refuse("train", "config.yaml", "output.root=config.yaml"), "output.root", "config.yaml")
 
 
+# --- participation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("participation", "words"),
+    [
+        ("{over_selection: 3}", ["over_selection: 3", "6 clients of a population of 4", "at most 2"]),
+        ("{dropout: {name: trace, path: gone.csv}}", ["dropout.path: 'gone.csv'", "No such file"]),
+        ("{availability: {name: trace, path: config.yaml}}", ["'config.yaml'", "client,start,end,available"]),
+        ("{devices: {name: lognormal}, deadline: 0.001}", ["deadline: 0.001", "met by no client", "give more"]),
+    ],
+    ids=["over-selection", "missing", "columns", "deadline"],
+)
+def test_participation(refuse: Refuse, participation: str, words: list[str]) -> None:
+    line = refuse("train", "config.yaml", f"federation.participation={participation}")
+    assert_tells(line, "federation.participation.", *words)
+
+
 # --- data and its partition --------------------------------------------------------------------------------------
 
 

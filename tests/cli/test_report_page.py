@@ -42,7 +42,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     final = accuracy + seed / 100 + (0.1 if partition["name"] == "iid" else 0.0)
                     counts = partition_counts(seed) if partition["name"] == "dirichlet" else [[5] * 10] * 8
                     path = folder / f"{data}-{partition['name']}-{method}-{seed}"
-                    make_run(path, tree, curve(final, rounds=10), counts=counts)
+                    seconds = 90.0 if data == "digits" else None
+                    make_run(path, tree, curve(final, rounds=10), counts=counts, simulated_seconds=seconds)
     make_run(folder / NASTY.replace("/", "\N{FRACTION SLASH}"), {"method": {"name": "lora"}}, state=INTERRUPTED)
     write_report(folder, make_report(folder))
     return folder / "report.html"
@@ -136,6 +137,13 @@ def test_the_filter_holds_for_the_table_and_the_lines(opened: webdriver.Chrome) 
     assert lines(opened) == []
 
 
+def test_simulated_hours_have_a_chart_of_the_runs_that_have_them(opened: webdriver.Chrome) -> None:
+    assert len(lines(opened, "chart-hours")) == len(lines(opened)) / 2 == 8
+    ticks = [text.text for text in opened.find_elements(By.CSS_SELECTOR, "#chart-hours text")]
+    assert "0.1" in ticks
+    assert "0.2" in ticks
+
+
 def test_ticked_groups_are_highlighted(opened: webdriver.Chrome) -> None:
     first, _, third, *_ = rows(opened)
     first.find_element(By.CSS_SELECTOR, ".pick").click()
@@ -181,7 +189,9 @@ def test_a_pointer_reads_a_line(opened: webdriver.Chrome) -> None:
       document.querySelector("#chart-round svg").dispatchEvent(new PointerEvent("pointermove", place));
       return document.querySelector("#chart-round .tip").textContent;
     """
-    assert opened.execute_script(script) == "bias, digits, iid: 0.8650 ± 0.0071, round 10, 1.25 MiB"
+    assert (
+        opened.execute_script(script) == "bias, digits, iid: 0.8650 ± 0.0071, round 10, 1.25 MiB, 0.25 simulated hours"
+    )
 
 
 def test_tables_are_tables_to_everyone(opened: webdriver.Chrome) -> None:

@@ -275,7 +275,7 @@ def test_another_choices_key_is_unknown(load: Load) -> None:
         ("runtime: {precision: half}\n", ["runtime.precision", "'half'", "'fp16'"]),
         ("runtime: {lanes: many}\n", ["runtime.lanes", "'many'", "'auto'"]),
         ("runtime: {lanes: 0}\n", ["runtime.lanes", "0", "greater than or equal to 1"]),
-        ("federation: {participation: {name: poisson}}\n", ["federation.participation.name", "'poisson'", "uniform"]),
+        ("federation: {participation: {name: poison}}\n", ["federation.participation.name", "'poison'", "'uniform'"]),
         ("privacy: {name: dp}\n", ["privacy.name", "'dp'", "none"]),
         ("method: {name: lora, targets: [qkv, kv]}\n", ["method.targets.1", "'kv'", "'qkv'"]),
         ("method: {name: lora, targets: []}\n", ["method.targets"]),
@@ -451,3 +451,56 @@ def test_the_place_of_an_image_folder_is_the_data_itself() -> None:
         configs = [parse_config({"data": {"name": name, "root": root}}, "test") for root in ("a", "b")]
         names = {default_run_name("config.yaml", config) for config in configs}
         assert len(names) == 1 + counts
+
+
+# --- participation -----------------------------------------------------------------------------------------------
+
+
+def participation(*lines: str) -> str:
+    return f"federation: {{participation: {{{', '.join(lines)}}}}}\n"
+
+
+LOSSES = "dropout: {name: random, after: 0.2}"
+
+
+def test_another_sampling_keeps_the_rest_of_participation(load: Load) -> None:
+    """What happens to clients has nothing to do with how they are drawn: no key may be lost on the way."""
+    found = load(participation(LOSSES), "federation.participation.name=weighted").federation.participation
+    assert (found.name, found.dropout.after) == ("weighted", 0.2)
+    found = load(participation(LOSSES), "federation.participation.dropout={name: trace, path: losses.csv}")
+    assert found.federation.participation.dropout == schema.TraceDropout(name="trace", path="losses.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (participation("over_selection: 0.9"), ["over_selection: 0.9", "greater than or equal to 1"]),
+        (participation("over_selection: .inf"), ["over_selection: inf", "finite"]),
+        (participation("name: poisson", "over_selection: 1.5"), ["over_selection: 1.5", "poisson", "give 1.0"]),
+        (participation("dropout: {name: random, before: 1.1}"), ["dropout.before: 1.1", "less than or equal to 1"]),
+        (
+            participation("dropout: {name: random, before: -0.1}"),
+            ["dropout.before: -0.1", "greater than or equal to 0"],
+        ),
+        (participation("dropout: {name: random, before: 0.6, after: 0.6}"), ["dropout: before, during", "1.2", "1"]),
+        (participation("dropout: {name: rand}"), ["dropout.name: 'rand'", "did you mean random?"]),
+        (participation("dropout: {name: trace}"), ["dropout.path: missing"]),
+        (participation("dropouts: {name: random}"), ["dropouts: unknown key", "federation.participation.dropout?"]),
+        (participation("dropout: {name: random, befor: 0.1}"), ["befor: unknown", "participation.dropout.before?"]),
+        (participation("availability: {name: on_off, share: 0}"), ["availability.share: 0", "greater than 0"]),
+        (participation("availability: {name: on_off, share: 0.8, spread: 0.3}"), ["availability: share 0.8", "of 0.2"]),
+        (participation("availability: {name: diurnal, low: 0.9, high: 0.1}"), ["availability: low: 0.9", "high: 0.1"]),
+        (participation("availability: {name: diurnal, high: 2}"), ["availability.high: 2", "less than or equal to 1"]),
+        (participation("devices: {name: lognormal, samples_per_second: -3}"), ["devices.samples_per_second: -3", "0"]),
+        (participation("devices: {name: lognormal, compute_sigma: -1}"), ["devices.compute_sigma: -1", "0"]),
+        (participation("deadline: 5.0"), ["deadline: 5.0 needs devices", "lognormal"]),
+        (participation("deadline: -5.0"), ["deadline: -5.0", "greater than 0"]),
+        (participation("late: partial"), ["late: partial needs a deadline"]),
+        (participation("late: wait"), ["late: 'wait'", "'drop' or 'partial'"]),
+    ],
+)
+def test_participation_that_cannot_be(load: Load, text: str, words: list[str]) -> None:
+    message = refusal(load, text)
+    assert "federation.participation" in message
+    for word in words:
+        assert word in message, message

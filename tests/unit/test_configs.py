@@ -117,7 +117,9 @@ def test_a_sweep_has_the_cells_that_it_says(path: str) -> None:
 def test_every_experiment_but_privacy_has_a_sweep_for_each_data_set() -> None:
     found = {(Path(path).parent.name, Path(path).stem) for path in SWEEPS}
     paper = {(data, name) for data in PAPER_DATA for name in EXPERIMENT_CELLS} - {("resisc45", "scale")}
-    offline = {(data, name) for data in ("digits", "glyphs100") for name in (*EXPERIMENT_CELLS, "rates", "slower")}
+    offline = {
+        (data, name) for data in ("digits", "glyphs100") for name in (*EXPERIMENT_CELLS, "rates", "slower", "dropout")
+    }
     assert found == paper | offline
 
 

@@ -1,60 +1,454 @@
-"""Who takes part in a round."""
+"""Who is selected, who is lost or late, who counts, and how long a simulated round takes."""
 
 from __future__ import annotations
 
+import math
+import random
 import tracemalloc
 from collections import Counter
+from itertools import combinations, permutations
+from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from fedpeft_dist.config.schema import UniformParticipation
-from fedpeft_dist.federation.participation import sample_cohort
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.federation.availability import Diurnal
+from fedpeft_dist.federation.client_dropout import make_dropout
+from fedpeft_dist.federation.local_work import LocalWork
+from fedpeft_dist.federation.participation import Participation
+from fedpeft_dist.lanes.random import derive_seed
+from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, make_participation, write_trace
 
-UNIFORM = UniformParticipation(name="uniform")
+NUM_ERRORS = 5
+"""Standard errors that a frequency may be off."""
+
+
+def cohorts(participation: Participation, rounds: int) -> list[tuple[int, ...]]:
+    return [tuple(participation.plan(number).steps) for number in range(rounds)]
+
+
+def assert_frequency(count: int, tries: int, probability: float) -> None:
+    error = math.sqrt(tries * probability * (1 - probability))
+    assert abs(count - tries * probability) <= NUM_ERRORS * error, (count, tries, probability)
+
+
+# --- uniform -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("population", "cohort"), [(1, 1), (8, 8), (10, 3), (10**9, 50)])
 def test_a_cohort_is_distinct_clients_of_the_population(population: int, cohort: int) -> None:
-    for round_number in range(20):
-        clients = sample_cohort(UNIFORM, population, cohort, 1, round_number)
+    for clients in cohorts(make_participation(population, cohort), 20):
         assert len(clients) == len(set(clients)) == cohort
-        assert all(isinstance(client, int) and 0 <= client < population for client in clients)
+        assert list(clients) == sorted(clients)
+        assert all(type(client) is int and 0 <= client < population for client in clients)
 
 
-def test_a_cohort_is_a_function_of_seed_and_round() -> None:
-    first = [sample_cohort(UNIFORM, 1000, 10, 1, round_number) for round_number in range(50)]
-    backwards = [sample_cohort(UNIFORM, 1000, 10, 1, round_number) for round_number in reversed(range(50))]
-    assert first == backwards[::-1]
-    assert len({tuple(clients) for clients in first}) == 50
-    other_seed = [sample_cohort(UNIFORM, 1000, 10, 2, round_number) for round_number in range(50)]
-    assert not {tuple(clients) for clients in first} & {tuple(clients) for clients in other_seed}
+@pytest.mark.parametrize(("population", "cohort"), [(8, 8), (64, 8), (10**6, 50)])
+def test_uniform_cohorts_are_those_of_a_plain_draw(population: int, cohort: int) -> None:
+    """What runs have always drawn: their results must not change."""
+    expected = [
+        tuple(sorted(random.Random(derive_seed(3, "cohort", number)).sample(range(population), cohort)))
+        for number in range(20)
+    ]
+    assert cohorts(make_participation(population, cohort, seed=3), 20) == expected
 
 
 def test_clients_and_pairs_of_clients_are_drawn_equally_often() -> None:
     population, cohort, rounds = 12, 4, 4000
     singles, pairs = Counter(), Counter()
-    for round_number in range(rounds):
-        clients = sample_cohort(UNIFORM, population, cohort, 7, round_number)
+    for clients in cohorts(make_participation(population, cohort, seed=7), rounds):
         singles.update(clients)
-        pairs.update((a, b) for i, a in enumerate(clients) for b in clients[i + 1 :])
+        pairs.update(combinations(clients, 2))
     expected = rounds * cohort / population
     statistic = sum((singles[c] - expected) ** 2 / expected for c in range(population))
     # Without replacement counts vary less than a multinomial's, by (N - M) / (N - 1).
     statistic *= (population - 1) / (population - cohort)
     assert 1e-4 < chi2.sf(statistic, population - 1) < 1 - 1e-4
-    share = cohort * (cohort - 1) / (population * (population - 1))
     assert len(pairs) == population * (population - 1) // 2
     for count in pairs.values():
-        assert abs(count - rounds * share) < 5 * (rounds * share * (1 - share)) ** 0.5
+        assert_frequency(count, rounds, cohort * (cohort - 1) / (population * (population - 1)))
 
 
 def test_a_billion_clients_cost_no_memory() -> None:
-    sample_cohort(UNIFORM, 10, 5, 1, 0)
+    participation = make_participation(10**9, 1000)
+    participation.plan(0)
     tracemalloc.start()
     try:
-        sample_cohort(UNIFORM, 10**9, 1000, 1, 0)
+        participation.plan(1)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 2**20
+
+
+# --- poisson, weighted -------------------------------------------------------------------------------------------
+
+
+def test_poisson_takes_each_client_by_itself() -> None:
+    population, cohort, rounds = 10, 3, 6000
+    drawn = cohorts(make_participation(population, cohort, name="poisson"), rounds)
+    q, sizes, pairs = cohort / population, Counter(map(len, drawn)), Counter()
+    for clients in drawn:
+        pairs.update(combinations(clients, 2))
+    for pair in combinations(range(population), 2):
+        assert_frequency(pairs[pair], rounds, q * q)  # without replacement it would be q * 2 / 9
+    for size in range(population + 1):
+        probability = math.comb(population, size) * q**size * (1 - q) ** (population - size)
+        assert_frequency(sizes[size], rounds, probability)
+
+
+def test_weighted_draws_one_after_another_in_proportion_to_size() -> None:
+    """Every ordered pair as often as it should be, whichever way the draw goes on."""
+    sizes, rounds = [1, 2, 0, 3, 10], 6000
+    participation = make_participation(sizes, 2, name="weighted")
+    counts = Counter(tuple(participation.select(number).tolist()) for number in range(rounds))
+    for a, b in permutations([0, 1, 3, 4], 2):
+        assert_frequency(counts[a, b], rounds, sizes[a] / 16 * sizes[b] / (16 - sizes[a]))
+    assert sum(counts.values()) == rounds
+
+
+def test_weighted_goes_on_where_one_client_holds_nearly_everything() -> None:
+    """The draw would find that one for ever; the rest comes all the same, in proportion."""
+    sizes, rounds = [10**9, *range(1, 101)], 1500
+    participation = make_participation(sizes, 3, name="weighted")
+    selected = [participation.select(number).tolist() for number in range(rounds)]
+    assert all(clients[0] == 0 and len(set(clients)) == 3 for clients in selected)
+    large = sum(clients[1] > 50 for clients in selected)
+    assert_frequency(large, rounds, sum(range(51, 101)) / sum(range(1, 101)))
+
+
+def test_bound_on_the_weights() -> None:
+    sizes = [5, 1, 7, 3]
+    assert make_participation(sizes, 2).largest_weight == 12
+    assert make_participation(sizes, 2, over_selection=2.0).largest_weight == 12
+    assert make_participation(sizes, 2, name="poisson").largest_weight == 16
+
+
+# --- availability ------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Of the candidates that are asked whether they are available."""
+
+    def __init__(self, share: float):
+        self.share, self.most, self.asked = share, 0, 0
+
+    def of(self, clients: np.ndarray, round_number: int) -> np.ndarray:
+        self.asked += len(clients)
+        return clients % 100 < 100 * self.share
+
+
+@pytest.mark.parametrize("name", ["uniform", "poisson", "weighted"])
+def test_availability_is_asked_of_a_few_candidates_only(name: str) -> None:
+    population, cohort, rounds = 1_000_000, 32, 30
+    participation = make_participation(population, cohort, name=name)
+    participation.availability = Counting(0.25)
+    for number in range(rounds):
+        selected = participation.select(number)
+        assert (selected % 100 < 25).all()
+        assert len(set(selected.tolist())) == len(selected)
+        assert name == "poisson" or len(selected) == cohort
+    assert participation.availability.asked < 12 * cohort * rounds
+
+
+@pytest.mark.parametrize("name", ["uniform", "weighted"])
+@pytest.mark.parametrize("population", [40, 4000])
+def test_whoever_is_available_is_found(name: str, population: int) -> None:
+    """Also the last of many; where fewer are available than wanted, all of them are selected."""
+    participation = make_participation(population, 8, name=name)
+    available = {1, 7, 11, 29, population - 1}
+    participation.availability = Counting(1.0)
+    participation.availability.of = lambda clients, number: np.isin(clients, list(available))
+    for number in range(10):
+        assert set(participation.select(number).tolist()) == available
+
+
+@pytest.mark.parametrize("name", ["uniform", "weighted"])
+def test_the_available_are_drawn_as_if_there_were_no_others(name: str) -> None:
+    sizes, rounds = [1, 50, 2, 50, 3, 50, 4, 50], 4000
+    participation = make_participation(sizes, 1, name=name)
+    participation.availability = Counting(1.0)
+    participation.availability.of = lambda clients, number: clients % 2 == 0
+    counts = Counter(int(participation.select(number)[0]) for number in range(rounds))
+    for client in (0, 2, 4, 6):
+        assert_frequency(counts[client], rounds, 1 / 4 if name == "uniform" else sizes[client] / 10)
+
+
+def test_on_off_lasts_and_differs_between_clients() -> None:
+    population, rounds = 3000, 40
+    settings = {"name": "on_off", "share": 0.3, "spread": 0.2, "rounds": 5}
+    availability = make_participation(population, 1, availability=settings).availability
+    clients = np.arange(population)
+    on = np.stack([availability.of(clients, number) for number in range(rounds)])
+    # A client's own mean varies: by its share, uniform on 0.1 to 0.5, and by about eight stretches of drawing.
+    assert abs(on.mean() - 0.3) < NUM_ERRORS * math.sqrt((0.4**2 / 12 + 0.3 * 0.7 / 8) / population)
+    changes = on[1:] != on[:-1]
+    share = 2 * (0.3 * 0.7 - 0.4**2 / 12)  # two draws of one client differ
+    assert abs(changes.mean() - share / 5) < 0.01
+    assert np.abs(changes.mean(axis=1) - share / 5).max() < 0.03, "clients change at rounds of their own"
+    often = on.mean(axis=0)
+    assert often[: population // 2].std() > math.sqrt(0.3 * 0.7 / 8) * 1.05
+
+
+def test_diurnal_follows_the_time_of_day() -> None:
+    population, clients = 4000, np.arange(4000)
+    one_zone = {"name": "diurnal", "low": 0.1, "high": 0.7, "spread": 0.0}
+    availability = make_participation(population, 1, availability=one_zone, seconds_per_round=21600.0).availability
+    for number, probability in enumerate([0.1, 0.4, 0.7, 0.4, 0.1, 0.4]):
+        assert_frequency(int(availability.of(clients, number).sum()), population, probability)
+    around_the_world = {**one_zone, "spread": 1.0}
+    spread = make_participation(population, 1, availability=around_the_world, seconds_per_round=21600.0).availability
+    assert isinstance(spread, Diurnal)
+    assert spread.share == pytest.approx(0.4)
+    on = np.stack([spread.of(clients, number) for number in range(8)])
+    for row in on:
+        assert_frequency(int(row.sum()), population, 0.4)
+    # Still a client has a day of its own: who is on in one round is more often so a day later than half a day later.
+    assert (on[0] & on[4]).mean() > (on[0] & on[2]).mean() + 0.05
+
+
+def test_a_trace_is_read_at_the_start_of_each_round_and_begins_again(tmp_path: Path) -> None:
+    rows = [(1, 0, 100, 0), (0, 30, 100, 0), (0, 0, 30, 1), (2, 50, 100, 1), (2, 0, 50, 0)]
+    path = write_trace(tmp_path / "a.csv", AVAILABILITY, rows)
+    participation = make_participation(3, 1, availability={"name": "trace", "path": path}, seconds_per_round=10.0)
+    found = [participation.select(number).tolist() for number in range(20)]
+    assert found == 2 * [*3 * [[0]], *2 * [[]], *5 * [[2]]]
+    assert participation.availability.most == 1
+    assert participation.availability.share == pytest.approx(80 / 300)
+    assert participation.describe() == "0.8 of 3 clients are available on average"
+
+
+# --- dropout -----------------------------------------------------------------------------------------------------
+
+
+def test_dropout_comes_as_often_as_it_should() -> None:
+    clients, rounds = np.arange(500), 40
+    dropout = make_participation(500, 1, dropout={"name": "random", "before": 0.1, "during": 0.2, "after": 0.3}).dropout
+    progress = np.concatenate([dropout.progress(clients, number) for number in range(rounds)])
+    during = progress[(progress > 0) & (progress < 1)]
+    for found, probability in (((progress == 0).sum(), 0.1), (len(during), 0.2), ((progress == 1).sum(), 0.3)):
+        assert_frequency(int(found), clients.size * rounds, probability)
+    assert abs(during.mean() - 0.5) < NUM_ERRORS * math.sqrt(1 / 12 / len(during))
+    assert np.isinf(progress).mean() == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_dropout_trace_says_who_is_lost_when(tmp_path: Path) -> None:
+    rows = [(2, 1, "after"), (1, 0, "before"), (2, 3, "during"), (1, 3, " after")]
+    path = write_trace(tmp_path / "d.csv", DROPOUT, rows)
+    participation = make_participation(4, 4, dropout={"name": "trace", "path": path})
+    clients = np.arange(4)
+    first, second, third = (participation.dropout.progress(clients, number).tolist() for number in range(3))
+    assert first == [0, math.inf, math.inf, 1]
+    assert second[:3] == [math.inf, 1, math.inf]
+    assert 0 < second[3] < 1
+    assert third == [math.inf] * 4
+    assert [list(participation.plan(number).steps) for number in range(3)] == [[1, 2], [0, 2], [0, 1, 2, 3]]
+
+
+def test_nobody_is_lost_without_dropout() -> None:
+    config = make_participation(4, 4).config.dropout
+    assert np.isinf(make_dropout(config, 4, 1).progress(np.arange(4), 0)).all()
+
+
+# --- local work --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 8, 9, 24, 30])
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+def test_work_is_counted_batch_by_batch(num_samples: int, num_steps: int) -> None:
+    work = LocalWork(num_samples, 8, num_steps)
+    epoch = [min(8, num_samples - start) for start in range(0, num_samples, 8)]
+    done = np.cumsum([0, *(epoch[step % len(epoch)] for step in range(num_steps))])
+    assert [work.samples(steps) for steps in range(num_steps + 1)] == done.tolist()
+    for seconds in np.arange(-0.5, done[-1] / 4 + 1, 0.25):  # exact in binary
+        assert work.steps_within(float(seconds), 4.0) == max(0, int((done <= seconds * 4).sum()) - 1)
+
+
+def test_no_samples_are_no_work() -> None:
+    assert LocalWork(0, 8, 0).samples(0) == LocalWork(0, 8, 0).steps_within(1.0, 2.0) == 0
+
+
+# --- plans -------------------------------------------------------------------------------------------------------
+
+# 3 local steps of 8 samples (0.5 s each at 16 a second), 1,000 bytes each way.
+CLIENT = {"epochs": 1, "batch_size": 8}
+PARAMETERS = 250
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> dict[str, str]:
+    """Clients 0 to 5 need 2, 3, 4, 5, 6 and 7 s: 1 s to receive, 3 steps, and the rest to send."""
+    rows = [(0, 48, 2000, 1000), *((n, 24 / (n + 0.5), 2000, 1000) for n in range(1, 6))]
+    return {"name": "trace", "path": write_trace(tmp_path / "devices.csv", DEVICES, rows)}
+
+
+def make_slow(devices: dict[str, str], cohort: int = 6, **settings) -> Participation:
+    participation = make_participation(
+        [24] * 6, cohort, client=CLIENT, parameters=PARAMETERS, devices=devices, **settings
+    )
+    participation.check()
+    return participation
+
+
+def test_a_round_lasts_as_long_as_its_slowest(devices: dict[str, str]) -> None:
+    plan = make_slow(devices).plan(0)
+    assert plan.steps == dict.fromkeys(range(6), 3)
+    assert (plan.seconds, plan.wasted_samples, plan.late) == (7.0, 0, 0)
+
+
+def test_late_clients_are_dropped_at_the_deadline(devices: dict[str, str]) -> None:
+    plan = make_slow(devices, deadline=4.0).plan(0)
+    assert plan.steps == {0: 3, 1: 3, 2: 3}
+    assert (plan.selected, plan.late, plan.partial, plan.seconds) == (6, 3, 0, 4.0)
+    # In the 3 s after receiving: two steps, whose time is 3.5 / 3, 4.5 / 3 and 5.5 / 3 s.
+    assert plan.wasted_samples == 16 + 16 + 8
+
+
+def test_partial_work_is_what_fits_before_the_deadline(devices: dict[str, str]) -> None:
+    plan = make_slow(devices, deadline=4.0, late="partial").plan(0)
+    # Clients 3, 4 and 5 have 2.5 s for steps of 3.5 / 3, 4.5 / 3 and 5.5 / 3 s.
+    assert plan.steps == {0: 3, 1: 3, 2: 3, 3: 2, 4: 1, 5: 1}
+    assert (plan.late, plan.partial, plan.wasted_samples) == (0, 3, 0)
+    assert 3.0 < plan.seconds <= 4.0
+    plan = make_slow(devices, deadline=2.5, late="partial").plan(0)
+    assert plan.steps == {0: 3, 1: 2, 2: 1}
+    assert (plan.late, plan.partial, plan.seconds) == (3, 2, 2.5)
+
+
+def test_the_first_to_report_count(devices: dict[str, str]) -> None:
+    plan = make_slow(devices, cohort=3, over_selection=2.0).plan(0)
+    assert plan.steps == {0: 3, 1: 3, 2: 3}
+    assert (plan.selected, plan.surplus, plan.seconds) == (6, 3, 4.0)
+    assert plan.wasted_samples == 16 + 16 + 8
+
+
+def test_without_devices_the_first_to_report_are_the_first_drawn() -> None:
+    participation = make_participation(1000, 10, over_selection=1.35)
+    for number in range(20):
+        plan, selected = participation.plan(number), participation.select(number)
+        assert list(plan.steps) == sorted(selected[:10].tolist())
+        assert (plan.selected, plan.surplus, plan.seconds) == (14, 4, None)
+
+
+def test_over_selection_rounds_up_and_no_further() -> None:
+    for factor, cohort, selected in ((1.1, 10, 11), (1.3, 10, 13), (1.01, 10, 11), (1.0, 7, 7), (1.5, 5, 8)):
+        assert make_participation(100, cohort, over_selection=factor).num_selected == selected
+
+
+def test_over_selection_makes_up_for_the_lost(devices: dict[str, str], tmp_path: Path) -> None:
+    rows = [(1, 0, "before"), (1, 1, "after"), (2, 0, "before"), (2, 1, "after"), (2, 2, "after"), (2, 3, "after")]
+    path = write_trace(tmp_path / "dropout.csv", DROPOUT, rows)
+    settings = {"cohort": 3, "over_selection": 2.0, "dropout": {"name": "trace", "path": path}}
+    first, second = (make_slow(devices, **settings).plan(number) for number in range(2))
+    assert first.steps == {2: 3, 3: 3, 4: 3}
+    assert (first.dropped, first.surplus, first.seconds, first.wasted_samples) == (2, 1, 6.0, 0 + 24 + 16)
+    # Too few are left: without a deadline the server hears of the losses, with one it waits in vain.
+    assert second.steps == {4: 3, 5: 3}
+    assert (second.dropped, second.surplus, second.seconds) == (4, 0, 7.0)
+    assert make_slow(devices, deadline=50.0, **settings).plan(1).seconds == 50.0
+
+
+def test_a_cohort_that_loses_everyone(devices: dict[str, str]) -> None:
+    everyone = {"name": "random", "before": 1.0}
+    plan = make_slow(devices, dropout=everyone).plan(0)
+    assert (plan.steps, plan.selected, plan.dropped, plan.seconds, plan.wasted_samples) == ({}, 6, 6, 1.0, 0)
+    plan = make_slow(devices, dropout={"name": "random", "after": 1.0}, deadline=6.5).plan(0)
+    assert (plan.steps, plan.seconds, plan.wasted_samples) == ({}, 6.5, 6 * 24)
+
+
+def test_nobody_at_all() -> None:
+    plan = make_participation(10**6, 1, seed=3, name="poisson").plan(1)
+    plans = [make_participation(10**6, 1, name="poisson").plan(number) for number in range(20)]
+    plan = next(plan for plan in plans if not plan.selected)
+    assert (plan.steps, plan.dropped, plan.seconds) == ({}, 0, None)
+
+
+EVERYTHING = {
+    "over_selection": 1.5,
+    "availability": {"name": "diurnal"},
+    "dropout": {"name": "random", "before": 0.1, "during": 0.1, "after": 0.1},
+    "devices": {"name": "lognormal", "samples_per_second": 10.0},
+    "deadline": 3.0,
+    "late": "partial",
+}
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING, EVERYTHING | {"name": "weighted"}, {"name": "poisson"}])
+def test_a_plan_is_a_function_of_config_seed_and_round(settings: dict) -> None:
+    def make(seed: int) -> Participation:
+        return make_participation([8 * (1 + n % 9) for n in range(1000)], 20, seed=seed, client=CLIENT, **settings)
+
+    one = make(1)
+    forwards = [one.plan(number) for number in range(30)]
+    assert [one.plan(number) for number in reversed(range(30))] == forwards[::-1]
+    assert [make(1).plan(number) for number in range(30)] == forwards
+    found = {tuple(plan.steps) for plan in forwards}
+    assert len(found) == 30
+    assert not found & {tuple(make(2).plan(number).steps) for number in range(30)}
+
+
+def test_everybody_selected_is_accounted_for() -> None:
+    participation = make_participation([8 * (1 + n % 9) for n in range(1000)], 20, client=CLIENT, **EVERYTHING)
+    plans = [participation.plan(number) for number in range(200)]
+    for plan in plans:
+        assert plan.selected == 30 == plan.cohort + plan.dropped + plan.late + plan.surplus
+        assert plan.cohort <= 20
+        assert 0 <= plan.partial <= plan.cohort
+        assert 0 < plan.seconds <= 3.0
+        assert all(steps >= 1 for steps in plan.steps.values())
+    for name in ("dropped", "late", "surplus", "partial", "wasted_samples"):
+        assert any(getattr(plan, name) for plan in plans), name
+
+
+def test_lognormal_devices_have_their_medians_and_stay_as_they_are() -> None:
+    settings = {"name": "lognormal", "samples_per_second": 20.0, "compute_sigma": 0.5, "bandwidth_sigma": 1.5}
+    devices = make_participation(20_000, 1, devices=settings).devices
+    for speeds, median, sigma in (
+        (devices.samples_per_second, 20.0, 0.5),
+        (devices.uplink_bytes_per_second, 1.0e6, 1.5),
+        (devices.downlink_bytes_per_second, 4.0e6, 1.5),
+    ):
+        logs = np.log(speeds / median)
+        assert abs(logs.mean()) < NUM_ERRORS * sigma / math.sqrt(20_000)
+        assert abs(logs.std() / sigma - 1) < NUM_ERRORS / math.sqrt(2 * 20_000)
+    ratio = devices.downlink_bytes_per_second / devices.uplink_bytes_per_second
+    assert np.allclose(ratio, 4.0), "a client's link is slow both ways"
+    correlation = np.corrcoef(np.log(devices.samples_per_second), np.log(devices.uplink_bytes_per_second))[0, 1]
+    assert abs(correlation) < NUM_ERRORS / math.sqrt(20_000)
+
+
+# --- what cannot be ----------------------------------------------------------------------------------------------
+
+
+def refusal(*arguments, **settings) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_participation(*arguments, **settings).check()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_more_selected_than_there_are() -> None:
+    message = refusal(10, 8, over_selection=1.5)
+    assert "federation.participation.over_selection: 1.5 selects 12 clients of a population of 10" in message
+    assert "at most 1.25" in message
+
+
+def test_more_than_have_samples() -> None:
+    assert "federation.cohort: 3 is larger than the 2 clients that have samples" in refusal(
+        [4, 0, 4], 3, name="weighted"
+    )
+    make_participation([4, 0, 4], 3).check()
+
+
+@pytest.mark.parametrize(("late", "what"), [("drop", "all its local steps"), ("partial", "a single local step")])
+def test_a_deadline_that_nobody_can_meet(devices: dict[str, str], late: str, what: str) -> None:
+    fastest = 2.0 if late == "drop" else 1.0 + 1 / 6 + 0.5
+    make_slow(devices, deadline=fastest + 1e-6, late=late)
+    settings = {"client": CLIENT, "parameters": PARAMETERS, "devices": devices, "late": late}
+    message = refusal([24] * 6, 6, deadline=fastest - 1e-6, **settings)
+    assert f"federation.participation.deadline: {fastest - 1e-6:g} seconds are met by no client" in message
+    assert what in message
+    assert f"{fastest:.4g} to receive 1,000 bytes" in message
+    assert "met by no client" in refusal([0, *[24] * 5], 6, deadline=1.6, **settings), "an empty client helps nobody"

@@ -103,6 +103,37 @@ def test_a_run_can_be_reported_on_alone(runs: Path) -> None:
     assert [point.mib_sent for point in report.runs[0].curve] == [16.0, 48.0]  # round 2's bytes count
 
 
+def test_accuracy_stands_against_simulated_hours_where_runs_have_them(tmp_path: Path) -> None:
+    lossy = tree()
+    lossy["federation"] |= {"participation": {"dropout": {"name": "random", "after": 0.2}}}
+    for seed, seconds in ((1, 900.0), (2, 1800.0)):
+        make_run(tmp_path / f"timed-{seed}", tree(seed=seed), curve(0.5), simulated_seconds=seconds)
+        make_run(tmp_path / f"lossy-{seed}", lossy | {"seed": seed}, curve(0.5), simulated_seconds=seconds)
+    make_run(tmp_path / "untimed", tree("lora", seed=1), curve(0.75))
+    report = make_report(tmp_path)
+    labels = {"bias, uniform", "bias, uniform (dropout random)", "lora, uniform"}
+    assert {group.label for group in report.grouping.groups} == labels
+    assert "Participation" in {table.title for table in report.comparisons}
+    hours = {group.label: group.simulated_hours for group in report.grouping.groups}
+    assert hours == {"bias, uniform": 1.5, "bias, uniform (dropout random)": 1.5, "lora, uniform": None}
+    (timed,) = [group for group in report.grouping.groups if group.label == "bias, uniform"]
+    assert [point.hours for point, _ in timed.curve()] == [0.375, 0.75, 1.125, 1.5]
+    table = markdown_report(report, "plot.png").split("\n## ")[0]
+    assert "simulated hours" in table
+    assert "| 1.5 |" in table
+    assert [row["simulated_hours"] for row in json_report(report)["groups"]].count(1.5) == 2
+    write_report(tmp_path, report)
+    png = (tmp_path / "accuracy_against_bytes.png").read_bytes()
+    untimed = make_report(tmp_path / "untimed")
+    assert "simulated hours" not in markdown_report(untimed, "plot.png")
+    write_report(tmp_path / "untimed", untimed)
+    widths = [
+        int.from_bytes(data[16:20], "big")
+        for data in (png, (tmp_path / "untimed" / "accuracy_against_bytes.png").read_bytes())
+    ]
+    assert widths[0] > widths[1] + 600, "a second picture beside the first"
+
+
 def test_seeds_are_averaged_and_nothing_else_is(tmp_path: Path) -> None:
     accuracies = (0.5, 0.75, 0.625)
     for seed, accuracy in zip((1, 42, 3407), accuracies):

@@ -1,0 +1,134 @@
+"""Which clients could be reached when a round starts. Asked for candidates only, so a round costs no O(N).
+
+Shapes: N clients, S candidates, K rows of a trace.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fedpeft_dist.config import schema
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.federation.traces import check_all_present, check_clients, read_columns
+from fedpeft_dist.lanes.random import derive_seed, fold_in, uniform
+
+KEY = "federation.participation.availability.path"
+
+
+class Availability(Protocol):
+    share: float
+    """Of the population, that is available on average."""
+    most: int
+    """Clients that can be available at once."""
+
+    def of(self, clients: np.ndarray, round_number: int) -> np.ndarray:
+        """Whether these clients, int64 [S], are available in a round, counted from 0: bool [S]."""
+
+
+class OnOff:
+    """A client's rounds fall into stretches; in each it is on or off, whatever it was before."""
+
+    def __init__(self, config: schema.OnOffAvailability, population: int, seed: int):
+        self.config, self.seed = config, seed
+        self.share, self.most = config.share, population
+
+    def of(self, clients: np.ndarray, round_number: int) -> np.ndarray:
+        config, ids = self.config, torch.from_numpy(clients)
+        share = config.share + config.spread * (2 * _uniform(ids, self.seed, "on-off share") - 1)
+        shift = fold_in(_key(self.seed, "on-off shift"), ids) % config.rounds
+        stretch = (shift + round_number) // config.rounds
+        drawn = uniform(fold_in(fold_in(_key(self.seed, "on-off"), ids), stretch))
+        return drawn.double().numpy() < share
+
+
+class Diurnal:
+    def __init__(self, config: schema.DiurnalAvailability, population: int, seed: int, seconds_per_round: float):
+        self.config, self.seed, self.seconds_per_round = config, seed, seconds_per_round
+        self.share, self.most = (config.low + config.high) / 2, population
+
+    def of(self, clients: np.ndarray, round_number: int) -> np.ndarray:
+        config, ids = self.config, torch.from_numpy(clients)
+        begins = config.spread * _uniform(ids, self.seed, "day begins")
+        time_of_day = 2 * math.pi * (round_number * self.seconds_per_round / config.period - begins)
+        probability = config.low + (config.high - config.low) * (1 - np.cos(time_of_day)) / 2
+        return _uniform(ids, self.seed, "diurnal", round_number) < probability
+
+
+class Trace:
+    """Intervals from a file, found by binary search over all of them: a client and a time are one number.
+
+    Raises:
+        ConfigError: a file that cannot be read, unknown or missing clients, gaps, overlaps.
+    """
+
+    def __init__(self, config: schema.TraceAvailability, population: int, seconds_per_round: float):
+        path, self.seconds_per_round = config.path, seconds_per_round
+        columns = {"client": "i8", "start": "f8", "end": "f8", "available": "i8"}
+        rows = read_columns(path, columns, KEY)
+        check_clients(path, rows["client"], population, KEY)
+        check_all_present(path, rows["client"], population, KEY)
+        rows = rows[np.lexsort((rows["start"], rows["client"]))]
+        _check_intervals(path, rows)
+        self.length = float(rows["end"][-1])
+        on = rows["available"] == 1
+        # Times by their rank among all starts, so that the search is over integers and exact.
+        self.times, ranks = np.unique(rows["start"], return_inverse=True)
+        self.starts, self.on = rows["client"] * len(self.times) + ranks, on
+        goes_off = np.searchsorted(self.times, rows["end"][on])
+        steps = np.bincount(ranks[on], minlength=len(self.times) + 1)
+        steps -= np.bincount(goes_off, minlength=len(self.times) + 1)
+        self.most = int(np.cumsum(steps).max())
+        self.share = float((rows["end"] - rows["start"])[on].sum() / (population * self.length))
+
+    def of(self, clients: np.ndarray, round_number: int) -> np.ndarray:
+        time = math.fmod(round_number * self.seconds_per_round, self.length)
+        rank = np.searchsorted(self.times, time, side="right") - 1
+        return self.on[np.searchsorted(self.starts, clients * len(self.times) + rank, side="right") - 1]
+
+
+def make_availability(config: schema.ParticipationConfig, population: int, seed: int) -> Availability | None:
+    """None where everyone is always available."""
+    match config.availability:
+        case schema.OnOffAvailability() as on_off:
+            return OnOff(on_off, population, seed)
+        case schema.DiurnalAvailability() as diurnal:
+            return Diurnal(diurnal, population, seed, config.seconds_per_round)
+        case schema.TraceAvailability() as trace:
+            return Trace(trace, population, config.seconds_per_round)
+    return None
+
+
+def _check_intervals(path: str, rows: np.ndarray) -> None:
+    """Of rows in the order of clients and starts."""
+    clients, starts, ends = rows["client"], rows["start"], rows["end"]
+    same = clients[1:] == clients[:-1]
+    first, last = np.append(True, ~same), np.append(~same, True)
+    following = np.append(starts[1:], np.nan)
+    length = ends[last].max()
+    checks = (
+        (~np.isin(rows["available"], (0, 1)), "available is {available}; give 0 or 1"),
+        (~(np.isfinite(starts) & np.isfinite(ends) & (ends > starts)), "an interval should end after it starts"),
+        (first & (starts != 0), "the client's first interval is missing; it should start at 0"),
+        (~last & (following < ends), "it overlaps with the client's next, which starts at {following}"),
+        (~last & (following > ends), "a gap follows: the client's next interval starts at {following}"),
+        (last & (ends != length), "the client's last interval should end at {length}, as others' do"),
+    )
+    for wrong, message in checks:
+        found = np.flatnonzero(wrong)
+        if len(found):
+            n = found[0]
+            told = message.format(available=rows["available"][n], following=f"{following[n]:g}", length=f"{length:g}")
+            raise ConfigError(f"{KEY}: '{path}': client {clients[n]}, seconds {starts[n]:g} to {ends[n]:g}: {told}")
+
+
+def _key(seed: int, purpose: str, *ids: int) -> torch.Tensor:
+    return torch.tensor(derive_seed(seed, purpose, *ids))
+
+
+def _uniform(clients: torch.Tensor, seed: int, purpose: str, *ids: int) -> np.ndarray:
+    """In [0, 1), for each client: float64 [S]."""
+    return uniform(fold_in(_key(seed, purpose, *ids), clients)).double().numpy()
