@@ -67,13 +67,13 @@ def failing_together(runtime: Runtime) -> Iterator[None]:
 
 
 def barrier(runtime: Runtime) -> None:
-    if runtime.peers is not None:
+    if dist.is_initialized():
         with _naming_the_lost(runtime):
             dist.barrier()
 
 
 def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp, runtime: Runtime) -> None:
-    if runtime.peers is not None:
+    if dist.is_initialized():
         with _naming_the_lost(runtime):
             dist.all_reduce(values, op=operation)
 
@@ -87,7 +87,7 @@ def _naming_the_lost(runtime: Runtime) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        loss = runtime.peers.loss()
+        loss = None if runtime.peers is None else runtime.peers.loss()
         if loss is None:
             raise
         raise loss from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fedpeft_dist.config.load import parse_config, with_values
@@ -71,7 +72,7 @@ def main() -> None:
                 name = f"{case}-{precision}-{runtime.world_size}"
                 config = parse_config(make_config(method, output, name), "test")
                 refills[0] = stochastic[0] = 0
-                own = process.Runtime(runtime.launch, runtime.device, precision, runtime.threads)
+                own = replace(runtime, precision=precision)
                 rounds.run_federation(with_values(config, "runtime", precision=precision), own)
                 if runtime.is_main:
                     summary = json.loads((output / name / "summary.json").read_text())
