@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self.directory = directory
+        self._excepthook, threading.excepthook = threading.excepthook, self._tell
         directory.path.mkdir(parents=True, exist_ok=True)
         directory.cut_metrics(num_rounds_done)
         self.board = SummaryWriter(str(directory.tensorboard), purge_step=num_rounds_done + 1)
@@ -44,4 +46,12 @@ class MetricsWriter:
         self.board.flush()
 
     def close(self) -> None:
-        self.board.close()
+        try:
+            self.board.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _tell(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread; what a full disk stops there is raised again here, at the next call."""
+        if not issubclass(failure.exc_type, OSError):
+            self._excepthook(failure)

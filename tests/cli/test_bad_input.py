@@ -393,14 +393,6 @@ def test_run_of_fewer_rounds(refuse: Refuse, folder: Path) -> None:
     assert_tells(refuse("train", "config.yaml", "output.name=old"), "old", "federation.rounds (5 there, 1 here)")
 
 
-def test_run_with_a_broken_checkpoint(refuse: Refuse, folder: Path) -> None:
-    run, _ = write_run(folder, "runtime.precision=fp32", "federation.rounds=2")
-    run.checkpoints.mkdir()
-    (run.checkpoints / "round-000001.safetensors").write_bytes(b"\xff" * 400)
-    line = refuse("train", "config.yaml", "output.name=old", "federation.rounds=2")
-    assert_tells(line, "round-000001.safetensors", "remove it")
-
-
 def test_run_with_a_broken_config(refuse: Refuse, folder: Path) -> None:
     run, _ = write_run(folder)
     run.config_file.write_text("seed: [1")

@@ -69,7 +69,7 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-@pytest.mark.parametrize(("leave", "ranks"), [(0, 1), (2**16, 2)])
+@pytest.mark.parametrize(("leave", "ranks"), [(0, 1), pytest.param(2**16, 2, marks=pytest.mark.slow)])
 def test_a_full_disk_in_mid_run(small_disk: Path, whole: RunDirectory, leave: int, ranks: int) -> None:
     """Nothing may be left, or room for lines of metrics and a state, but not for a checkpoint."""
     config = write_config(small_disk)
@@ -142,7 +142,9 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("damage", "num_damaged", "ranks"), [(flip, 1, 2), (cut, 1, 1), (empty, 2, 1)])
+@pytest.mark.parametrize(
+    ("damage", "num_damaged", "ranks"), [(flip, 1, 2), (cut, 1, 1), pytest.param(empty, 2, 1, marks=pytest.mark.slow)]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     tmp_path: Path, begun: Path, whole: RunDirectory, damage: Callable[[Path], None], num_damaged: int, ranks: int
 ) -> None:

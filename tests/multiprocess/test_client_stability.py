@@ -120,7 +120,7 @@ def result(directory: RunDirectory) -> dict[str, Any]:
     return {"rows": rows, **{key: value for key, value in summary.items() if key not in (*timing, "world_size")}}
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", ["traces", *(pytest.param(c, marks=pytest.mark.slow) for c in ("drawn", "poisson"))])
 def test_weights_are_equal_on_1_and_2_ranks_and_through_a_kill(case: str, tmp_path: Path) -> None:
     whole, killed = (write_config(tmp_path, case, name) for name in ("whole", "killed"))
     run(whole, ranks=1)

@@ -113,7 +113,15 @@ def test_a_second_sigint_stops_at_once(config: Path, whole: RunDirectory) -> Non
     assert not differences(run, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGUSR1,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_torchrun_interrupts_its_ranks(config: Path, whole: RunDirectory, number: signal.Signals) -> None:
     """The last two end the agent on the spot, and its ranks are told by the kernel."""
     run = run_of(config)
@@ -127,11 +135,12 @@ def test_a_signal_to_torchrun_interrupts_its_ranks(config: Path, whole: RunDirec
 
 
 def test_torchrun_that_is_killed_while_its_ranks_start_leaves_none_behind(config: Path, whole: RunDirectory) -> None:
+    """They may first look for the group's store, which has gone with it."""
     with start(config, ranks=2) as launched:
         wait_until(lambda: len(launched.ranks()) == 2)
         time.sleep(1)
         send(launched.process.pid, signal.SIGKILL)
-        launched.wait(timeout=60)
+        launched.wait(timeout=120)
     complete(config, ranks=2)
     assert not differences(run_of(config), whole)
 
@@ -166,7 +175,7 @@ def lose(ranks: Sequence[Launched], run: RunDirectory, lost: int, number: signal
     return time.monotonic() - sent
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 15), (signal.SIGSTOP, 60)])
 def test_a_lost_rank_ends_the_others(
     config: Path, whole: RunDirectory, lost: int, number: signal.Signals, limit: float
@@ -182,7 +191,9 @@ def test_a_lost_rank_ends_the_others(
     assert not differences(run, whole)
 
 
-@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 15), (signal.SIGSTOP, 60)])
+@pytest.mark.parametrize(
+    ("number", "limit"), [(signal.SIGKILL, 15), pytest.param(signal.SIGSTOP, 60, marks=pytest.mark.slow)]
+)
 def test_a_lost_rank_is_named_under_torchrun(config: Path, number: signal.Signals, limit: float) -> None:
     run = run_of(config)
     with start(config, ranks=2) as launched:
