@@ -32,6 +32,7 @@ from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import (
     COMPLETE,
     INTERRUPTED,
+    RUNNING,
     RunDirectory,
     check_same_backbone,
     check_same_data,
@@ -158,6 +159,8 @@ def _open_locked(
     assert_same_on_all_ranks(found, "the state before the first round", runtime)
     barrier(runtime)  # nobody writes before everybody has read
     if runtime.is_main:
+        if state is not None:  # at once: a restart of this launch must not take an older interruption for its own
+            directory.write_state(RUNNING, run.next_round)
         _tell_what_was_found(run, checkpoint, damaged)
         set_newer_aside(directory.checkpoints, run.next_round)
     return run

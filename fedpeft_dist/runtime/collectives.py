@@ -76,6 +76,8 @@ def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp, runtime: Runtime
     if dist.is_initialized():
         with _naming_the_lost(runtime):
             dist.all_reduce(values, op=operation)
+            if values.is_cuda:  # where the call has only begun; what goes wrong with it is to be seen here
+                torch.cuda.current_stream().synchronize()
 
 
 @contextmanager

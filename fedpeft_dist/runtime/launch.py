@@ -70,13 +70,24 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             rank=int(environment["SLURM_PROCID"]),
             world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment["SLURM_LOCALID"]),
-            local_world_size=-(-int(environment["SLURM_STEP_NUM_TASKS"]) // int(environment["SLURM_STEP_NUM_NODES"])),
+            local_world_size=_tasks_on_this_node(environment),
             address=environment.get("MASTER_ADDR") or _first_slurm_host(environment),
             port=int(environment.get("MASTER_PORT") or _slurm_port(environment)),
             is_step=True,
             **slurm,
         )
     return Launch(**slurm)
+
+
+def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
+    """Of the step, which Slurm tells for its nodes in order, such as `4(x2),1`; their mean where it does not."""
+    counts: list[int] = []
+    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(repeated or 1)
+    node = int(environment.get("SLURM_NODEID", 0))
+    if node < len(counts):
+        return counts[node]
+    return -(-int(environment["SLURM_STEP_NUM_TASKS"]) // int(environment["SLURM_STEP_NUM_NODES"]))
 
 
 def _first_slurm_host(environment: Mapping[str, str]) -> str:

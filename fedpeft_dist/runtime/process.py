@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -15,9 +15,12 @@ import torch.distributed as dist
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.runtime.launch import Launch, find_launch
+from fedpeft_dist.runtime.meeting import meet
 from fedpeft_dist.runtime.network import interface_towards
 from fedpeft_dist.runtime.peers import Peers
 
+ARRIVAL_SECONDS = 300
+"""That ranks wait for each other when a group is formed; they may start at different times."""
 LONGEST_WAIT_HOURS = 6
 """That a rank may wait for another's share of a round; one that is dead is found much sooner, by its peers."""
 FAR_AWAY = "192.0.2.1"
@@ -72,12 +75,14 @@ def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device,
         if config.precision == "fp16":
             raise ConfigError("runtime.precision: 'fp16' needs a CUDA device; on the CPU give fp32, bf16 or auto")
         return torch.device("cpu"), "fp32" if config.precision == "auto" else config.precision
-    if launch.local_world_size > torch.cuda.device_count():
+    # A task that srun has bound to a GPU sees no other, and calls it the first.
+    is_bound = launch.is_step and torch.cuda.device_count() == 1
+    if launch.local_world_size > torch.cuda.device_count() and not is_bound:
         raise ConfigError(
             f"runtime.device: {launch.local_world_size} ranks on a machine with {torch.cuda.device_count()} CUDA "
             "device(s), and each needs its own; start fewer ranks, or give runtime.device: cpu"
         )
-    device = torch.device("cuda", launch.local_rank)
+    device = torch.device("cuda", 0 if is_bound else launch.local_rank)
     precision = "bf16" if config.precision == "auto" else config.precision
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         if config.precision == "auto":
@@ -97,7 +102,9 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     # Gradients accumulate into views of one matrix on purpose; PyTorch warns that their strides are unusual.
     warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
     # Also in a group of one, so that torchrun on one GPU runs what it runs on many.
-    peers = _join_group(launch, device) if launch.address else None
+    peers = None
+    if launch.address:
+        launch, peers = _join_group(launch, device)
     try:
         yield Runtime(launch, device, precision, config.threads, peers)
     except BaseException as error:
@@ -121,33 +128,36 @@ def _be_deterministic(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _join_group(launch: Launch, device: torch.device) -> Peers:
+def _join_group(launch: Launch, device: torch.device) -> tuple[Launch, Peers]:
+    """Returns the launch as all ranks see it, too."""
     if launch.local_world_size < launch.world_size:
         interface = interface_towards(launch.address)
         if interface == "lo":  # which a machine's own name often means to itself, and which is no way to the others
             interface = interface_towards(FAR_AWAY)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    is_server = launch.rank == 0 and not launch.agent_store
-    store = _connect(launch, is_server, timedelta(minutes=5))
-    peers = Peers(_connect(launch, False, timedelta(seconds=30)), launch.rank, launch.world_size, launch.agent_store)
+    rank, world_size = launch.rank, launch.world_size
+    store = _connect(launch, is_server=rank == 0 and not launch.agent_store, seconds=ARRIVAL_SECONDS)
+    # Another job's ranks that take this store for theirs meet nobody here.
+    here = dist.PrefixStore(f"fedpeft/{launch.slurm_job}", store)
+    meeting = meet(here, rank, world_size, launch.restart, ARRIVAL_SECONDS)
+    watched = dist.PrefixStore(f"fedpeft/{meeting.token}", _connect(launch, is_server=False, seconds=30))
+    peers = Peers(watched, rank, world_size, launch.agent_store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
+        store=dist.PrefixStore(f"fedpeft/{meeting.token}", store),
+        rank=rank,
+        world_size=world_size,
         timeout=timedelta(hours=LONGEST_WAIT_HOURS),
         device_id=device if device.type == "cuda" else None,
     )
     peers.start()
-    return peers
+    return replace(launch, restart=meeting.restart), peers
 
 
-def _connect(launch: Launch, is_server: bool, timeout: timedelta) -> dist.Store:
+def _connect(launch: Launch, is_server: bool, seconds: float) -> dist.Store:
     # An agent's store is there before its ranks; one that is not has gone with its agent, and nobody will come.
-    patience = timedelta(seconds=20) if launch.agent_store else timeout
+    patience = timedelta(seconds=20 if launch.agent_store else ARRIVAL_SECONDS)
     store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=is_server, timeout=patience)
-    store.set_timeout(timeout)
-    # torchrun's agent keeps its store across restarts: without a prefix of its own, a restarted group would read the
-    # keys of the one before it and hang. Another job's ranks that take this store for theirs meet nobody here.
-    return dist.PrefixStore(f"fedpeft/{launch.slurm_job}.{launch.requeues}/{launch.restart}", store)
+    store.set_timeout(timedelta(seconds=seconds))
+    return store

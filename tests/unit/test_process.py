@@ -195,3 +195,19 @@ def test_a_runtime_tells_its_place_and_precision() -> None:
         assert (x @ x).dtype == torch.float32
     with other.autocast():
         assert (x @ x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "expected"), [("4,1", 0, 4), ("4,1", 1, 1), ("4(x2),1", 1, 4), ("4(x2),1", 2, 1), ("", 0, 3)]
+)
+def test_tasks_on_a_node_of_a_step(tasks: str, node: int, expected: int) -> None:
+    environment = {**SRUN, "MASTER_ADDR": "head", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)}
+    assert find_launch(environment).local_world_size == expected
+
+
+def test_a_task_that_is_bound_to_a_gpu_takes_the_one_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda(monkeypatch, 1)
+    bound = Launch(world_size=4, local_rank=3, local_world_size=4, is_step=True)
+    assert resolve_device(RuntimeConfig(), bound)[0] == torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match=r"4 ranks on a machine with 1 CUDA device"):
+        resolve_device(RuntimeConfig(), replace(bound, is_step=False))
