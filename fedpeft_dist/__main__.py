@@ -1,6 +1,15 @@
 """`python -m fedpeft_dist` is `fedpeft`."""
 
-from fedpeft_dist.cli import main
+from __future__ import annotations
+
+
+def main() -> None:
+    try:
+        from fedpeft_dist.cli import main as run_command
+    except KeyboardInterrupt:  # nothing has begun that it could interrupt
+        raise SystemExit(130) from None
+    run_command()
+
 
 if __name__ == "__main__":
     main()

@@ -41,15 +41,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run a config, or go on with it where it was interrupted; alone, or under torchrun or srun."""
-    run_config = load_config(config, overrides or ())
-    if run_config.output.name is None:
-        run_config = with_values(run_config, "output", name=default_run_name(config, run_config))
-
     from fedpeft_dist.runtime.interrupts import listen_for_stop
     from fedpeft_dist.runtime.launch import follow_agent
 
     with listen_for_stop() as stop:  # before the imports, which take seconds
         follow_agent()
+        run_config = load_config(config, overrides or ())
+        if run_config.output.name is None:
+            run_config = with_values(run_config, "output", name=default_run_name(config, run_config))
+
         from fedpeft_dist.federation.rounds import start_and_run
 
         if start_and_run(run_config, stop) == "interrupted":
