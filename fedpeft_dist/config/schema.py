@@ -564,11 +564,123 @@ class ServerConfig(Section):
     optimizer: ServerOptimizerConfig = ServerSgdConfig(name="sgd")
 
 
+Delta = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
 class NoPrivacy(Section):
     name: Literal["none"]
 
 
-PrivacyConfig = Annotated[NoPrivacy, Field()]
+class AccountedPrivacy(Section):
+    """What the mechanisms with a guarantee have: Gaussian noise of `noise_multiplier` times `clip_norm`."""
+
+    clip_norm: Positive = 1.0
+    """C, the Euclidean norm that one contribution is clipped to."""
+    epsilon: Positive | None = None
+    """The target at the end of the run: the noise is calibrated to it. Give this or `noise_multiplier`."""
+    noise_multiplier: Positive | None = None
+    """Standard deviation of the noise in units of `clip_norm`."""
+    dp_delta: Delta = 1.0e-3
+    """The delta of (epsilon, delta)-differential privacy; not a client's delta."""
+    stop_at_epsilon: Positive | None = None
+    """Ends the run before the first round after which epsilon would be above; goes with `noise_multiplier`."""
+    secure_noise: bool = False
+    """Draw the noise from the operating system's randomness: no guarantee should rest on a known seed, but such a run
+    cannot be repeated."""
+
+    @model_validator(mode="after")
+    def _one_of_epsilon_and_noise(self) -> AccountedPrivacy:
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError(
+                f"epsilon: {self.epsilon} and noise_multiplier: {self.noise_multiplier} are both given, and each "
+                "follows from the other; give one of them"
+            )
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("neither epsilon nor noise_multiplier is given; give one, such as epsilon: 5.0")
+        if self.stop_at_epsilon is not None and self.epsilon is not None:
+            raise ValueError(
+                f"stop_at_epsilon: {self.stop_at_epsilon} goes with noise_multiplier; with epsilon: {self.epsilon} the "
+                "noise is such that the budget lasts for all rounds"
+            )
+        return self
+
+
+class SamplePrivacy(AccountedPrivacy):
+    """DP-SGD (Abadi et al. 2016, arXiv 1607.00133) in every client: protects single samples from the server.
+
+    Each local step draws every sample of the client by itself with probability q = min(1, batch_size / n), clips each
+    sample's gradient, and adds the noise to their sum.
+    """
+
+    name: Literal["sample"]
+    accountant: Literal["pld", "rdp"] = "pld"
+    max_batch: Count | None = None
+    """Keep a random subset of so many where more samples were drawn; null keeps all of them."""
+    slots: Literal["auto"] | Count = "auto"
+    """Samples that a rank takes gradients of side by side; auto: `runtime.lanes` batches, as far as memory allows."""
+
+    @model_validator(mode="after")
+    def _truncation_needs_pld(self) -> SamplePrivacy:
+        if self.max_batch is not None and self.accountant != "pld":
+            raise ValueError(
+                f"max_batch: {self.max_batch} is accounted for by pld alone, not by {self.accountant}; give "
+                "accountant: pld, or max_batch: null"
+            )
+        return self
+
+
+class AdaptiveClipping(Section):
+    """`clip_norm` follows a quantile of the deltas' norms (Andrew et al. 2021, arXiv 1905.03871)."""
+
+    quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    lr: Positive = 0.2
+    """Of the geometric update."""
+    count_noise: Positive | None = None
+    """Standard deviation of the noise on the number of unclipped deltas; null: cohort / 20."""
+
+
+class UserPrivacy(AccountedPrivacy):
+    """Each client's delta is clipped, and noise is added to their sum (McMahan et al. 2018, arXiv 1710.06963): protects
+    whole clients from whoever sees the global parameters. Clients count alike, whatever they hold."""
+
+    name: Literal["user"]
+    sampling: Literal["poisson", "without_replacement"] = "poisson"
+    """How cohorts are drawn, which `federation.participation` must agree with. without_replacement: uniform cohorts of
+    a fixed size, for neighbours that differ in a replaced client."""
+    accountant: Literal["auto", "pld", "rdp"] = "auto"
+    """auto: pld, and rdp for without_replacement, which pld cannot account for."""
+    adaptive: AdaptiveClipping | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> UserPrivacy:
+        if self.sampling == "without_replacement" and self.accountant == "pld":
+            raise ValueError(
+                "accountant: pld cannot account for sampling: without_replacement; give rdp, or sampling: poisson"
+            )
+        return self
+
+    @property
+    def accountant_name(self) -> Literal["pld", "rdp"]:
+        if self.accountant == "auto":
+            return "rdp" if self.sampling == "without_replacement" else "pld"
+        return self.accountant
+
+
+class PaperNoise(Section):
+    """What the paper's first code did, for comparison: nothing is clipped, and noise of standard deviation
+    2 C sqrt(2 ln(1.25 / delta) / epsilon) is added to each batch's gradient. It carries no guarantee."""
+
+    name: Literal["paper_noise"]
+    clip_norm: Positive = 1.0
+    epsilon: Positive = 5.0
+    dp_delta: Delta = 1.0e-3
+
+    @property
+    def standard_deviation(self) -> float:
+        return 2 * self.clip_norm * math.sqrt(2 * math.log(1.25 / self.dp_delta) / self.epsilon)
+
+
+PrivacyConfig = Annotated[NoPrivacy | SamplePrivacy | UserPrivacy | PaperNoise, Field(discriminator="name")]
 
 
 # --- the machine and the files -----------------------------------------------------------------------------------
@@ -631,6 +743,7 @@ class RunConfig(Section):
             raise ValueError(f"data.partition.name: 'pool' goes with synthetic data only, not {data.name!r}")
         if data.partition.name == "pool" and data.validation:
             raise ValueError("data.validation: a pool's clients share their samples, so none can be held out; give 0.0")
+        self._check_privacy()
         if self.runtime.compile and self.method.name == "full":
             raise ValueError("runtime.compile: true does not go with method 'full', which runs under vmap; give false")
         needs_validation = {
@@ -641,3 +754,36 @@ class RunConfig(Section):
             if needed and data.validation == 0.0:
                 raise ValueError(f"{key} needs data.validation above 0.0 (the share held out from every client)")
         return self
+
+    def _check_privacy(self) -> None:
+        privacy, participation = self.privacy, self.federation.participation
+        if privacy.name == "none":
+            return
+        if self.runtime.precision == "fp16":
+            raise ValueError(
+                f"runtime.precision: fp16 does not go with privacy.name: {privacy.name}, for its loss scale and the "
+                "steps that it skips depend on the data; give fp32, bf16 or auto"
+            )
+        if privacy.name == "sample" and self.client.clip_norm is not None:
+            raise ValueError(
+                f"client.clip_norm: {self.client.clip_norm} clips a batch's gradient, privacy.name: sample each "
+                "sample's; give privacy.clip_norm, and client.clip_norm: null"
+            )
+        if privacy.name == "sample" and self.data.partition.name == "pool":
+            raise ValueError(
+                "data.partition.name: pool does not go with privacy.name: sample, for its clients share their samples; "
+                "give another partition"
+            )
+        if privacy.name != "user":
+            return
+        if participation.over_selection != 1.0:
+            raise ValueError(
+                f"federation.participation.over_selection: {participation.over_selection} does not go with "
+                "privacy.name: user, for who reports first is no random draw; give 1.0"
+            )
+        if participation.name != {"poisson": "poisson", "without_replacement": "uniform"}[privacy.sampling]:
+            raise ValueError(
+                f"federation.participation.name: {participation.name} does not go with privacy.name: user and "
+                f"privacy.sampling: {privacy.sampling}; give federation.participation.name: poisson, or, to draw a "
+                "fixed number at a larger epsilon, uniform with privacy.sampling: without_replacement"
+            )
