@@ -1,6 +1,7 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped, in safetensors.
 
-A run's state between two rounds is small: the global vector, the server optimizer and the number of the round. Clients
+A run's state between two rounds is small: the global vector, the server optimizer, the noise of its privacy and the
+number of the round. Clients
 keep nothing from round to round, and randomness has no history. Beside it stand what it belongs to (config, backbone,
 data, versions of libraries) and a digest of the whole, so that a damaged file is known for what it is.
 """
@@ -72,6 +73,9 @@ class Checkpoint:
     server_state: dict[str, torch.Tensor]
     totals: dict[str, float]
     """Sums and records over the rounds so far, for the run's summary."""
+    aggregator_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    noise_multipliers: torch.Tensor | None = None
+    """Of the run's privacy plan, which stay as they were calibrated: float64 [N], or [1]."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -82,6 +86,9 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     """
     tensors = {"vector": checkpoint.vector}
     tensors |= {f"server.{name}": tensor for name, tensor in checkpoint.server_state.items()}
+    tensors |= {f"aggregator.{name}": tensor for name, tensor in checkpoint.aggregator_state.items()}
+    if checkpoint.noise_multipliers is not None:
+        tensors["noise_multipliers"] = checkpoint.noise_multipliers
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "next_round": str(checkpoint.next_round),
@@ -134,10 +141,16 @@ def _load(path: Path) -> Checkpoint:
     return Checkpoint(
         next_round=int(metadata["next_round"]),
         origin=Origin(**{entry.name: origin[entry.name] for entry in fields(Origin) if entry.name in origin}),
-        vector=tensors.pop("vector"),
-        server_state={name.removeprefix("server."): tensor for name, tensor in tensors.items()},
+        vector=tensors["vector"],
+        server_state=_below("server.", tensors),
         totals=json.loads(metadata["totals"]),
+        aggregator_state=_below("aggregator.", tensors),
+        noise_multipliers=tensors.get("noise_multipliers"),
     )
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

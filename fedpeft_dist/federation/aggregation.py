@@ -23,7 +23,7 @@ DELTA_LIMIT = 1024.0
 _RANGE_BITS = 62
 _LIMIT_BITS = 10
 # The tail of the wire vector: what is summed beside the deltas.
-_WEIGHT, _REJECTED, _LOSS, _SAMPLES, _STOP, _DROP, _TAIL = range(7)  # _TAIL is their number
+_WEIGHT, _REJECTED, _LOSS, _SAMPLES, UNCLIPPED, _STOP, _DROP, TAIL = range(8)  # TAIL is their number
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,22 @@ class Aggregator:
 
     def __init__(self, num_parameters: int, largest_total_weight: int, runtime: Runtime):
         self.runtime = runtime
-        self.bits = fraction_bits(largest_total_weight)
-        self.total = torch.zeros(num_parameters + _TAIL, dtype=torch.int64, device=runtime.device)
+        self.loss_bits = fraction_bits(largest_total_weight)
+        self.total = torch.zeros(num_parameters + TAIL, dtype=torch.int64, device=runtime.device)
         self.accepted: list[tuple[int, torch.Tensor]] = []
+        self.state: dict[str, torch.Tensor] = {}
+        """What rounds leave to the next ones; a checkpoint keeps it."""
 
     def add(self, update: ClientUpdate) -> None:
         """Adds an update, or counts it as rejected; decided on the device, without waiting for it."""
-        accepted = (update.delta.abs() < DELTA_LIMIT).all() & torch.isfinite(update.loss)
-        weight = accepted.long() * update.weight
-        deltas, tail = self.total[:-_TAIL], self.total[-_TAIL:]
-        deltas += torch.where(accepted, quantize(update.delta, self.bits), 0) * weight
-        loss = update.loss.clamp(max=DELTA_LIMIT)
+        accepted = (update.delta.abs() < DELTA_LIMIT).all()
+        weight = accepted.long() * self._weight(update)
+        tail = self.total[-TAIL:]
+        self.total[:-TAIL] += torch.where(accepted, self._quantized(update, accepted), 0) * weight
+        loss = torch.nan_to_num(update.loss, nan=DELTA_LIMIT).clamp(-DELTA_LIMIT, DELTA_LIMIT)
         tail[_WEIGHT] += weight
         tail[_REJECTED] += 1 - accepted.long()
-        tail[_LOSS] += torch.where(accepted, quantize(loss, self.bits), 0) * weight
+        tail[_LOSS] += quantize(loss, self.loss_bits) * weight
         tail[_SAMPLES] += update.num_samples
         self.accepted.append((update.client, accepted))
 
@@ -82,21 +84,45 @@ class Aggregator:
         flags = torch.stack([accepted for _, accepted in self.accepted]).tolist()
         return [client for (client, _), accepted in zip(self.accepted, flags) if not accepted]
 
-    def reduce(self, stop_requested: bool = False, is_dropped: bool = False) -> RoundTotal:
+    def reduce(self, round_number: int, stop_requested: bool = False, is_dropped: bool = False) -> RoundTotal:
         """Sums over ranks and starts over; every rank must call it once a round."""
-        self.total[-_TAIL + _STOP] = int(stop_requested)
-        self.total[-_TAIL + _DROP] = int(is_dropped)
+        if self.runtime.is_main:
+            self._add_noise(round_number)
+        self.total[-TAIL + _STOP] = int(stop_requested)
+        self.total[-TAIL + _DROP] = int(is_dropped)
         total = sum_over_ranks(self.total, self.runtime)
-        weight, rejected, loss, samples, stop, drop = total[-_TAIL:].tolist()
-        scale = weight * 2.0**self.bits
+        weight, rejected, loss, samples, _, stop, drop = total[-TAIL:].tolist()
         result = RoundTotal(
-            mean_delta=(total[:-_TAIL].double() / scale).float() if weight else None,
+            mean_delta=self._mean(total[:-TAIL], weight),
             num_rejected=rejected,
-            train_loss=loss / scale if weight else None,
+            train_loss=loss / (weight * 2.0**self.loss_bits) if weight else None,
             num_samples=samples,
             stop_requested=stop > 0,
             is_dropped=drop > 0,
         )
+        if not result.is_dropped:
+            self._end_round(total[-TAIL:])
         self.total.zero_()
         self.accepted.clear()
         return result
+
+    @property
+    def bits(self) -> int:
+        """s."""
+        return self.loss_bits
+
+    def _weight(self, update: ClientUpdate) -> int:
+        return update.weight
+
+    def _quantized(self, update: ClientUpdate, accepted: torch.Tensor) -> torch.Tensor:
+        """What an update adds to the sum for each unit of its weight, in multiples of 2^-bits: int64 [P]."""
+        return quantize(update.delta, self.bits)
+
+    def _add_noise(self, round_number: int) -> None:
+        """On rank 0, to its own sum."""
+
+    def _mean(self, total: torch.Tensor, weight: int) -> torch.Tensor | None:
+        return (total.double() / (weight * 2.0**self.bits)).float() if weight else None
+
+    def _end_round(self, tail: torch.Tensor) -> None:
+        """With the tail of the sum over ranks."""

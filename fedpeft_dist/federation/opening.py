@@ -24,13 +24,13 @@ from fedpeft_dist.checkpoint import (
 )
 from fedpeft_dist.config.load import config_digest, parse_config, result_keys, with_values
 from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.server_optimizers import ServerOptimizer, make_server_optimizer
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.runtime.collectives import assert_same_on_all_ranks, barrier, failing_together
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import (
-    COMPLETE,
     INTERRUPTED,
     RUNNING,
     RunDirectory,
@@ -38,6 +38,8 @@ from fedpeft_dist.tracking.run_directory import (
     check_same_data,
     check_same_run,
     check_same_traces,
+    is_complete,
+    with_choices_of,
 )
 from fedpeft_dist.tracking.run_lock import Owner, RunLock
 from fedpeft_dist.tracking.run_log import NO_TOTALS, vector_bytes
@@ -54,6 +56,7 @@ class Run:
     directory: RunDirectory
     simulation: Simulation
     server: ServerOptimizer
+    aggregator: Aggregator
     vector: torch.Tensor
     """The global trainable parameters: float32 [P]."""
     next_round: int
@@ -66,6 +69,12 @@ class Run:
     """`next_round` of the newest checkpoint."""
     looked: float = 0.0
     """When `look_around` did."""
+
+    @property
+    def num_rounds(self) -> int:
+        """When the run is over: `federation.rounds`, or fewer where its privacy is spent before."""
+        plan = self.simulation.privacy_plan
+        return self.config.federation.rounds if plan is None else plan.num_rounds
 
     def close(self) -> None:
         if self.lock is not None:
@@ -87,7 +96,16 @@ class Run:
             simulation = self.simulation
             backbone, traces = simulation.model.backbone.sha256, simulation.participation.sha256
             origin = Origin.of(self.config, backbone, simulation.data_sha256, traces)
-            checkpoint = Checkpoint(self.next_round, origin, self.vector, self.server.state, self.totals)
+            plan = simulation.privacy_plan
+            checkpoint = Checkpoint(
+                self.next_round,
+                origin,
+                self.vector,
+                self.server.state,
+                self.totals,
+                self.aggregator.state,
+                None if plan is None else plan.noise_multipliers,
+            )
             save_checkpoint(self.directory.checkpoints, checkpoint)
         self.saved_round = self.next_round
 
@@ -112,6 +130,8 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
     with failing_together(runtime):
         simulation = Simulation(config, runtime)
         traces = simulation.participation.sha256.encode()
+        if state is None:  # else what a checkpoint says of the noise comes first
+            simulation.plan_privacy()
     assert_same_on_all_ranks(traces, "the traces of participation", runtime)
     # Only now, so that a config that cannot be run leaves no file.
     owner = Owner.this_process(runtime.launch.slurm_job, runtime.launch.requeues)
@@ -132,8 +152,7 @@ def _look(config: RunConfig, directory: RunDirectory, runtime: Runtime) -> tuple
         directory.check_writable()
         stored, state = directory.stored_config(), directory.read_state()
         if stored is not None:
-            if config.runtime.lanes == "auto":  # means, for a run that has begun, what it meant then
-                config = with_values(config, "runtime", lanes=stored.runtime.lanes)
+            config = with_choices_of(stored, config)
             check_same_run(stored, config, directory.path)
     found = json.dumps([result_keys(config), state])
     assert_same_on_all_ranks(found.encode(), "the config, or what stands in the run's directory,", runtime)
@@ -153,7 +172,12 @@ def _open_locked(
         checkpoint, damaged = load_newest_checkpoint(directory.checkpoints)
         if checkpoint is not None:
             _check_origin(checkpoint.origin, config, directory, simulation)
+            simulation.plan_privacy(checkpoint.noise_multipliers)
+        elif simulation.privacy_plan is None:
+            simulation.plan_privacy()
     config = with_values(config, "runtime", lanes=simulation.lanes)
+    if config.privacy.name == "sample":
+        config = with_values(config, "privacy", slots=simulation.slots)
     run = _start(config, directory, simulation, checkpoint, lock)
     found = f"{run.next_round} ".encode() + vector_bytes(run.vector)
     assert_same_on_all_ranks(found, "the state before the first round", runtime)
@@ -198,7 +222,7 @@ def _is_over(state: dict | None, config: RunConfig, directory: RunDirectory, run
     if state is None:
         return False
     launch, reason = runtime.launch, None
-    if state["state"] == COMPLETE and state["next_round"] >= config.federation.rounds:
+    if is_complete(state, config):
         reason = "already complete"
     if state["state"] == INTERRUPTED and launch.restart and state.get("launch") == launch.job:
         reason = "was interrupted under this launch, a restart does not undo it"
@@ -218,9 +242,11 @@ def _start(
     owner = lock.owner if lock is not None else directory.owner()
     size = simulation.model.layout.num_parameters
     server = make_server_optimizer(config.server.optimizer, size, device)
+    parts = (config, directory, simulation, server, simulation.make_aggregator())
     if checkpoint is None:
-        return Run(config, directory, simulation, server, simulation.initial_vector, 0, dict(NO_TOTALS), owner, lock)
-    for name, tensor in checkpoint.server_state.items():
-        server.state[name].copy_(tensor)
+        return Run(*parts, simulation.initial_vector, 0, dict(NO_TOTALS), owner, lock)
+    for part, state in zip(parts[-2:], (checkpoint.server_state, checkpoint.aggregator_state)):
+        for name, tensor in state.items():
+            part.state[name].copy_(tensor)
     vector, done = checkpoint.vector.to(device), checkpoint.next_round
-    return Run(config, directory, simulation, server, vector, done, checkpoint.totals, owner, lock, saved_round=done)
+    return Run(*parts, vector, done, checkpoint.totals, owner, lock, saved_round=done)

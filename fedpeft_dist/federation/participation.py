@@ -30,6 +30,9 @@ from fedpeft_dist.federation.sampling import WeightedOrder, first, poisson_draw,
 from fedpeft_dist.federation.traces import digest
 from fedpeft_dist.tracking.cost import BYTES_PER_PARAMETER
 
+_CHUNK = 2**20
+"""Clients that are asked at once whether they are available."""
+
 
 @dataclass(frozen=True)
 class RoundPlan:
@@ -98,6 +101,7 @@ class Participation:
         self.partition, self.population = partition, partition.num_clients
         self.bytes = num_parameters * BYTES_PER_PARAMETER
         self._work = cache(self._work_of)
+        self.is_user_level = config.privacy.name == "user"
         self.availability = make_availability(self.config, self.population, self.seed)
         self.dropout = make_dropout(self.config.dropout, self.population, self.seed)
         self.devices = make_devices(self.config.devices, self.population, self.seed)
@@ -163,6 +167,20 @@ class Participation:
         mean = self.availability.share * self.population
         return f"{mean:,.4g} of {self.population:,} clients are available on average"
 
+    def available(self, round_number: int) -> int:
+        """How many clients could be reached in a round, counted from 0; costs O(N) where not all of them can."""
+        if self.availability is None:
+            return self.population
+        starts = range(0, self.population, _CHUNK)
+        chunks = (np.arange(start, min(start + _CHUNK, self.population)) for start in starts)
+        return sum(int(np.count_nonzero(self.availability.of(chunk, round_number))) for chunk in chunks)
+
+    def sampling_probability(self, round_number: int) -> float:
+        """With which poisson draws each available client. Under user-level privacy, whose noise is that of `cohort`
+        clients, so many are expected however few are available; else fewer are."""
+        clients = self.available(round_number) if self.is_user_level else self.population
+        return min(1.0, self.cohort / clients) if clients else 0.0
+
     def select(self, round_number: int) -> np.ndarray:
         """The clients that the server sends the parameters to in a round, counted from 0, in the order drawn: int64."""
 
@@ -172,7 +190,7 @@ class Participation:
         where, wanted = (self.seed, round_number, available), self.num_selected
         match self.config.name:
             case "poisson":
-                return poisson_draw(self.population, self.cohort / self.population, *where)
+                return poisson_draw(self.population, self.sampling_probability(round_number), *where)
             case "weighted":
                 return first(self.weighted(wanted, *where), wanted)
         return first(uniform_order(self.population, wanted, *where), wanted)

@@ -11,9 +11,10 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import class_counts
-from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.assignment import assign
 from fedpeft_dist.federation.opening import Run, open_run
+from fedpeft_dist.privacy.statements import describe as describe_privacy
+from fedpeft_dist.privacy.statements import summarize
 from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.collectives import any_rank, barrier
 from fedpeft_dist.runtime.files import DISK_FULL
@@ -75,21 +76,23 @@ def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None
 
 def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
     """Runs the rounds that are left; returns `complete` or `interrupted`."""
-    config, simulation, federation = run.config, run.simulation, run.config.federation
+    config, simulation, plan = run.config, run.simulation, run.simulation.privacy_plan
     dataset, population = simulation.dataset, simulation.partition.num_clients
-    aggregator = Aggregator(len(run.vector), simulation.participation.largest_weight, runtime)
     if runtime.peers is not None:
         runtime.peers.last_will = partial(_mark_failed, run)
-    with RunLog(config, run.directory, runtime, run.totals, run.next_round) as log:
+    with RunLog(config, run.directory, runtime, run.totals, run.next_round, run.num_rounds) as log:
         if runtime.is_main:
             counts = class_counts(simulation.partition, dataset.train.labels, dataset.num_classes, MAX_CLIENTS)
             log.write_setting(counts, population, dataset.class_names)
             if note := simulation.participation.describe():
                 log.progress.note(f"{run.directory.path}: {note}")
+            spending = None if plan is None else plan.figures(run.num_rounds)
+            for line in describe_privacy(config.privacy, spending, None if plan is None else plan.warning):
+                log.progress.note(f"{run.directory.path}: {line}")
         stopped = any_rank(stop.received, runtime)
-        while run.next_round < federation.rounds and not stopped:
-            stopped = run_round(run, aggregator, log, runtime, stop)
-        if run.next_round < federation.rounds:
+        while run.next_round < run.num_rounds and not stopped:
+            stopped = run_round(run, log, runtime, stop)
+        if run.next_round < run.num_rounds:
             if run.is_ours():
                 run.save()
                 log.interrupted()
@@ -98,18 +101,19 @@ def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
             barrier(runtime)
             return INTERRUPTED
         backbone = simulation.model.backbone
-        log.complete(run.vector, simulation.model.layout, backbone.num_parameters, backbone.sha256)
+        privacy = summarize(config.privacy, None if plan is None else plan.figures(run.num_rounds))
+        log.complete(run.vector, simulation.model.layout, backbone.num_parameters, backbone.sha256, privacy)
     barrier(runtime)
     return COMPLETE
 
 
-def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, stop: StopRequest) -> bool:
+def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> bool:
     """Runs the next round, or drops it where it would last too long after a request to stop.
 
     Returns:
         Whether to stop, the same on every rank.
     """
-    config, simulation, federation = run.config, run.simulation, run.config.federation
+    config, simulation, federation, aggregator = run.config, run.simulation, run.config.federation, run.aggregator
     started, round_number = time.perf_counter(), run.next_round
     plan = simulation.participation.plan(round_number)
     tasks = simulation.tasks(assign(plan.steps, runtime.world_size)[runtime.rank], plan.steps)
@@ -123,19 +127,20 @@ def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, s
         aggregator.add(update)
     rejected = aggregator.rejected_clients()
     lost = runtime.is_main and not run.is_ours()
-    total = aggregator.reduce(stop.received or lost, stop.is_overdue() or lost)
+    total = aggregator.reduce(round_number, stop.received or lost, stop.is_overdue() or lost)
     if total.is_dropped:
         return True
     for client in rejected:
         print(f"round {round_number + 1}: client {client} is rejected, its delta is not finite or too large")
     if not plan.steps and runtime.is_main:
-        print(f"round {round_number + 1}: no client's update arrives ({plan.selected} selected), the round is skipped")
+        what = "the round is skipped" if total.mean_delta is None else "its step is noise alone"
+        print(f"round {round_number + 1}: no client's update arrives ({plan.selected} selected), {what}")
     if total.mean_delta is not None:
         run.vector = run.server.step(run.vector, -total.mean_delta)
     trained = time.perf_counter()
 
     run.next_round = round_number + 1
-    evaluate = _is_due(run.next_round, federation.evaluate_every, federation.rounds)
+    evaluate = _is_due(run.next_round, federation.evaluate_every, run.num_rounds)
     evaluation = simulation.evaluate(run.vector) if evaluate else {}
     log.round_done(
         evaluation,
@@ -149,7 +154,7 @@ def run_round(run: Run, aggregator: Aggregator, log: RunLog, runtime: Runtime, s
         seconds=trained - started,
         evaluate_seconds=time.perf_counter() - trained,
     )
-    if _is_due(run.next_round, config.output.checkpoint_every, federation.rounds):
+    if _is_due(run.next_round, config.output.checkpoint_every, run.num_rounds):
         log.flush()
         run.save()
     return total.stop_requested

@@ -19,16 +19,20 @@ from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
 from fedpeft_dist.data.pixels import choose_resident
 from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
 from fedpeft_dist.federation.participation import Participation
+from fedpeft_dist.federation.privacy_plan import PrivacyPlan, make_privacy_plan
+from fedpeft_dist.federation.user_aggregation import UserAggregator
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.runtime.collectives import min_over_ranks
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import RunDirectory, check_same_backbone
-from fedpeft_dist.training.lane_count import choose_lanes
+from fedpeft_dist.training.lane_count import choose_lanes, choose_private_lanes, choose_slots
 from fedpeft_dist.training.lane_schedule import ClientTask
 from fedpeft_dist.training.local_training import LocalTrainer
+from fedpeft_dist.training.private_training import PrivateTrainer
 
 
 class Simulation:
@@ -51,6 +55,7 @@ class Simulation:
         self.initial_vector = self.model.initial_vector().to(runtime.device)
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.train_store, self.test_store = self._make_stores()
+        self.privacy_plan: PrivacyPlan | None = None
         self._try_one_image()
 
     def _try_one_image(self) -> None:
@@ -70,8 +75,40 @@ class Simulation:
         if self.config.runtime.lanes != "auto":
             return self.config.runtime.lanes
         needed = -(-self.config.federation.cohort // self.runtime.world_size)
-        lanes = choose_lanes(needed, self.config.client.batch_size, self.model, self.train_store, self.runtime)
+        if self.config.privacy.name == "sample":
+            lanes = choose_private_lanes(needed, self.model, self.runtime)
+        else:
+            lanes = choose_lanes(needed, self.config.client.batch_size, self.model, self.train_store, self.runtime)
         return min_over_ranks(lanes, self.runtime)
+
+    @cached_property
+    def slots(self) -> int:
+        """R, the samples that share a pass under sample-level privacy, as configured or as the memory allows."""
+        if self.config.privacy.slots != "auto":
+            return self.config.privacy.slots
+        slots = choose_slots(self.lanes, self.config.client.batch_size, self.model, self.train_store, self.runtime)
+        return min_over_ranks(slots, self.runtime)
+
+    def plan_privacy(self, noise_multipliers: torch.Tensor | None = None) -> None:
+        """Makes `privacy_plan`, which training needs.
+
+        Args:
+            noise_multipliers: those that the run has begun with, which stay.
+
+        Raises:
+            ConfigError: a target that cannot be met.
+        """
+        self.privacy_plan = make_privacy_plan(self.config, self.participation, noise_multipliers)
+
+    def make_aggregator(self) -> Aggregator:
+        """What sums the updates of this run's rounds."""
+        config, size = self.config, self.model.layout.num_parameters
+        if config.privacy.name != "user":
+            return Aggregator(size, self.participation.largest_weight, self.runtime)
+        cohort, plan = config.federation.cohort, self.privacy_plan
+        largest = self.partition.num_clients if config.privacy.sampling == "poisson" else cohort
+        noise = (plan.delta_noise_multiplier, plan.count_noise)
+        return UserAggregator(size, largest, cohort, config.privacy, *noise, self.runtime, config.seed)
 
     @cached_property
     def participation(self) -> Participation:
@@ -85,17 +122,16 @@ class Simulation:
         return participation
 
     @cached_property
-    def trainer(self) -> LocalTrainer:
-        config = self.config
-        return LocalTrainer(
-            self.model,
-            self.train_store,
-            config.client,
-            self.runtime,
-            config.seed,
-            self.lanes,
-            compile_model=config.runtime.compile,
-        )
+    def trainer(self) -> LocalTrainer | PrivateTrainer:
+        config, privacy = self.config, self.config.privacy
+        work = (self.model, self.train_store, config.client)
+        place = (self.runtime, config.seed, self.lanes)
+        compiled = {"compile_model": config.runtime.compile}
+        if privacy.name == "sample":
+            noise, largest = self.privacy_plan.noise_multipliers, int(self.partition.sizes().max())
+            return PrivateTrainer(*work, privacy, noise, largest, *place, self.slots, **compiled)
+        noise = privacy.standard_deviation if privacy.name == "paper_noise" else 0.0
+        return LocalTrainer(*work, *place, **compiled, gradient_noise=noise)
 
     @cached_property
     def test_evaluator(self) -> Evaluator:

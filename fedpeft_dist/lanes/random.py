@@ -43,6 +43,16 @@ def uniform(keys: torch.Tensor) -> torch.Tensor:
     return _shift_right(mix(keys), 40).to(torch.float32) * 2.0**-24
 
 
+def random_bits(keys: torch.Tensor) -> torch.Tensor:
+    """64 random bits per key: int64."""
+    return mix(keys)
+
+
+def unit_interval(bits: torch.Tensor) -> torch.Tensor:
+    """Float64 in [0, 1), 53 bits each, from 64 random bits."""
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
 def permutation(key: int, size: int) -> torch.Tensor:
     """A random order of 0 .. size-1: int64 [size], on the CPU."""
     keys = fold_in(torch.full((size,), key, dtype=torch.int64), torch.arange(size))

@@ -12,11 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import with_values
-from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.sweeps.expansion import Cell
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, differing_keys
+from fedpeft_dist.tracking.run_directory import (
+    COMPLETE,
+    FAILED,
+    RUNNING,
+    differing_keys,
+    is_complete,
+    with_choices_of,
+)
 from fedpeft_dist.tracking.run_lock import Owner, RunInUseError
 
 
@@ -127,20 +132,11 @@ def cell_state(cell: Cell) -> str:
         return "damaged"
     if state is None:
         return "waiting"
-    if stored is not None and differing_keys(stored, _with_choices_of(stored, cell.config)):
+    if stored is not None and differing_keys(stored, with_choices_of(stored, cell.config)):
         return "other config"
-    if state["state"] == COMPLETE and state.get("next_round", 0) < cell.config.federation.rounds:
+    if state["state"] == COMPLETE and not is_complete(state, cell.config):
         return "waiting"
     with suppress(OSError):  # another user's run, which cannot be locked
         if state["state"] == RUNNING and not cell.directory.in_use():
             return "stopped"
     return state["state"]
-
-
-def _with_choices_of(stored: RunConfig, config: RunConfig) -> RunConfig:
-    """The config with what `auto` stood for when the run began."""
-    runtime = config.runtime
-    taken = {
-        key: getattr(stored.runtime, key) for key in ("device", "precision", "lanes") if getattr(runtime, key) == "auto"
-    }
-    return with_values(config, "runtime", **taken)

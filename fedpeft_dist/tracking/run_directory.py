@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import dump_config, load_config, result_keys
+from fedpeft_dist.config.load import dump_config, load_config, result_keys, with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import remove_temporaries, write_atomically, write_text
 from fedpeft_dist.runtime.interrupts import StopRequest
@@ -102,14 +102,15 @@ class RunDirectory:
     def read_state(self) -> dict[str, Any] | None:
         """`state` (running, interrupted, complete or failed), the `next_round`, and the `launch` that wrote it.
 
-        A run that failed may also tell its `error`.
+        A run that failed may also tell its `error`, and one whose privacy was spent before its last round its
+        `stopped_at_epsilon`.
 
         None where there is no run.
         """
         return read_json(self.state_file, "state") if self.state_file.exists() else None
 
-    def write_state(self, state: str, next_round: int, launch: str = "", error: str = "") -> None:
-        content = {"state": state, "next_round": next_round, "launch": launch} | ({"error": error} if error else {})
+    def write_state(self, state: str, next_round: int, launch: str = "", **further: Any) -> None:
+        content = {"state": state, "next_round": next_round, "launch": launch, **further}
         write_text(self.state_file, json.dumps(content) + "\n")
 
     def stored_config(self) -> RunConfig | None:
@@ -238,10 +239,29 @@ def check_same_traces(expected: str, actual: str, path: Path) -> None:
         )
 
 
+def is_complete(state: Mapping[str, Any], config: RunConfig) -> bool:
+    """Whether nothing is left to do for a config in a directory with that state."""
+    if state["state"] != COMPLETE:
+        return False
+    budget = state.get("stopped_at_epsilon")
+    is_spent = budget is not None and budget == getattr(config.privacy, "stop_at_epsilon", None)
+    return is_spent or state.get("next_round", 0) >= config.federation.rounds
+
+
+def with_choices_of(stored: RunConfig, config: RunConfig) -> RunConfig:
+    """The config with what `auto` stood for when the stored one's run began."""
+    for section, keys in (("runtime", ("device", "precision", "lanes")), ("privacy", ("slots",))):
+        theirs, ours = getattr(stored, section), getattr(config, section)
+        taken = {key: getattr(theirs, key, "auto") for key in keys if getattr(ours, key, None) == "auto"}
+        config = with_values(config, section, **taken)
+    return config
+
+
 def check_same_run(stored: RunConfig, config: RunConfig, path: Path) -> None:
     """Refuses to go on with a run under a config that would give another result.
 
-    `federation.rounds` may grow, unless the rounds already run have followed a schedule that depends on it.
+    `federation.rounds` may grow, unless the rounds already run have followed a schedule that depends on it, and with it
+    the privacy budget; `privacy.stop_at_epsilon` may change.
 
     Raises:
         ConfigError: with the keys that differ.
@@ -260,4 +280,7 @@ def differing_keys(stored: RunConfig, config: RunConfig) -> list[str]:
     longer = config.federation.rounds > stored.federation.rounds
     if "federation.rounds" in differing and longer and config.client.schedule.name != "cosine":
         differing.remove("federation.rounds")
-    return differing
+        target = "privacy.epsilon"
+        if target in differing and None not in (old.get(target), new.get(target)) and new[target] > old[target]:
+            differing.remove(target)
+    return [key for key in differing if key != "privacy.stop_at_epsilon"]

@@ -39,16 +39,23 @@ class RunLog:
     Args:
         totals: of the rounds done before, updated in place.
         rounds_done: how many those are.
+        num_rounds: how many there will be.
     """
 
     def __init__(
-        self, config: RunConfig, directory: RunDirectory, runtime: Runtime, totals: dict[str, float], rounds_done: int
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        runtime: Runtime,
+        totals: dict[str, float],
+        rounds_done: int,
+        num_rounds: int,
     ):
         self.config, self.directory, self.runtime, self.totals = config, directory, runtime, totals
         self.rounds_done = rounds_done
         for key in _CLIENTS:  # which a checkpoint lacks that was written when all cohorts were full
             totals.setdefault(key, rounds_done * config.federation.cohort)
-        self.progress = RoundProgress(config.output.name, config.federation.rounds, rounds_done, runtime.is_main)
+        self.progress = RoundProgress(config.output.name, num_rounds, rounds_done, runtime.is_main)
         self.writer: MetricsWriter | None = None
 
     def __enter__(self) -> RunLog:
@@ -134,12 +141,20 @@ class RunLog:
         if self.runtime.is_main:
             self.directory.write_state(INTERRUPTED, self.rounds_done, self.runtime.launch.job)
 
-    def complete(self, vector: torch.Tensor, layout: ParameterLayout, backbone_parameters: int, backbone: str) -> None:
+    def complete(
+        self,
+        vector: torch.Tensor,
+        layout: ParameterLayout,
+        backbone_parameters: int,
+        backbone: str,
+        privacy: Mapping[str, Any] | None,
+    ) -> None:
         """The run is over: its parameters by name, its summary, its state.
 
         Args:
             vector: the global vector, float32 [P].
             backbone: the digest of the backbone it goes with.
+            privacy: what the run has spent, on what guarantee; None where it was not private.
         """
         if not self.runtime.is_main:
             return
@@ -157,7 +172,7 @@ class RunLog:
             "method": config.method.name,
             "trainable_parameters": len(vector),
             "backbone_parameters": backbone_parameters,
-            "rounds": config.federation.rounds,
+            "rounds": self.rounds_done,
             "final_accuracy": totals["final_accuracy"],
             "best_accuracy": totals["best_accuracy"],
             "uplink_bytes_total": sent,
@@ -169,10 +184,12 @@ class RunLog:
             "lanes": config.runtime.lanes,
             "world_size": self.runtime.world_size,
             "weights_sha256": digest,
-            "privacy": None,
+            "privacy": privacy,
         }
         self.directory.write_summary(summary)
-        self.directory.write_state(COMPLETE, self.rounds_done)
+        is_short = self.rounds_done < config.federation.rounds
+        budget = {"stopped_at_epsilon": config.privacy.stop_at_epsilon} if is_short else {}
+        self.directory.write_state(COMPLETE, self.rounds_done, **budget)
 
 
 def vector_bytes(vector: torch.Tensor) -> bytes:

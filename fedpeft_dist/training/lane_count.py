@@ -1,4 +1,4 @@
-"""How many lanes `runtime.lanes: auto` takes: what the shard needs and the memory allows."""
+"""How many lanes `runtime.lanes: auto` takes, and slots for samples: what is needed and the memory allows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ MEMORY_SHARE = 0.7
 """Of the free memory; the rest is for temporaries, fragmentation and the aggregation."""
 STATE_COPIES = 12
 """Float32 matrices [L, W] alive in a step: theta, grad, two moments, and AdamW's temporaries."""
+PRIVATE_STATE_BYTES = 4 * STATE_COPIES + 8 * 8
+"""Per element of [L, W] under sample-level privacy: the above, and what sums and noise take in 64 bits."""
 
 
 def choose_lanes(needed: int, batch_size: int, model: LaneModel, store: DeviceStore, runtime: Runtime) -> int:
@@ -22,6 +24,24 @@ def choose_lanes(needed: int, batch_size: int, model: LaneModel, store: DeviceSt
         return 1
     bytes_per_lane = measure_activations(batch_size, model, store, runtime) + STATE_COPIES * 4 * model.layout.width
     return max(1, min(needed, int(MEMORY_SHARE * _free_memory(runtime)) // bytes_per_lane))
+
+
+def choose_slots(num_lanes: int, batch_size: int, model: LaneModel, store: DeviceStore, runtime: Runtime) -> int:
+    """Between 1 and `num_lanes` batches of slots for samples that each have a gradient of their own.
+
+    The lanes' own matrices come first; a slot takes its parameters, its gradient and what one sample's forward pass
+    keeps for its backward pass, measured.
+    """
+    width = model.layout.width
+    room = int(MEMORY_SHARE * _free_memory(runtime)) - PRIVATE_STATE_BYTES * num_lanes * width
+    bytes_per_slot = measure_activations(1, model, store, runtime) + 2 * 4 * width
+    return max(1, min(num_lanes * batch_size, room // bytes_per_slot))
+
+
+def choose_private_lanes(needed: int, model: LaneModel, runtime: Runtime) -> int:
+    """Between 1 and `needed` lanes under sample-level privacy, whose matrices may take half of the room."""
+    room = int(MEMORY_SHARE / 2 * _free_memory(runtime))
+    return max(1, min(needed, room // (PRIVATE_STATE_BYTES * model.layout.width)))
 
 
 def measure_activations(batch_size: int, model: LaneModel, store: DeviceStore, runtime: Runtime) -> int:

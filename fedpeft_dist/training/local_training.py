@@ -18,8 +18,12 @@ from fedpeft_dist.lanes.optimizers import add_proximal, clip_rows, make_lane_opt
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.lanes.random import fold_in
 from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.privacy.mechanisms import keyed_normal
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.lane_schedule import ClientTask, Tick, schedule_lanes
+
+_NOISE = 0x6E6F697365
+"""Tells the keys of a step's noise from those of its samples."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class LocalTrainer:
         num_lanes: L.
         dtype: of the parameter matrix; float32 in a run.
         compile_model: runs the model through torch.compile.
+        gradient_noise: standard deviation of Gaussian noise on every gradient: no privacy, see `paper_noise`.
     """
 
     def __init__(
@@ -57,8 +62,10 @@ class LocalTrainer:
         num_lanes: int,
         dtype: torch.dtype = torch.float32,
         compile_model: bool = False,
+        gradient_noise: float = 0.0,
     ):
         self.model, self.store, self.config, self.runtime, self.seed = model, store, config, runtime, seed
+        self.gradient_noise = gradient_noise
         self.parameters = LaneParameters(model.layout, num_lanes, runtime.device, dtype)
         self.optimizer = make_lane_optimizer(config.optimizer, self.parameters.theta)
         self.loss_scale = LaneLossScale(num_lanes, runtime.device) if runtime.precision == "fp16" else None
@@ -83,7 +90,7 @@ class LocalTrainer:
         self.model.bind(self.parameters)
         start = self.model.layout.pad(global_vector.to(self.parameters.theta.dtype))
         num_lanes, batch_size = self.parameters.num_lanes, self.config.batch_size
-        for tick, upcoming in _with_next(schedule_lanes(tasks, num_lanes, batch_size, self.seed, round_number)):
+        for tick, upcoming in with_next(schedule_lanes(tasks, num_lanes, batch_size, self.seed, round_number)):
             if is_dropped():
                 return
             for lane, _ in tick.starting:
@@ -125,6 +132,9 @@ class LocalTrainer:
             add_proximal(grad, self.parameters.theta, start, self.config.proximal)
         if self.config.clip_norm is not None:
             clip_rows(grad, self.config.clip_norm)
+        if self.gradient_noise:
+            noise_keys = send(fold_in(tick.lane_keys, _NOISE), device)
+            grad.add_(keyed_normal(noise_keys, grad.shape[1]).to(grad.dtype), alpha=self.gradient_noise)
         self.optimizer.step(self.parameters.theta, grad, active, self.config.optimizer.lr * lr_factor)
         # The loss of a step that overflowed in fp16 may not be finite, and the step was not taken: it counts as 0.
         self.loss_sums += torch.where(active.squeeze(1), losses.detach(), 0.0).float()
@@ -137,7 +147,7 @@ class LocalTrainer:
         return self.parameters.theta.dtype
 
 
-def _with_next(ticks: Iterator[Tick]) -> Iterator[tuple[Tick, Tick | None]]:
+def with_next(ticks: Iterator[Tick]) -> Iterator[tuple[Tick, Tick | None]]:
     """Each tick with the one after it; None after the last."""
     current = next(ticks, None)
     while current is not None:

@@ -205,7 +205,7 @@ def test_one_full_batch_step_of_everyone_is_one_centralised_step(method):
     aggregator = Aggregator(len(vector), sum(sizes), make_runtime())
     for client in (3, 1, 4, 0, 2):
         aggregator.add(updates[client])
-    total = aggregator.reduce()
+    total = aggregator.reduce(0)
     assert (total.num_rejected, total.num_samples) == (0, sum(sizes))
     assert total.train_loss == pytest.approx(step.loss, rel=1e-6)
     server = make_server_optimizer(ServerSgdConfig(name="sgd", lr=1.0), len(vector), CPU)

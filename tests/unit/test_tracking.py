@@ -62,7 +62,7 @@ def test_a_run_leaves_its_partition_for_reports(tmp_path: Path) -> None:
         RunDirectory(tmp_path / "run"),
     )
     with process.start(config.runtime) as runtime:
-        with RunLog(config, directory, runtime, dict(NO_TOTALS), 0) as log:
+        with RunLog(config, directory, runtime, dict(NO_TOTALS), 0, config.federation.rounds) as log:
             log.write_setting(counts, 1_000_000, [f"class {number}" for number in range(100)])
     found = json.loads(directory.partition_file.read_text())
     assert found["counts"] == counts.tolist()

@@ -1,0 +1,67 @@
+"""What a run may say of its privacy, in one place for log, summary and report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedpeft_dist.config.schema import PaperNoise, PrivacyConfig, SamplePrivacy, UserPrivacy
+
+OUTSIDE = ("train_loss", "rejected", "accuracy")
+"""Metrics that are computed from the data without noise: for the experimenter, not to be published with the model."""
+
+
+def guarantee(privacy: PrivacyConfig) -> str:
+    """What is protected from whom; `none` where nothing is."""
+    if isinstance(privacy, SamplePrivacy):
+        return (
+            "any one training sample of a client, set to zero, against the server and whoever sees what clients send; "
+            "clients' sizes, the schedule and the partition are public"
+        )
+    if isinstance(privacy, UserPrivacy):
+        neighbours = "replaced" if privacy.sampling == "without_replacement" else "added or removed"
+        return f"any one client, {neighbours}, against whoever sees the global parameters; the server is trusted"
+    return "none"
+
+
+def summarize(privacy: PrivacyConfig, figures: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A summary's `privacy`.
+
+    Args:
+        figures: the accountant's; None where there is none.
+    """
+    if privacy.name == "none":
+        return None
+    if isinstance(privacy, PaperNoise):
+        figures = {
+            "name": privacy.name,
+            "epsilon": None,
+            "dp_delta": None,
+            "noise_std": privacy.standard_deviation,
+            "clip_norm": None,
+        }
+    return {**figures, "guarantee": guarantee(privacy), "outside": list(OUTSIDE)}
+
+
+def describe(privacy: PrivacyConfig, figures: dict[str, Any] | None, warning: str | None = None) -> list[str]:
+    """Lines for a run's log, before its first round.
+
+    Args:
+        warning: the plan's.
+    """
+    if privacy.name == "none":
+        return []
+    if isinstance(privacy, PaperNoise):
+        return [
+            f"privacy: paper_noise adds noise of standard deviation {privacy.standard_deviation:.4g} to every gradient "
+            "and clips nothing: it carries no guarantee"
+        ]
+    lines = [
+        f"privacy: epsilon {figures['epsilon']:.4g} at delta {figures['dp_delta']:g} at the end of the run, by "
+        f"{figures['accountant']}; protects {guarantee(privacy)}",
+        f"privacy: {', '.join(OUTSIDE)} are outside the guarantee",
+    ]
+    if warning is not None:
+        lines.append(f"warning: {warning}")
+    if privacy.secure_noise:
+        lines.append("privacy: secure_noise draws from the operating system, so this run cannot be repeated")
+    return lines
