@@ -124,19 +124,53 @@
   const tidy = (value) =>
     value >= 1e4 ? value.toLocaleString("en", { notation: "compact" }) : String(Number(value.toPrecision(3)));
 
-  const chartOf = (holder, key, logarithmic, unit) => {
+  // An empty picture in its holder: the box inside its margins, and what draws in it.
+  const pictureIn = (holder, description) => {
+    const [width, height] = [holder.clientWidth, holder.clientHeight];
     const tip = make("div", { class: "tip", hidden: "" });
+    const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": description });
+    holder.replaceChildren(svg, tip);
+    const box = { left: 44, right: width - 14, top: 12, bottom: height - 28 };
+    const label = (x, y, anchor, text) => {
+      const element = draw("text", { x, y, "text-anchor": anchor });
+      element.textContent = text;
+      svg.append(element);
+    };
+    const accuracies = (lowest, highest) => {
+      let [floor, ceiling] = [Math.max(0, Math.floor(lowest * 20) / 20), Math.min(1, Math.ceil(highest * 20) / 20)];
+      if (floor >= ceiling) [floor, ceiling] = [Math.max(0, ceiling - 0.05), Math.max(ceiling, 0.05)];
+      const up = (y) => {
+        const inside = Math.min(Math.max(y, floor), ceiling);
+        return box.bottom - ((inside - floor) / (ceiling - floor)) * (box.bottom - box.top);
+      };
+      for (const tick of steps(floor, ceiling, 7)) {
+        svg.append(draw("line", { class: "grid", x1: box.left, x2: box.right, y1: up(tick), y2: up(tick) }));
+        label(box.left - 6, up(tick) + 4, "end", tick.toFixed(2));
+      }
+      return up;
+    };
+    const upright = (x, text) => {
+      svg.append(draw("line", { class: "grid", x1: x, x2: x, y1: box.top, y2: box.bottom }));
+      label(Math.min(x, box.right - 8), box.bottom + 18, "middle", text);
+    };
+    const tell = (x, y, text) => {
+      tip.textContent = text;
+      tip.hidden = false;
+      const [w, h] = [tip.offsetWidth, tip.offsetHeight];
+      tip.style.left = `${Math.max(4, Math.min(x - w / 2, width - w - 4))}px`;
+      tip.style.top = `${y - h - 10 > 0 ? y - h - 10 : y + 14}px`;
+    };
+    return { width, svg, tip, box, label, accuracies, upright, tell };
+  };
+
+  const chartOf = (holder, key, logarithmic, unit) => {
     const chart = { points: [] };
 
     chart.draw = () => {
-      const [width, height] = [holder.clientWidth, holder.clientHeight];
-      const box = { left: 44, right: width - 14, top: 12, bottom: height - 28 };
       const lines = shown.filter((one) => one[key].length);
-      const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-      svg.setAttribute("aria-label", `Accuracy against ${unit}: ${lines.length} lines; the table has the numbers`);
-      holder.replaceChildren(svg, tip);
-      tip.hidden = true;
-      chart.points = [];
+      const description = `Accuracy against ${unit}: ${lines.length} lines; the table has the numbers`;
+      const { width, svg, tip, box, accuracies, upright, tell } = pictureIn(holder, description);
+      Object.assign(chart, { points: [], tip, tell });
       if (!lines.length || width < 80) return;
       const xs = lines.flatMap((one) => [one[key][0], one[key].at(-1)]);
       const scale = logarithmic ? Math.log10 : (value) => value;
@@ -150,26 +184,10 @@
           ceiling = Math.max(ceiling, mean + spread);
         });
       }
-      floor = Math.max(0, Math.floor(floor * 20) / 20);
-      ceiling = Math.min(1, Math.ceil(ceiling * 20) / 20);
-      if (floor >= ceiling) [floor, ceiling] = [Math.max(0, ceiling - 0.05), Math.max(ceiling, 0.05)];
+      const up = accuracies(floor, ceiling);
       const across = (x) => box.left + ((scale(x) - scale(low)) / (scale(high) - scale(low))) * (box.right - box.left);
-      const up = (y) => {
-        const inside = Math.min(Math.max(y, floor), ceiling);
-        return box.bottom - ((inside - floor) / (ceiling - floor)) * (box.bottom - box.top);
-      };
-      const label = (x, y, anchor, text) => {
-        const element = draw("text", { x, y, "text-anchor": anchor });
-        element.textContent = text;
-        svg.append(element);
-      };
-      for (const tick of steps(floor, ceiling, 7)) {
-        svg.append(draw("line", { class: "grid", x1: box.left, x2: box.right, y1: up(tick), y2: up(tick) }));
-        label(box.left - 6, up(tick) + 4, "end", tick.toFixed(2));
-      }
       for (const tick of (logarithmic ? powers : steps)(low, high, Math.floor(width / 70), key === "round" ? 1 : 0)) {
-        svg.append(draw("line", { class: "grid", x1: across(tick), x2: across(tick), y1: box.top, y2: box.bottom }));
-        label(Math.min(across(tick), box.right - 8), box.bottom + 18, "middle", tidy(tick));
+        upright(across(tick), tidy(tick));
       }
       const path = (points) => points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
       for (const one of [...lines].sort((a, b) => a.bright - b.bright)) {
@@ -197,7 +215,7 @@
     chart.unpoint = () => {
       if (hovered) hovered.style.strokeWidth = hovered.dataset.width;
       hovered = null;
-      tip.hidden = true;
+      chart.tip.hidden = true;
     };
     chart.point = (event, svg) => {
       const frame = svg.getBoundingClientRect();
@@ -219,11 +237,7 @@
       const spread = one.seeds > 1 ? ` ± ${one.std[n].toFixed(4)}` : "";
       const hours = one.hours.length ? `, ${tidy(one.hours[n])} simulated hours` : "";
       const place = `round ${one.round[n]}, ${tidy(one.mib[n])} MiB${hours}`;
-      tip.textContent = `${one.label}: ${one.mean[n].toFixed(4)}${spread}, ${place}`;
-      tip.hidden = false;
-      const [w, h] = [tip.offsetWidth, tip.offsetHeight];
-      tip.style.left = `${Math.max(4, Math.min(best.px - w / 2, frame.width - w - 4))}px`;
-      tip.style.top = `${best.py - h - 10 > 0 ? best.py - h - 10 : best.py + 14}px`;
+      chart.tell(best.px, best.py, `${one.label}: ${one.mean[n].toFixed(4)}${spread}, ${place}`);
     };
     return chart;
   };
@@ -235,6 +249,121 @@
     byId("hours").hidden = false;
     charts.push(chartOf(byId("chart-hours"), "hours", false, "simulated hours"));
   }
+
+  // --- accuracy against epsilon ------------------------------------------------------------------------------------
+
+  const DASHES = ["", "7 4", "2 3"]; // by mechanism: epsilons of different mechanisms protect different things
+  const dot = (cx, cy, paint, place) => {
+    const circle = draw("circle", { cx, cy, r: 3.5 });
+    circle.style.stroke = paint;
+    circle.style.fill = place ? "var(--panel)" : paint;
+    return circle;
+  };
+  const epsilonChart = (holder, one, mechanisms) => {
+    const everything = one.lines.flatMap((line) => [
+      ...Object.values(line.guaranteed).flat(),
+      ...line.public,
+      ...line.unguaranteed,
+    ]);
+    const epsilons = one.lines.flatMap((line) => Object.values(line.guaranteed).flat()).map(([epsilon]) => epsilon);
+    const [low, high] = [Math.min(...epsilons) / 1.3, Math.max(...epsilons) * 1.3];
+    const drawn = () => {
+      const { width, svg, tip, box, label, accuracies, upright, tell } = pictureIn(
+        holder,
+        `${one.title}: ${one.lines.length} methods; the table has the numbers`,
+      );
+      if (width < 160) return;
+      // What has no guarantee has no place on the axis: it stands in a field of its own.
+      const beside = one.lines.some((line) => line.unguaranteed.length) ? Math.min(110, width / 4) : 0;
+      const edge = box.right - beside;
+      if (beside) {
+        const size = { x: edge, y: box.top, width: beside, height: box.bottom - box.top };
+        svg.append(draw("rect", { class: "beside", ...size }));
+        label(edge + beside / 2, box.bottom + 18, "middle", "no guarantee");
+      }
+      const up = accuracies(
+        Math.min(...everything.map(([, mean, std]) => mean - std)) - 0.03,
+        Math.max(...everything.map(([, mean, std]) => mean + std)),
+      );
+      const across = (x) => box.left + (Math.log(x / low) / Math.log(high / low)) * (edge - box.left);
+      const ticks = new Map(epsilons.map((epsilon) => [tidy(epsilon), epsilon]));
+      let taken = -Infinity;
+      for (const [text, tick] of [...ticks].sort((a, b) => a[1] - b[1])) {
+        if (across(tick) < taken + 30) continue;
+        taken = across(tick);
+        upright(taken, text);
+      }
+      const marks = [];
+      const mark = (x, [epsilon, mean, std, name], paint, place) => {
+        const [y, top, below] = [up(mean), up(mean + std), up(mean - std)];
+        const shape =
+          epsilon === null ? draw("path", { d: `M${x - 4},${y - 4}l8,8m0,-8l-8,8` }) : dot(x, y, paint, place);
+        shape.style.stroke = paint;
+        shape.style.strokeWidth = 2;
+        const bar = draw("line", { x1: x, x2: x, y1: top, y2: below });
+        bar.style.stroke = paint;
+        svg.append(bar, shape);
+        const spread = std ? ` ± ${std.toFixed(4)}` : "";
+        const spent = epsilon === null ? "no guarantee" : `epsilon ${tidy(epsilon)}`;
+        marks.push({ x, y, text: `${name}: ${mean.toFixed(4)}${spread}, ${spent}` });
+      };
+      one.lines.forEach((line, number) => {
+        const paint = colour(number);
+        for (const [, mean, , name] of line.public) {
+          const dotted = draw("line", { class: "public", x1: box.left, x2: edge, y1: up(mean), y2: up(mean) });
+          dotted.style.stroke = paint;
+          svg.append(dotted);
+          marks.push({ x: edge, y: up(mean), text: `${name}: ${mean.toFixed(4)}` });
+        }
+        for (const [mechanism, points] of Object.entries(line.guaranteed)) {
+          const place = mechanisms.indexOf(mechanism);
+          const path = points.map(([x, mean]) => `${across(x).toFixed(1)},${up(mean).toFixed(1)}`).join(" ");
+          const joined = draw("polyline", { points: path, fill: "none" });
+          joined.style.stroke = paint;
+          joined.style.strokeWidth = 1.8;
+          joined.style.strokeDasharray = DASHES[place % DASHES.length];
+          svg.append(joined);
+          for (const point of points) mark(across(point[0]), point, paint, place);
+        }
+        const place = edge + (beside * (number + 1)) / (one.lines.length + 1);
+        for (const point of line.unguaranteed) mark(place, point, paint);
+      });
+      svg.addEventListener("pointermove", (event) => {
+        const frame = svg.getBoundingClientRect();
+        const distance = ({ x, y }) => (x - event.clientX + frame.left) ** 2 + (y - event.clientY + frame.top) ** 2;
+        const nearest = marks.reduce((a, b) => (distance(a) <= distance(b) ? a : b));
+        if (distance(nearest) < 30 ** 2) tell(nearest.x, nearest.y, nearest.text);
+        else tip.hidden = true;
+      });
+      svg.addEventListener("pointerleave", () => (tip.hidden = true));
+    };
+    return { draw: drawn };
+  };
+  const keyOf = (paint, dash, text, ...marks) => {
+    const item = make("li");
+    const swatch = draw("svg", { width: 24, height: 10, "aria-hidden": "true" });
+    const stroke = draw("line", { x1: 0, x2: 24, y1: 5, y2: 5, "stroke-dasharray": dash });
+    stroke.style.stroke = paint;
+    stroke.style.strokeWidth = 2.5;
+    swatch.append(stroke, ...marks);
+    item.append(swatch, text);
+    return item;
+  };
+  for (const one of data.epsilon) {
+    const mechanisms = [...new Set(one.lines.flatMap((line) => Object.keys(line.guaranteed)))].sort();
+    const [figure, holder, legend] = [make("figure"), make("div", { class: "chart" }), make("ul", { class: "keys" })];
+    legend.append(
+      ...one.lines.map((line, number) => keyOf(colour(number), "", line.label)),
+      ...mechanisms.map((name, place) => {
+        return keyOf("var(--soft)", DASHES[place % DASHES.length], name, dot(12, 5, "var(--soft)", place));
+      }),
+      keyOf("var(--soft)", "1 4", "no privacy"),
+    );
+    figure.append(make("figcaption", {}, one.title), holder, legend);
+    byId("epsilon").append(figure);
+    charts.push(epsilonChart(holder, one, mechanisms));
+  }
+  byId("privacy").hidden = !byId("privacy").querySelector("table");
 
   byId("filter").addEventListener("input", update);
   showUnfinished.addEventListener("change", update);

@@ -16,9 +16,11 @@ from fedpeft_dist.tracking.cost import BYTES_PER_PARAMETER, MIB
 from fedpeft_dist.tracking.report_formats import csv_text, escape_markdown, json_table, markdown_table
 from fedpeft_dist.tracking.report_groups import Group, Grouping, group_runs
 from fedpeft_dist.tracking.report_page import write_page
-from fedpeft_dist.tracking.report_plot import plot_accuracy
+from fedpeft_dist.tracking.report_plot import plot_accuracy, plot_epsilon
+from fedpeft_dist.tracking.report_privacy import EpsilonPicture, epsilon_pictures, privacy_table, private_row
 from fedpeft_dist.tracking.report_runs import Run, epsilon_of, read_runs
 from fedpeft_dist.tracking.report_tables import Table, comparison_tables, main_table, run_table, unfinished_table
+from fedpeft_dist.tracking.report_time import time_tables
 from fedpeft_dist.tracking.run_directory import COMPLETE
 
 
@@ -30,6 +32,9 @@ class Report:
     grouping: Grouping
     main: Table
     """One row a group, in the order of the groups."""
+    privacy: Table
+    """Without rows where no run is private."""
+    epsilon_pictures: tuple[EpsilonPicture, ...]
     comparisons: tuple[Table, ...]
     unfinished: Table
 
@@ -45,14 +50,21 @@ def make_report(directory: Path) -> Report:
     """
     runs = read_runs(directory)
     grouping = group_runs(runs)
-    tables = tuple(comparison_tables(grouping))
-    name = directory.absolute().name
-    return Report(name, tuple(runs), grouping, main_table(grouping), tables, unfinished_table(runs))
+    return Report(
+        name=directory.absolute().name,
+        runs=tuple(runs),
+        grouping=grouping,
+        main=main_table(grouping),
+        privacy=privacy_table(grouping),
+        epsilon_pictures=tuple(epsilon_pictures(grouping)),
+        comparisons=(*comparison_tables(grouping), *time_tables(grouping)),
+        unfinished=unfinished_table(runs),
+    )
 
 
 def printed_tables(report: Report) -> list[Table]:
     """What is worth showing on a terminal: no table without rows."""
-    return [table for table in (report.main, *report.comparisons, report.unfinished) if table.rows]
+    return [table for table in (report.main, report.privacy, *report.comparisons, report.unfinished) if table.rows]
 
 
 def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -86,7 +98,7 @@ def json_report(report: Report) -> dict[str, Any]:
     return {
         "runs": run_rows(report.runs),
         "groups": [_group_row(group, report.grouping) for group in report.grouping.groups],
-        "tables": [json_table(table) for table in (report.main, *report.comparisons) if table.rows],
+        "tables": [json_table(table) for table in (report.main, report.privacy, *report.comparisons) if table.rows],
         "unfinished": unfinished,
     }
 
@@ -97,28 +109,38 @@ def write_report(directory: Path, report: Report) -> list[Path]:
     Raises:
         OSError: they cannot be written there.
     """
-    plot = directory / "accuracy_against_bytes.png"
+    plot, epsilon_plot = directory / "accuracy_against_bytes.png", directory / "accuracy_against_epsilon.png"
     texts = {
-        directory / "report.md": markdown_report(report, plot.name),
+        directory / "report.md": markdown_report(report, plot.name, epsilon_plot.name),
         directory / "report.csv": csv_text(run_table(report.runs, report.grouping)),
         directory / "report_groups.csv": csv_text(report.main),
     }
     page = directory / "report.html"
     write_atomically(plot, lambda path: plot_accuracy(report.grouping, report.unfinished_runs, path))
+    plots = [plot]
+    if report.epsilon_pictures:
+        write_atomically(epsilon_plot, lambda path: plot_epsilon(report.epsilon_pictures, path))
+        plots.append(epsilon_plot)
     for path, text in texts.items():
         write_text(path, text)
     write_page(page, report)
-    return [*texts, plot, page]
+    return [*texts, *plots, page]
 
 
-def markdown_report(report: Report, plot: str) -> str:
+def markdown_report(report: Report, plot: str, epsilon_plot: str = "") -> str:
+    """
+    Args:
+        plot: where the pictures are, as seen from the text.
+    """
     parts = [f"# Runs below {escape_markdown(report.name)}\n"]
     if report.main.rows:
         parts.append(markdown_table(report.main))
     parts.append(f"![Accuracy against bytes]({plot})\n")
-    for table in (*report.comparisons, report.unfinished):
+    for table in (report.privacy, *report.comparisons, report.unfinished):
         if table.rows:
             parts.append(f"## {escape_markdown(table.title)}\n\n{markdown_table(table)}")
+        if table is report.privacy and report.epsilon_pictures:
+            parts.append(f"![Accuracy against epsilon]({epsilon_plot})\n")
     return "\n".join(parts)
 
 
@@ -138,6 +160,7 @@ def _group_row(group: Group, grouping: Grouping) -> dict[str, Any]:
         "share_of_full": group.share_of_full,
         "simulated_hours": group.simulated_hours,
         "epsilon": group.epsilon,
+        "privacy": private_row(group),
         "final_accuracy": {"mean": final.mean, "std": final.std},
         "best_accuracy": {"mean": best.mean, "std": best.std},
     }

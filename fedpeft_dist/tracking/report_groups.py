@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedpeft_dist.tracking.cost import BYTES_PER_PARAMETER, MIB
 from fedpeft_dist.tracking.report_labels import COHORT, SPEAKING, AxisValue, Keys, find_axes, short_names
-from fedpeft_dist.tracking.report_runs import Point, Run, epsilon_of, is_number
+from fedpeft_dist.tracking.report_runs import Point, Run, epsilon_of, is_number, privacy_of
 
-ROUNDING_KEYS = ("runtime.device", "runtime.lanes", "runtime.threads", "runtime.evaluate_batch")
+ROUNDING_KEYS = ("runtime.device", "runtime.lanes", "runtime.threads", "runtime.evaluate_batch", "privacy.slots")
 """They follow the machine and move a result by rounding alone: runs may be averaged over them."""
 
 
@@ -83,8 +83,13 @@ class Group:
         return self.parameters / self.runs[0].summary["backbone_parameters"]
 
     @property
-    def is_private(self) -> bool:
-        return any(run.summary.get("privacy") is not None for run in self.runs)
+    def mechanism(self) -> str:
+        return self.keys["privacy.name"]
+
+    @property
+    def privacy(self) -> list[Mapping[str, Any]]:
+        """What its runs say of their privacy; empty for runs without."""
+        return [found for run in self.runs if (found := privacy_of(run.summary)) is not None]
 
     @property
     def epsilon(self) -> float | None:

@@ -22,12 +22,18 @@ DATA_SET, BACKBONE, POPULATION, PARTITION, PRIVACY = "data set", "backbone", "cl
 PARTICIPATION = "participation"
 MAX_TRAIN, NUM_CLIENTS, COHORT = "data.max_train", "data.clients", "federation.cohort"
 CHECKPOINT = "backbone.checkpoint"
+NO_GUARANTEE = "paper_noise"
+"""The one mechanism that is no differential privacy."""
 PARTITION_KIND = "kind of partition"
 """Its name without its alpha; with NUM_CLIENTS and COHORT a coarser axis, for the communication table."""
 SPEAKING = (DATA_SET, BACKBONE, POPULATION, NUM_CLIENTS, PARTICIPATION, PARTITION, PARTITION_KIND)
 """Axes whose labels say by themselves what they are."""
-_BARE_KEYS = {DATA_SET: ("data.path", "data.subset"), PARTITION: ("data.partition.alpha",)}
-"""Their values follow the name at once: `dirichlet 0.1`."""
+_BARE_KEYS = {
+    DATA_SET: ("data.path", "data.subset"),
+    PARTITION: ("data.partition.alpha",),
+    PRIVACY: ("privacy.epsilon",),
+}
+"""Their values are always told, right after the name: `dirichlet 0.1`."""
 _METHOD_DEFAULTS = {
     get_args(method.model_fields["name"].annotation)[0]: {
         f"method.{key}": plain(field.default) for key, field in method.model_fields.items()
@@ -80,8 +86,8 @@ def find_axes(groups: Sequence[Keys], populations: Sequence[int | None]) -> Axes
         BACKBONE: ["backbone.name", CHECKPOINT, "backbone.model_args"],
         MAX_TRAIN: [MAX_TRAIN],
         POPULATION: [NUM_CLIENTS, COHORT],
-        PARTICIPATION: _participation_keys(keys),
         PRIVACY: ["privacy.name", *(key for key in keys if key.startswith("privacy.") and key != "privacy.name")],
+        PARTICIPATION: _participation_keys(keys),
         PARTITION: _partition_keys(keys),
     }
     covered = {key for found in composite.values() for key in found} | set(method_keys)
@@ -183,6 +189,8 @@ def _composite_label(axis: str, found: Sequence[str], keys: Keys, population: in
         return "all" if keys.get(axis) is None else show(keys[axis])
     if axis == PARTICIPATION:
         return _participation(keys, shown)
+    if axis == PRIVACY:
+        return _privacy(keys, shown)
     return _choice(keys, found[0], shown, _BARE_KEYS.get(axis, ()))
 
 
@@ -194,6 +202,18 @@ def _participation(keys: Keys, shown: Sequence[str]) -> str:
             words = key.removeprefix(_PARTICIPATION).removesuffix(".name").replace(".", " ").replace("_", " ")
             told.append(f"{words} {show(keys[key])}")
     name = show(keys.get(f"{_PARTICIPATION}name", _ABSENT))
+    return f"{name} ({', '.join(told)})" if told else name
+
+
+def _privacy(keys: Keys, shown: Sequence[str]) -> str:
+    """`sample (epsilon 5)`; what carries no guarantee says so, and that its epsilon is but a number."""
+    name = show(keys.get("privacy.name", _ABSENT))
+    told = [f"{key.removeprefix('privacy.')} {show(keys[key])}" for key in shown if keys.get(key) is not None]
+    epsilon = keys.get("privacy.epsilon")
+    if name == NO_GUARANTEE:
+        told = ["no guarantee", f"nominal epsilon {show(epsilon)}", *told]
+    elif epsilon is not None:
+        told = [f"epsilon {show(epsilon)}", *told]
     return f"{name} ({', '.join(told)})" if told else name
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft_dist.runtime.files import write_text
-from fedpeft_dist.tracking.report_groups import Grouping
+from fedpeft_dist.tracking.report_groups import Group, Grouping
 from fedpeft_dist.tracking.report_labels import show
+from fedpeft_dist.tracking.report_privacy import EpsilonPicture
 from fedpeft_dist.tracking.report_runs import Point, Run
 from fedpeft_dist.tracking.report_tables import Cell, Table
 
@@ -35,6 +36,7 @@ def write_page(path: Path, report: Report) -> None:
     pictures, left_out = partition_pictures(report.runs)
     data = {
         "series": [*group_series(report.grouping), *run_series(report.unfinished_runs)],
+        "epsilon": [epsilon_data(picture) for picture in report.epsilon_pictures],
         "partitions": pictures,
     }
     slots = {
@@ -45,6 +47,7 @@ def write_page(path: Path, report: Report) -> None:
         "data": script_json(data),
         "none_yet": "" if report.main.rows else "No run is complete yet.",
         "groups": html_table(report.main, "groups", selectable=[group.label for group in report.grouping.groups]),
+        "privacy": html_table(report.privacy) if report.privacy.rows else "",
         "comparisons": "\n".join(_section(table) for table in report.comparisons),
         "left_out": f"{left_out} more partitions are not shown." if left_out else "",
         "unfinished": _section(report.unfinished) if report.unfinished.rows else "",
@@ -117,6 +120,29 @@ def run_series(runs: Iterable[Run]) -> Iterable[dict[str, Any]]:
                 "mean": [_digits(point.accuracy) for point in curve],
                 "std": [0] * len(curve),
             }
+
+
+def epsilon_data(picture: EpsilonPicture) -> dict[str, Any]:
+    """A picture's points by line: [epsilon, mean, std, label], without an epsilon where there is no guarantee."""
+
+    def points(groups: Iterable[Group]) -> list[list[Any]]:
+        return [
+            [group.epsilon and _digits(group.epsilon), group.accuracy.mean, group.accuracy.std or 0.0, group.label]
+            for group in groups
+        ]
+
+    return {
+        "title": picture.title,
+        "lines": [
+            {
+                "label": line.label,
+                "guaranteed": {mechanism: points(groups) for mechanism, groups in line.guaranteed.items()},
+                "public": points(line.public),
+                "unguaranteed": points(line.unguaranteed),
+            }
+            for line in picture.lines
+        ],
+    }
 
 
 def partition_pictures(runs: Iterable[Run]) -> tuple[list[dict[str, Any]], int]:

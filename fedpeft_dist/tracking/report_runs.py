@@ -183,8 +183,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def privacy_of(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a run says of its privacy; None for a run without."""
+    privacy = summary.get("privacy")
+    return privacy if isinstance(privacy, Mapping) else None
+
+
 def epsilon_of(summary: Mapping[str, Any]) -> float | None:
     """The privacy that a run was accounted for, where it was private."""
-    privacy = summary.get("privacy")
-    epsilon = privacy.get("epsilon") if isinstance(privacy, Mapping) else None
+    epsilon = (privacy_of(summary) or {}).get("epsilon")
     return float(epsilon) if is_number(epsilon) else None

@@ -6,7 +6,7 @@ where it is a setting (a partition, a population), and lengthens the row's label
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from fedpeft_dist.tracking.report_labels import (
     SPEAKING,
     short_names,
 )
-from fedpeft_dist.tracking.report_runs import Run, epsilon_of
+from fedpeft_dist.tracking.report_runs import Run, epsilon_of, privacy_of
 from fedpeft_dist.tracking.run_directory import COMPLETE
 
 TITLES = {
@@ -78,7 +78,7 @@ def main_table(grouping: Grouping) -> Table:
     groups = grouping.groups
     varying = grouping.varying()
     names = short_names(varying)
-    private = any(group.is_private for group in groups)
+    private = any(group.privacy for group in groups)
     timed = any(group.simulated_hours is not None for group in groups)
     columns = [Column("method", is_text=True)]
     telling = grouping.distinguishing
@@ -91,7 +91,7 @@ def main_table(grouping: Grouping) -> Table:
     rows = []
     for group in groups:
         row = [Cell(group.method, group.method)]
-        row += [_label_cell(group, axis) for axis in varying]
+        row += [label_cell(group, axis) for axis in varying]
         row += [
             Cell(f"{group.parameters:,}", group.parameters),
             Cell(f"{group.cohort:,}", group.cohort),
@@ -100,10 +100,10 @@ def main_table(grouping: Grouping) -> Table:
             Cell(f"{group.mib_total:,.2f}", group.mib_total),
             Cell(f"{group.share_of_full:.2%}", group.share_of_full),
         ]
-        row += [_hours_cell(group)] * timed + [_epsilon_cell(group)] * private
+        row += [hours_cell(group)] * timed + [epsilon_cell(group)] * private
         row += [accuracy_cell(group), Cell(str(group.accuracy.seeds), group.accuracy.seeds)]
         rows.append(tuple(row))
-    along = _varying_along(grouping, groups, grouping.distinguishing)
+    along = varying_along(grouping, groups, grouping.distinguishing)
     return Table("groups", "All groups", tuple(columns), tuple(rows), along)
 
 
@@ -138,9 +138,12 @@ def run_table(runs: Sequence[Run], grouping: Grouping) -> Table:
         summary = run.summary or {}
         values = [run.name, run.state, labels.get(run.name), *(run.keys.get(key) for key in columns[3:])]
         values += [run.seed, run.rounds_done, *(summary.get(key) for key in from_summary)]
-        values += [epsilon_of(summary), run.problem]
+        privacy = privacy_of(summary) or {}
+        values += [epsilon_of(summary), *(privacy.get(key) for key in ("dp_delta", "noise_multiplier", "guarantee"))]
+        values += [", ".join(privacy.get("outside") or ()), run.problem]
         rows.append(tuple(Cell("" if value is None else str(value), value) for value in values))
-    columns += ["seed", "rounds_done", *from_summary, "epsilon", "problem"]
+    columns += ["seed", "rounds_done", *from_summary]
+    columns += ["epsilon", "dp_delta", "noise_multiplier", "guarantee", "outside_guarantee", "problem"]
     return Table("runs", "All runs", tuple(Column(name) for name in columns), tuple(rows))
 
 
@@ -196,36 +199,52 @@ def communication_tables(grouping: Grouping) -> list[Table]:
             sent = sorted({group.mib_per_round for group in row})
             tuned = f"{_span([millions(p) for p in parameters])} x {row[0].cohort:,}"
             bytes_sent = sent[0] if len(sent) == 1 else [sent[0], sent[-1]]
-            cells = [_row_label(row, options, part), Cell(tuned, tuned)]
+            cells = [row_label(row, options, part), Cell(tuned, tuned)]
             cells.append(Cell(_span([f"{mib:,.2f}" for mib in sent]), bytes_sent))
             rows.append((*cells, *_accuracies(row, [key for key, _ in data_sets], [DATA_SET])))
-        along = _varying_along(grouping, part, (DATA_SET, COHORT, PARTITION, *contexts, *options))
-        title = _title("Communication", grouping, part, {DATA_SET, POPULATION}, extra=[NUM_CLIENTS])
+        along = varying_along(grouping, part, (DATA_SET, COHORT, PARTITION, *contexts, *options))
+        title = title_of("Communication", grouping, part, {DATA_SET, POPULATION}, extra=[NUM_CLIENTS])
         tables.append(Table("communication", title, tuple(columns), tuple(rows), along))
     return tables
+
+
+@dataclass(frozen=True)
+class Part:
+    """Groups of one data set that differ in their method, on one axis, and in nothing else that is asked of them."""
+
+    groups: list[Group]
+    contexts: list[str]
+    """Settings on which its groups agree and other parts differ."""
+    options: list[str]
+    """Axes that tell groups of one method and one value apart."""
+    rows: list[list[Group]]
+    """Groups of one method and the same options, the fewest parameters first; each has a value of its own."""
+
+
+def parts(groups: Sequence[Group], grouping: Grouping, axis: str) -> Iterator[Part]:
+    """What can be compared along an axis."""
+    settings = [setting for setting in grouping.settings if setting not in (DATA_SET, axis)]
+    candidates = [option for option in grouping.options if option != axis]
+    for _, of_data_set in split(groups, [DATA_SET]):
+        contexts = refining(of_data_set, settings, _labels([axis]))
+        for _, part in split(of_data_set, contexts):
+            options = refining(part, candidates, lambda g: (g.method, g.axes[axis].label))
+            yield Part(part, contexts, options, _rows(part, options, lambda group: group.parameters))
 
 
 def pivot_tables(grouping: Grouping, axis: str) -> list[Table]:
     """Methods down, an axis's values across; a table for each data set and each other setting that differs."""
     names = short_names((*grouping.settings, *grouping.options))
-    settings = [setting for setting in grouping.settings if setting not in (DATA_SET, axis)]
     tables = []
-    for _, of_data_set in split(grouping.groups, [DATA_SET]):
-        contexts = refining(of_data_set, settings, _labels([axis]))
-        for _, part in split(of_data_set, contexts):
-            across = [key for key, _ in split(part, [axis])]
-            if len(across) < 2:
-                continue
-            candidates = [option for option in grouping.options if option != axis]
-            options = refining(part, candidates, lambda g: (g.method, g.axes[axis].label))
-            rows = [
-                (_row_label(row, options, part), *_accuracies(row, across, [axis]))
-                for row in _rows(part, options, lambda group: group.parameters)
-            ]
-            columns = [Column("method", True), *(Column(key[0]) for key in across)]
-            title = _title(TITLES.get(axis, f"By {names[axis]}"), grouping, part, {axis})
-            along = _varying_along(grouping, part, (axis, *contexts, *options))
-            tables.append(Table(axis, title, tuple(columns), tuple(rows), along))
+    for part in parts(grouping.groups, grouping, axis):
+        across = [key for key, _ in split(part.groups, [axis])]
+        if len(across) < 2:
+            continue
+        rows = [(row_label(row, part.options, part.groups), *_accuracies(row, across, [axis])) for row in part.rows]
+        columns = [Column("method", True), *(Column(key[0]) for key in across)]
+        title = title_of(TITLES.get(axis, f"By {names[axis]}"), grouping, part.groups, {axis})
+        along = varying_along(grouping, part.groups, (axis, *part.contexts, *part.options))
+        tables.append(Table(axis, title, tuple(columns), tuple(rows), along))
     return tables
 
 
@@ -249,7 +268,7 @@ def _rows(part: Sequence[Group], axes: Sequence[str], size: Callable[[Group], fl
     return sorted(found.values(), key=lambda row: (max(map(size, row)), row[0].method))
 
 
-def _row_label(row: list[Group], options: Sequence[str], part: Sequence[Group]) -> Cell:
+def row_label(row: list[Group], options: Sequence[str], part: Sequence[Group]) -> Cell:
     """The method, with those options that its rows in this table differ in."""
     alike = [group for group in part if group.method == row[0].method]
     names = short_names(options)
@@ -270,24 +289,26 @@ def accuracy_cell(group: Group) -> Cell:
     return Cell(str(found), value)
 
 
-def _label_cell(group: Group, axis: str) -> Cell:
+def label_cell(group: Group, axis: str) -> Cell:
     value = group.axes[axis]
     first = value.order[0] if len(value.order) == 1 else None
     return Cell(value.label, first[1] if first and first[0] == 0 else value.label)
 
 
-def _hours_cell(group: Group) -> Cell:
+def hours_cell(group: Group) -> Cell:
     hours = group.simulated_hours
     return EMPTY if hours is None else Cell(f"{hours:,.4g}", hours)
 
 
-def _epsilon_cell(group: Group) -> Cell:
-    if not group.is_private:
+def epsilon_cell(group: Group) -> Cell:
+    if not group.privacy:
         return EMPTY
-    return Cell("no guarantee") if group.epsilon is None else Cell(f"{group.epsilon:.4g}", group.epsilon)
+    return (
+        Cell("no guarantee", "no guarantee") if group.epsilon is None else Cell(f"{group.epsilon:.4g}", group.epsilon)
+    )
 
 
-def _title(name: str, grouping: Grouping, part: Sequence[Group], without: set[str], extra: Sequence[str] = ()) -> str:
+def title_of(name: str, grouping: Grouping, part: Sequence[Group], without: set[str], extra: Sequence[str] = ()) -> str:
     """The name, and where the table's groups stand on the settings that differ elsewhere."""
     names = short_names(grouping.settings)
     parts = []
@@ -301,7 +322,7 @@ def _title(name: str, grouping: Grouping, part: Sequence[Group], without: set[st
     return f"{name}: {', '.join(parts)}" if parts else name
 
 
-def _varying_along(grouping: Grouping, part: Sequence[Group], axes: Iterable[str]) -> str:
+def varying_along(grouping: Grouping, part: Sequence[Group], axes: Iterable[str]) -> str:
     """What differs between a table's groups and is not told by these axes, by its columns or by its rows."""
     told = {key for axis in axes for key in grouping.told[axis]} | {"backbone.pretrained"}
     values: dict[str, set[str]] = {}

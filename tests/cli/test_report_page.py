@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from fedpeft_dist.tracking.report import make_report, write_report
 from fedpeft_dist.tracking.run_directory import INTERRUPTED
-from tests.report_fixtures import curve, make_run, partition_counts
+from tests.report_fixtures import curve, make_privacy_sweep, make_run, partition_counts
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 
@@ -50,6 +51,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def private_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("private")
+    make_privacy_sweep(folder)
+    write_report(folder, make_report(folder))
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
     chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if not (chromium and driver):
@@ -64,16 +73,30 @@ def browser() -> Iterator[webdriver.Chrome]:
     started.quit()
 
 
-@pytest.fixture(params=[1600, 380])
-def opened(request: pytest.FixtureRequest, browser: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
-    """The page, freshly opened at each width; afterwards nothing has gone wrong and nothing was asked for."""
-    size = {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+@contextmanager
+def opened_at(width: int, browser: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
+    """A page, freshly opened; afterwards nothing has gone wrong and nothing was asked for."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(page.as_uri())
     yield browser
     assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+@pytest.fixture(params=[1600, 380])
+def opened(request: pytest.FixtureRequest, browser: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
+    with opened_at(request.param, browser, page) as found:
+        yield found
+
+
+@pytest.fixture(params=[1600, 380])
+def private(
+    request: pytest.FixtureRequest, browser: webdriver.Chrome, private_page: Path
+) -> Iterator[webdriver.Chrome]:
+    with opened_at(request.param, browser, private_page) as found:
+        yield found
 
 
 def rows(browser: webdriver.Chrome) -> list[WebElement]:
@@ -142,6 +165,52 @@ def test_simulated_hours_have_a_chart_of_the_runs_that_have_them(opened: webdriv
     ticks = [text.text for text in opened.find_elements(By.CSS_SELECTOR, "#chart-hours text")]
     assert "0.1" in ticks
     assert "0.2" in ticks
+
+
+def test_accuracy_stands_against_epsilon_where_there_is_one(private: webdriver.Chrome) -> None:
+    """Two lines of sample and a point of user; noise without a guarantee stands in its own field, off the axis."""
+    (chart,) = private.find_elements(By.CSS_SELECTOR, "#epsilon .chart")
+    points = [len(line.get_attribute("points").split()) for line in chart.find_elements(By.TAG_NAME, "polyline")]
+    assert sorted(points) == [1, 2, 2]
+    assert len(chart.find_elements(By.CSS_SELECTOR, "line.public")) == 2
+    edge = float(chart.find_element(By.CSS_SELECTOR, "rect.beside").get_attribute("x"))
+    crosses = chart.find_elements(By.TAG_NAME, "path")
+    assert len(crosses) == 2
+    assert all(float(cross.get_attribute("d")[1:].split(",")[0]) > edge for cross in crosses)
+    circles = chart.find_elements(By.TAG_NAME, "circle")
+    assert len(circles) == 5
+    assert all(float(circle.get_attribute("cx")) < edge for circle in circles)
+    labels = [text.text for text in chart.find_elements(By.TAG_NAME, "text")]
+    assert {"2", "5", "20", "no guarantee"} <= set(labels)
+    keys = [item.text for item in private.find_elements(By.CSS_SELECTOR, "#epsilon .keys li")]
+    assert keys == ["head", "full", "sample", "user", "no privacy"]
+
+
+def test_a_pointer_reads_an_epsilon(private: webdriver.Chrome) -> None:
+    script = """
+      const svg = document.querySelector("#epsilon svg");
+      const mark = svg.querySelector(arguments[0]).getBoundingClientRect();
+      const place = {clientX: mark.left + mark.width / 2, clientY: mark.top + mark.height / 2};
+      svg.dispatchEvent(new PointerEvent("pointermove", place));
+      return document.querySelector("#epsilon .tip").textContent;
+    """
+    assert private.execute_script(script, "circle") == "head, privacy sample (epsilon 2): 0.4150 ± 0.0071, epsilon 2"
+    noise = "head, privacy paper_noise (no guarantee, nominal epsilon 5): 0.1150 ± 0.0071, no guarantee"
+    assert private.execute_script(script, "path") == noise
+
+
+def test_what_no_guarantee_covers_stands_below_the_privacy_table(private: webdriver.Chrome) -> None:
+    assert "Privacy guarantees" in [
+        text_of(found) for found in private.find_elements(By.CSS_SELECTOR, "#privacy caption")
+    ]
+    note = private.find_element(By.CSS_SELECTOR, "#privacy .note")
+    assert note.is_displayed()
+    assert "Outside every guarantee: train_loss, rejected and accuracy" in note.text
+    assert "paper_noise carries no guarantee" in note.text
+
+
+def test_a_page_without_private_runs_says_nothing_of_privacy(opened: webdriver.Chrome) -> None:
+    assert not opened.find_element(By.ID, "privacy").is_displayed()
 
 
 def test_ticked_groups_are_highlighted(opened: webdriver.Chrome) -> None:

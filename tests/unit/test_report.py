@@ -27,10 +27,10 @@ from fedpeft_dist.tracking.report import Report, json_report, make_report, markd
 from fedpeft_dist.tracking.report_formats import csv_text, rich_tables
 from fedpeft_dist.tracking.report_groups import Statistic, group_runs
 from fedpeft_dist.tracking.report_labels import short_names
-from fedpeft_dist.tracking.report_page import MAX_POINTS, group_series, partition_pictures, script_json
+from fedpeft_dist.tracking.report_page import MAX_POINTS, epsilon_data, group_series, partition_pictures, script_json
 from fedpeft_dist.tracking.report_tables import Table, comparison_tables
 from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RunDirectory
-from tests.report_fixtures import FULL, PARAMETERS, curve, make_run, partition_counts
+from tests.report_fixtures import FULL, PARAMETERS, curve, make_privacy_sweep, make_run, partition_counts, private
 
 MIB, COHORT = 2**20, 4
 DIGITS = {"name": "digits", "clients": 16}
@@ -414,14 +414,169 @@ def test_nothing_to_compare_makes_no_tables(tmp_path: Path) -> None:
     assert make_report(tmp_path).comparisons == ()
 
 
-def test_epsilon_is_shown_where_a_run_was_private(tmp_path: Path) -> None:
-    make_run(tmp_path / "public", tree("head"), curve(0.5))
-    make_run(tmp_path / "private", tree("bias"), curve(0.5), privacy={"epsilon": 5.0, "dp_delta": 1e-3})
-    make_run(tmp_path / "noisy", tree("lora"), curve(0.5), privacy={"epsilon": None, "dp_delta": None})
-    report = make_report(tmp_path)
+# --- privacy -----------------------------------------------------------------------------------------------------
+
+SAID = (
+    "train_loss, rejected and accuracy",
+    "paper_noise carries no guarantee",
+    "sample protects any one training sample",
+)
+
+
+@pytest.fixture
+def privacy_sweep(tmp_path: Path) -> Path:
+    make_privacy_sweep(tmp_path)
+    return tmp_path
+
+
+def test_epsilon_is_shown_where_a_run_was_private(privacy_sweep: Path) -> None:
+    report = make_report(privacy_sweep)
     column = headings(report.main).index("epsilon")
-    assert [row[column] for row in texts(report.main)] == ["", "5", "no guarantee"]
-    assert [row.get("epsilon", "absent") for row in run_rows(report.runs)] == ["absent", 5.0, None]
+    found = {(row[0], row[1]): row[column] for row in texts(report.main)}
+    assert found["head", "none"] == ""
+    assert found["head", "sample (epsilon 5)"] == "4.995"
+    assert found["full", "paper_noise (no guarantee, nominal epsilon 5)"] == "no guarantee"
+    by_run = {row["run"]: row.get("epsilon", "absent") for row in run_rows(report.runs)}
+    assert [by_run[f"full-{cell}-1"] for cell in ("none", "sample2", "noise")] == ["absent", 0.999 * 2.0, None]
+
+
+def test_the_privacy_table_tells_who_is_protected_how_well(privacy_sweep: Path) -> None:
+    table = make_report(privacy_sweep).privacy
+    assert headings(table)[1:] == [
+        "mechanism",
+        "epsilon",
+        "dp_delta",
+        "noise multiplier",
+        "protects",
+        "final accuracy",
+        "seeds",
+    ]
+    assert [row[:6] for row in texts(table) if row[0] == "head"] == [
+        ["head", "none", "", "", "", "nothing (no privacy)"],
+        ["head", "sample", "1.998", "0.001", "0.5-2", "a sample"],
+        ["head", "sample", "4.995", "0.001", "0.2-0.8", "a sample"],
+        ["head", "user", "19.98", "0.001", "0.2", "a client"],
+        ["head", "paper_noise", "no guarantee", "", "", "nothing"],
+    ]
+    assert texts(table)[1][-2:] == ["0.4150 ± 0.0071", "2"]
+    assert all(words in table.note for words in SAID)
+
+
+def test_the_largest_epsilon_of_a_groups_runs_counts_and_its_noise_is_a_range(tmp_path: Path) -> None:
+    for seed, epsilon in ((1, 2.0), (2, 4.0)):
+        config = tree(seed=seed, privacy={"name": "sample", "noise_multiplier": 1.0})
+        make_run(tmp_path / str(seed), config, curve(0.5), privacy=private("sample", epsilon))
+    (row,) = make_report(tmp_path).privacy.rows
+    assert [cell.text for cell in row[1:5]] == ["sample", "3.996", "0.001", "0.25-2"]
+    assert row[4].value == [0.25, 2.0]
+
+
+def test_what_no_guarantee_covers_is_said_in_every_format(privacy_sweep: Path) -> None:
+    report = make_report(privacy_sweep)
+    write_report(privacy_sweep, report)
+    for name in ("report.md", "report.html"):
+        text = (privacy_sweep / name).read_text()
+        assert all(words in text.replace("\n", " ") for words in SAID), name
+    (table,) = [table for table in json_report(report)["tables"] if table["kind"] == "guarantees"]
+    assert all(words in table["note"] for words in SAID)
+    rows = {row["run"]: row for row in csv_rows(privacy_sweep / "report.csv")}
+    guarantees = {name: (row["epsilon"], row["guarantee"]) for name, row in rows.items()}
+    assert guarantees["head-noise-1"] == ("", "none")
+    assert guarantees["head-none-1"] == ("", "")
+    assert guarantees["head-sample5-1"] == (str(0.999 * 5.0), "any one training sample")
+    assert rows["head-sample5-1"]["outside_guarantee"] == "train_loss, rejected, accuracy"
+    groups = csv_rows(privacy_sweep / "report_groups.csv")
+    assert [row["epsilon"] for row in groups if "paper_noise" in row["privacy"]] == ["no guarantee"] * 2
+
+
+def test_json_tells_a_groups_privacy(privacy_sweep: Path) -> None:
+    found = {group["label"]: group["privacy"] for group in json_report(make_report(privacy_sweep))["groups"]}
+    assert found["head, privacy none"] is None
+    noise = found["head, privacy paper_noise (no guarantee, nominal epsilon 5)"]
+    assert (noise["mechanism"], noise["epsilon"], noise["guarantee"]) == ("paper_noise", None, "none")
+    sample = found["head, privacy sample (epsilon 2)"]
+    assert (sample["epsilon"], sample["dp_delta"], sample["noise_multiplier"]) == (0.999 * 2.0, 1e-3, [0.5, 2.0])
+
+
+def test_what_has_no_guarantee_has_no_place_on_the_axis_of_epsilon(privacy_sweep: Path) -> None:
+    (picture,) = make_report(privacy_sweep).epsilon_pictures
+    head, full = picture.lines
+    assert (head.label, full.label) == ("head", "full")
+    on_axis = {name: [group.epsilon for group in groups] for name, groups in head.guaranteed.items()}
+    assert on_axis == {"sample": [0.999 * 2.0, 0.999 * 5.0], "user": [0.999 * 20.0]}
+    assert [group.mechanism for group in head.unguaranteed] == ["paper_noise"]
+    assert [group.accuracy.mean for group in head.public] == [pytest.approx(0.815)]
+    drawn = epsilon_data(picture)["lines"][0]
+    assert [point[0] for point in drawn["guaranteed"]["sample"]] == [1.998, 4.995]
+    assert [point[0] for point in (*drawn["unguaranteed"], *drawn["public"])] == [None, None]
+
+
+def test_the_picture_of_epsilon(privacy_sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines at their epsilons, a horizontal one for no privacy, and noise without a guarantee in the field beside."""
+    drawn, across = [], []
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda self, x, y, *_, marker, **__: drawn.append((self.get_xscale(), marker, list(x)))
+    )
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **_: across.append(y))
+    write_report(privacy_sweep, make_report(privacy_sweep))
+    sample, user = [0.999 * 2.0, 0.999 * 5.0], [0.999 * 20.0]
+    assert [x for _, marker, x in drawn if marker != "x"] == [sample, user, sample]
+    assert [len(x) for _, marker, x in drawn if marker == "x"] == [1, 1]
+    assert across == [pytest.approx(0.815), pytest.approx(0.915)]
+    assert imread(privacy_sweep / "accuracy_against_epsilon.png").shape[0] > 300
+
+
+def test_two_data_sets_have_a_picture_each(privacy_sweep: Path) -> None:
+    for seed in (1, 2):
+        config = tree(seed=seed, data={"name": "glyphs", "clients": 16}, privacy={"name": "sample", "epsilon": 5.0})
+        make_run(privacy_sweep / f"glyphs-{seed}", config, curve(0.5), privacy=private("sample", 5.0))
+    report = make_report(privacy_sweep)
+    assert sorted(len(picture.lines) for picture in report.epsilon_pictures) == [1, 2]
+    assert len({picture.title for picture in report.epsilon_pictures}) == 2
+    assert headings(report.privacy)[1] == "data set"
+
+
+def test_nothing_is_said_of_privacy_where_there_is_none(runs: Path) -> None:
+    report = make_report(runs)
+    assert (report.privacy.rows, report.epsilon_pictures) == ((), ())
+    written = write_report(runs, report)
+    assert "accuracy_against_epsilon.png" not in {path.name for path in written}
+    assert "uarantee" not in (runs / "report.md").read_text()
+
+
+def test_noise_that_is_tried_at_two_epsilons_makes_two_groups(tmp_path: Path) -> None:
+    for epsilon in (5.0, 8.0):
+        config = tree(privacy={"name": "paper_noise", "epsilon": epsilon})
+        make_run(tmp_path / str(epsilon), config, curve(0.5), privacy=private("paper_noise", epsilon))
+    report = make_report(tmp_path)
+    assert len(report.grouping.groups) == 2
+    assert report.epsilon_pictures == ()  # nothing here has an epsilon
+
+
+# --- time to accuracy --------------------------------------------------------------------------------------------
+
+
+def test_time_to_accuracy(tmp_path: Path) -> None:
+    """The same accuracies are asked of all: shares of the best, 0.8, which lossy runs reach half of, and late."""
+    lossy = tree()
+    lossy["federation"] |= {"participation": {"dropout": {"name": "random", "after": 0.2}}}
+    for seed in (1, 2):
+        make_run(tmp_path / f"a-{seed}", tree(seed=seed), (0.3, 0.6, 0.8, 0.7), simulated_seconds=900.0)
+        make_run(tmp_path / f"b-{seed}", lossy | {"seed": seed}, (0.1, None, 0.4, 0.5), simulated_seconds=3600.0)
+    make_run(tmp_path / "untimed", tree("lora"), curve(0.9))
+    (table,) = tables(make_report(tmp_path), "time")
+    assert headings(table) == [
+        "method",
+        "participation",
+        *(f"{unit} to {share}" for share in ("50%", "80%", "95%") for unit in ("rounds", "hours")),
+    ]
+    assert texts(table) == [
+        ["bias", "uniform", "2", "0.5", "3", "0.75", "3", "0.75"],
+        ["bias", "uniform (dropout random)", "3", "3", "-", "-", "-", "-"],
+    ]
+    assert table.rows[1][4].value is None
+    assert "0.8000" in table.note
+    assert tables(make_report(tmp_path / "untimed"), "time") == []
 
 
 @pytest.mark.parametrize("width", [40, 80, 100, 200])
