@@ -1,16 +1,22 @@
-"""How much of a machine's memory can still be had: what the kernel says, or a control group's limit if that is less.
+"""How much of a machine's memory can still be had, and how much a process has taken.
 
-Slurm (--mem), containers and systemd limit their processes by Linux's control groups, of which the machine's own figure
-says nothing.
+What can be had is what the kernel says, or a control group's limit if that is less: Slurm (--mem), containers and
+systemd limit their processes by Linux's control groups, of which the machine's own figure says nothing.
 """
 
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 _ROOT = Path("/")
+_PROCESS_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def available_host_memory(root: Path = _ROOT) -> int:
@@ -50,3 +56,33 @@ def _left_in_groups(root: Path) -> Iterator[int]:
             if most != "max":
                 # Files' pages count as used, but give way.
                 yield max(0, int(most) - used + int(statistics.get(cache, 0)))
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process has now: allocated on the GPU, or resident where the kernel tells."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _own_status("VmRSS") or peak_memory(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had since the last `forget_peak_memory`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _own_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # no Linux, or a container that forbids it
+        _CLEAR_PEAK.write_text("5")
+
+
+def _own_status(field: str) -> int | None:
+    """Bytes; None where the kernel does not tell."""
+    if not _PROCESS_STATUS.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in _PROCESS_STATUS.read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024

@@ -6,11 +6,7 @@ Shapes: P trainable parameters.
 from __future__ import annotations
 
 import hashlib
-import resource
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +14,13 @@ import torch
 
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.lanes.parameters import ParameterLayout
+from fedpeft_dist.runtime.memory import forget_peak_memory, peak_memory
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.cost import uplink_bytes
 from fedpeft_dist.tracking.progress import RoundProgress
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RUNNING, RunDirectory
 from fedpeft_dist.tracking.writer import MetricsWriter
 
-_PROCESS_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NO_TOTALS = {"rejected": 0, "samples": 0, "seconds": 0.0, "best_accuracy": 0.0}
 """Sums and records over a run's rounds; a checkpoint carries them."""
 PARTICIPATION = ("selected", "dropped", "late", "surplus", "partial", "wasted_samples")
@@ -59,7 +55,7 @@ class RunLog:
         self.writer: MetricsWriter | None = None
 
     def __enter__(self) -> RunLog:
-        _forget_peak_memory(self.runtime)
+        forget_peak_memory(self.runtime.device)
         if self.runtime.is_main:
             # The state first: a complete run that is being made longer must not look complete under its new config.
             self.directory.write_state(RUNNING, self.rounds_done)
@@ -126,7 +122,7 @@ class RunLog:
             "evaluate_seconds": evaluate_seconds,
             "samples": num_samples,
             "samples_per_second": num_samples / seconds,
-            "peak_memory_bytes": _peak_memory(self.runtime),
+            "peak_memory_bytes": peak_memory(self.runtime.device),
         }
         self.writer.write_round(row)
         self.progress.round_done(row)
@@ -195,22 +191,3 @@ class RunLog:
 def vector_bytes(vector: torch.Tensor) -> bytes:
     """A float32 vector as little-endian bytes, whatever the machine's own order."""
     return vector.cpu().numpy().astype("<f4").tobytes()
-
-
-def _peak_memory(runtime: Runtime) -> int:
-    """Of this rank since the run was opened: on the GPU, or the process's resident memory."""
-    if runtime.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(runtime.device)
-    if _PROCESS_STATUS.exists():
-        fields = dict(line.split(":", 1) for line in _PROCESS_STATUS.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _forget_peak_memory(runtime: Runtime) -> None:
-    """Of the runs that this process has done before."""
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(runtime.device)
-    with suppress(OSError):  # no Linux, or a container that forbids it
-        _CLEAR_PEAK.write_text("5")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from fedpeft_dist.runtime.memory import available_host_memory
+from fedpeft_dist.runtime.memory import available_host_memory, forget_peak_memory, peak_memory, used_memory
 
 MIB = 1 << 20
 FILES = {
@@ -62,3 +64,14 @@ def test_this_machine() -> None:
 
 def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
     assert available_host_memory(tmp_path) > 100 * MIB
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+def test_the_peak_of_an_earlier_run_is_forgotten() -> None:
+    device = torch.device("cpu")
+    large = torch.ones(2**26)  # 256 MiB
+    before, used = peak_memory(device), used_memory(device)
+    del large
+    forget_peak_memory(device)
+    assert peak_memory(device) < before - 2**27
+    assert used_memory(device) < used - 2**27

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.image import imread
 from rich.console import Console
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.runtime import process
-from fedpeft_dist.runtime.launch import Launch
-from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.tracking import run_log
 from fedpeft_dist.tracking.partition_view import partition_figure, partition_table
 from fedpeft_dist.tracking.progress import RoundProgress
 from fedpeft_dist.tracking.run_directory import RunDirectory
@@ -114,13 +109,3 @@ def test_only_one_rank_shows_progress(capsys: pytest.CaptureFixture[str]) -> Non
         progress.round_done(row(1))
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
-def test_the_peak_memory_of_an_earlier_run_is_forgotten() -> None:
-    runtime = Runtime(Launch(), torch.device("cpu"), "fp32", threads=1)
-    large = torch.ones(2**26)  # 256 MiB
-    before = run_log._peak_memory(runtime)
-    del large
-    run_log._forget_peak_memory(runtime)
-    assert run_log._peak_memory(runtime) < before - 2**27
