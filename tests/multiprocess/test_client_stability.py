@@ -1,13 +1,9 @@
-"""With all of participation's settings on, weights depend neither on the number of ranks nor on interruptions."""
+"""With unstable clients, and with privacy, weights depend neither on the number of ranks nor on interruptions."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import yaml
 from fedpeft_dist.tracking.run_directory import RunDirectory, read_metrics
 from tests.multiprocess.exactness_worker import METHODS, make_config
 from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, write_trace
+from tests.real_runs import complete, run_of, send, start, wait_for_rounds
 
 ROUNDS, CLIENTS, LOST = 14, 12, 6
 """Everyone is lost in round LOST."""
@@ -42,7 +39,7 @@ def traces(folder: Path) -> dict[str, dict[str, str]]:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "traces": {"over_selection": 1.3, "seconds_per_round": 7.0, "deadline": 2.5, "late": "partial"},
-    "drawn": {
+    "drawn, sample": {
         "name": "weighted",
         "over_selection": 1.5,
         "availability": {"name": "on_off", "share": 0.8, "spread": 0.1, "rounds": 3},
@@ -51,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "deadline": 4.0,
         "late": "partial",
     },
-    "poisson": {
+    "poisson, user": {
         "name": "poisson",
         "availability": {"name": "diurnal"},
         "dropout": {"name": "random", "during": 0.3},
@@ -61,55 +58,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+PRIVACY: dict[str, dict[str, Any]] = {
+    "traces": {"name": "none"},
+    "drawn, sample": {"name": "sample", "epsilon": 8.0, "clip_norm": 2.0, "dp_delta": 0.01},
+    "poisson, user": {"name": "user", "noise_multiplier": 0.5, "adaptive": {"quantile": 0.6, "count_noise": 2.0}},
+}
+
+
 def write_config(folder: Path, case: str, name: str) -> Path:
     tree = make_config(METHODS["prompt"], folder, name)
     participation = SETTINGS[case] | (traces(folder) if case == "traces" else {})
     tree["federation"] |= {"rounds": ROUNDS, "participation": participation}
     tree["server"] = {"optimizer": {"name": "yogi"}}
+    tree["privacy"] = PRIVACY[case]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def start(config: Path, ranks: int = 1) -> subprocess.Popen:
-    """In a session of its own, so that all its processes can be killed at once."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] * (ranks > 1)
-    command = [sys.executable, *launcher, "-m", "fedpeft_dist", "train", str(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
-def run(config: Path, ranks: int = 1, code: int = 0) -> str:
-    """To its end; returns what it said to stderr."""
-    process = start(config, ranks)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == code, errors
-    return errors
-
-
-def rows_of(directory: RunDirectory) -> list[dict[str, Any]]:
-    return read_metrics(directory.metrics_file) if directory.metrics_file.exists() else []
-
-
-def wait_for_rounds(process: subprocess.Popen, directory: RunDirectory, count: int) -> None:
-    while len(rows_of(directory)) < count:
-        assert process.poll() is None
-        time.sleep(0.02)
-
-
-def kill_after(rounds: int, config: Path, ranks: int) -> None:
-    """By SIGKILL, torchrun and the rank that writes; the others end by themselves when these are gone."""
-    directory, process = RunDirectory(config.with_suffix("")), start(config, ranks)
-    wait_for_rounds(process, directory, rounds)
-    os.kill(directory.holder().pid, signal.SIGKILL)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert directory.read_state()["state"] != "complete", "it was killed too late"
-    deadline = time.monotonic() + 120
-    while directory.in_use():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def result(directory: RunDirectory) -> dict[str, Any]:
@@ -120,13 +84,19 @@ def result(directory: RunDirectory) -> dict[str, Any]:
     return {"rows": rows, **{key: value for key, value in summary.items() if key not in (*timing, "world_size")}}
 
 
-@pytest.mark.parametrize("case", ["traces", *(pytest.param(c, marks=pytest.mark.slow) for c in ("drawn", "poisson"))])
+def rows_of(directory: RunDirectory) -> list[dict[str, Any]]:
+    return read_metrics(directory.metrics_file)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
 def test_weights_are_equal_on_1_and_2_ranks_and_through_a_kill(case: str, tmp_path: Path) -> None:
     whole, killed = (write_config(tmp_path, case, name) for name in ("whole", "killed"))
-    run(whole, ranks=1)
-    kill_after(4, killed, ranks=2)
-    run(killed, ranks=2)
-    whole, killed = (RunDirectory(config.with_suffix("")) for config in (whole, killed))
+    complete(whole)
+    with start(killed, ranks=2) as launched:
+        wait_for_rounds(launched, run_of(killed), 4)
+    assert run_of(killed).read_state()["state"] != "complete", "it was killed too late"
+    complete(killed, ranks=2)
+    whole, killed = run_of(whole), run_of(killed)
     assert result(killed) == result(whole)
 
     # What the comparison is for has happened.
@@ -135,23 +105,26 @@ def test_weights_are_equal_on_1_and_2_ranks_and_through_a_kill(case: str, tmp_pa
     assert len({row["cohort"] for row in rows}) > 2
     assert any(row["dropped"] for row in rows)
     assert any(row["partial"] if "late" in SETTINGS[case] else row["late"] for row in rows)
-    assert case == "poisson" or any(row["surplus"] for row in rows)
+    assert "poisson" in case or any(row["surplus"] for row in rows)
     if case == "traces":
         lost = rows[LOST - 1]
         assert (lost["cohort"], lost["train_loss"], lost["samples"]) == (0, None, 0)
         assert lost["dropped"] == lost["selected"] > 0
+    else:
+        assert 0 < result(whole)["privacy"]["epsilon"] < 100
 
 
 def test_a_run_is_not_resumed_on_other_traces(tmp_path: Path) -> None:
     config = write_config(tmp_path, "traces", "run")
-    process = start(config)
-    wait_for_rounds(process, RunDirectory(tmp_path / "run"), 3)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
+    with start(config) as launched:
+        wait_for_rounds(launched, run_of(config), 3)
+        send(launched.process.pid, signal.SIGTERM)
+        assert launched.wait() == 75
     devices = tmp_path / "devices.csv"
     kept = devices.read_text()
     devices.write_text(kept.replace("\n3,13,", "\n3,14,"))
-    assert "was begun with other traces" in run(config, code=2)
+    with start(config) as launched:
+        assert launched.wait() == 2
+        assert "was begun with other traces" in launched.output
     devices.write_text(kept)
-    run(config)
+    complete(config)
