@@ -1,0 +1,226 @@
+"""Whole private runs in one process: what they say and leave, how they end, and what a resume may change."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpeft_dist.checkpoint import load_newest_checkpoint
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import load_config, parse_config, with_values
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.federation import rounds
+from fedpeft_dist.federation.rounds import run_federation
+from fedpeft_dist.lanes.random import derive_seed, fold_in
+from fedpeft_dist.privacy.mechanisms import keyed_normal
+from fedpeft_dist.runtime.interrupts import StopRequest
+from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory, read_metrics
+from fedpeft_dist.training.local_training import _NOISE, LocalTrainer
+
+from .cases import (
+    METHODS,
+    ROUND,
+    SEED,
+    VIT,
+    client_config,
+    make_images,
+    make_lane_model,
+    make_model,
+    make_runtime,
+    make_store,
+    make_tasks,
+    start_vector,
+)
+
+SAMPLE = {"name": "sample", "epsilon": 6.0, "dp_delta": 0.01}
+USER = {"name": "user", "noise_multiplier": 1.5, "dp_delta": 0.01, "clip_norm": 0.5}
+
+
+def make_config(folder: Path, privacy: dict[str, Any], name: str = "run", **federation: Any) -> RunConfig:
+    participation = {"name": "poisson" if privacy["name"] == "user" else "uniform"}
+    tree = {
+        "backbone": {
+            "name": "vit_tiny_patch16_224",
+            "pretrained": False,
+            "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+        },
+        "method": {"name": "head"},
+        "data": {
+            "name": "digits",
+            "image_size": 16,
+            "max_train": 120,
+            "clients": 6,
+            "partition": {"name": "dirichlet", "alpha": 0.5, "min_samples": 4},
+        },
+        "federation": {"rounds": 3, "cohort": 3, "participation": participation, **federation},
+        "client": {"epochs": 1, "batch_size": 8},
+        "privacy": privacy,
+        "runtime": {"device": "cpu", "precision": "fp32"},
+        "output": {"root": str(folder), "name": name},
+    }
+    return parse_config(tree, "test")
+
+
+def directory_of(config: RunConfig) -> RunDirectory:
+    return RunDirectory(Path(config.output.root) / config.output.name)
+
+
+def summary_of(config: RunConfig) -> dict[str, Any]:
+    return json.loads(directory_of(config).summary_file.read_text())
+
+
+def stop_after(round_number: int, monkeypatch: pytest.MonkeyPatch) -> StopRequest:
+    stop, run_round = StopRequest(), rounds.run_round
+
+    def counting(run, *arguments):
+        stop.received = stop.received or run.next_round + 1 == round_number
+        return run_round(run, *arguments)
+
+    monkeypatch.setattr(rounds, "run_round", counting)
+    return stop
+
+
+@pytest.mark.parametrize("privacy", [SAMPLE, USER, {"name": "paper_noise"}, {"name": "none"}])
+def test_log_and_summary_say_what_is_guaranteed(privacy, tmp_path, capsys):
+    config = make_config(tmp_path, privacy)
+    assert run_federation(config, make_runtime()) == COMPLETE
+    said, summary = capsys.readouterr().out, summary_of(config)["privacy"]
+    if privacy["name"] == "none":
+        assert "privacy" not in said
+        assert summary is None
+        return
+    assert "privacy: " in said
+    assert summary["name"] == privacy["name"]
+    assert summary["outside"] == ["train_loss", "rejected", "accuracy"]
+    if privacy["name"] == "paper_noise":
+        assert "no guarantee" in said
+        assert (summary["epsilon"], summary["dp_delta"], summary["guarantee"]) == (None, None, "none")
+        assert summary["noise_std"] == pytest.approx(3.378, abs=5e-4)
+    else:
+        assert "train_loss, rejected, accuracy are outside the guarantee" in said
+        assert summary["epsilon"] <= privacy.get("epsilon", math.inf)
+        assert summary["dp_delta"] == 0.01
+
+
+@pytest.mark.parametrize("privacy", [SAMPLE, {**SAMPLE, "slots": 5}, {**USER, "adaptive": {"count_noise": 2.0}}])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(privacy, tmp_path, monkeypatch):
+    whole, stopped = (make_config(tmp_path, privacy, name) for name in ("whole", "stopped"))
+    run_federation(whole, make_runtime())
+    with monkeypatch.context() as patch:
+        assert run_federation(stopped, make_runtime(), stop_after(2, patch)) == INTERRUPTED
+    assert run_federation(stopped, make_runtime()) == COMPLETE
+    ours, theirs = summary_of(stopped), summary_of(whole)
+    assert ours["weights_sha256"] == theirs["weights_sha256"]
+    assert ours["privacy"] == theirs["privacy"]
+    if privacy["name"] == "sample":
+        stored = load_config(directory_of(stopped).config_file)
+        assert stored.privacy.slots == privacy.get("slots", 3 * 8)
+
+
+def noise_of(config: RunConfig) -> torch.Tensor:
+    checkpoint, _ = load_newest_checkpoint(directory_of(config).checkpoints)
+    return checkpoint.noise_multipliers
+
+
+@pytest.mark.parametrize("privacy", [SAMPLE, {**USER, "noise_multiplier": None, "epsilon": 6.0}])
+def test_more_rounds_keep_the_noise_and_need_a_larger_epsilon(privacy, tmp_path):
+    config = make_config(tmp_path, privacy)
+    run_federation(config, make_runtime())
+    before, spent = noise_of(config), summary_of(config)["privacy"]["epsilon"]
+    longer = with_values(config, "federation", rounds=8)
+    files = {path: path.read_bytes() for path in Path(tmp_path).rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon: 6 is less than the .* that federation\.rounds: 8"):
+        run_federation(longer, make_runtime())
+    changed = [path for path, content in files.items() if path.read_bytes() != content]
+    assert all(path.name in ("state.json", "owner.json") for path in changed), changed
+    raised = with_values(longer, "privacy", epsilon=60.0)
+    assert run_federation(raised, make_runtime()) == COMPLETE
+    after = noise_of(raised)
+    assert torch.equal(after[before > 0], before[before > 0])
+    assert spent < summary_of(raised)["privacy"]["epsilon"] <= 60.0
+
+
+def test_another_epsilon_alone_is_another_run(tmp_path):
+    config = make_config(tmp_path, SAMPLE)
+    run_federation(config, make_runtime())
+    with pytest.raises(ConfigError, match=r"holds a run of another config: privacy\.epsilon \(6\.0 there, 9\.0 here\)"):
+        run_federation(with_values(config, "privacy", epsilon=9.0), make_runtime())
+
+
+@pytest.mark.parametrize("name", ["sample", "user"])
+def test_a_run_stops_when_its_budget_is_spent(name, tmp_path, capsys):
+    privacy = {**USER, "name": name}
+    config = make_config(tmp_path, privacy, rounds=6)
+    run_federation(make_config(tmp_path, privacy, "whole", rounds=6), make_runtime())
+    spent = summary_of(make_config(tmp_path, privacy, "whole"))["privacy"]["epsilon"]
+    budget = 0.8 * spent
+    config = with_values(config, "privacy", stop_at_epsilon=budget)
+    assert run_federation(config, make_runtime()) == COMPLETE
+    summary = summary_of(config)
+    assert 1 <= summary["rounds"] < 6
+    assert 0 < summary["privacy"]["epsilon"] <= budget
+    assert len(read_metrics(directory_of(config).metrics_file)) == summary["rounds"]
+    state = directory_of(config).read_state()
+    assert (state["state"], state["next_round"], state["stopped_at_epsilon"]) == (COMPLETE, summary["rounds"], budget)
+
+    files = {path: path.read_bytes() for path in directory_of(config).path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run_federation(config, make_runtime()) == COMPLETE
+    assert "already complete" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in files} == files
+
+    larger = with_values(config, "privacy", stop_at_epsilon=2 * spent)
+    assert run_federation(larger, make_runtime()) == COMPLETE
+    assert summary_of(larger)["rounds"] == 6
+    whole = summary_of(make_config(tmp_path, privacy, "whole"))
+    assert summary_of(larger)["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_the_papers_noise_is_added_to_every_gradient():
+    """One step of plain SGD, with and without: the difference is the rate times the noise."""
+    model, images = make_model(*VIT), make_images()
+    client = client_config({"name": "sgd", "lr": 0.5, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}, 4)
+    deltas, (task,) = [], make_tasks((4,), (1,))
+    for deviation in (0.0, 3.378):
+        lane_model = make_lane_model(model, METHODS["bias"], dtype=torch.float64)
+        work = (lane_model, make_store(images), client, make_runtime(), SEED, 2, torch.float64)
+        trainer = LocalTrainer(*work, gradient_noise=deviation)
+        (update,) = trainer.train([task], start_vector(lane_model, torch.float64), ROUND)
+        deltas.append(update.delta)
+    key = derive_seed(derive_seed(SEED, "client", ROUND, 0), "step", 0)
+    noise = keyed_normal(fold_in(torch.tensor([key]), _NOISE), lane_model.layout.width)[0]
+    expected = -0.5 * 3.378 * lane_model.layout.unpad(noise)
+    torch.testing.assert_close(deltas[1] - deltas[0], expected, rtol=0, atol=1e-12)
+
+
+def test_no_privacy_and_the_papers_noise_train_differently(tmp_path):
+    digests = set()
+    for privacy in ({"name": "none"}, {"name": "paper_noise"}, SAMPLE):
+        config = make_config(tmp_path, privacy, privacy["name"])
+        run_federation(config, make_runtime())
+        digests.add(summary_of(config)["weights_sha256"])
+    assert len(digests) == 3
+
+
+def test_a_private_round_in_which_nobody_takes_part_is_noise(tmp_path, capsys):
+    """Poisson draws of one client in six: some cohorts are empty, and no round is skipped."""
+    config = make_config(tmp_path, USER, rounds=8, cohort=1)
+    run_federation(config, make_runtime())
+    rows = read_metrics(directory_of(config).metrics_file)
+    assert any(row["cohort"] == 0 for row in rows)
+    assert "its step is noise alone" in capsys.readouterr().out
+
+
+def test_secure_noise_says_that_the_run_cannot_be_repeated(tmp_path, capsys):
+    digests = set()
+    for name in ("one", "two"):
+        config = make_config(tmp_path, {**SAMPLE, "secure_noise": True}, name, rounds=1)
+        run_federation(config, make_runtime())
+        digests.add(summary_of(config)["weights_sha256"])
+    assert len(digests) == 2
+    assert "cannot be repeated" in capsys.readouterr().out
