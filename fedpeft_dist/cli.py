@@ -108,6 +108,37 @@ def partition(
 
 
 @app.command()
+def privacy(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print what a config spends of its privacy budget, and with how much noise, without training."""
+    run_config = load_config(config, overrides or ())
+    section = run_config.privacy
+    if section.name == "none":
+        raise ConfigError("privacy.name: none leaves nothing to account for; give privacy.name: sample or user")
+
+    from fedpeft_dist.federation.privacy_ahead import plan_ahead
+    from fedpeft_dist.privacy.statements import describe, summarize
+
+    plan = plan_ahead(run_config)
+    num_rounds = run_config.federation.rounds if plan is None else plan.num_rounds
+    figures = None if plan is None else plan.figures(num_rounds)
+    if plan is not None and plan.warning is not None:
+        print(f"warning: {plan.warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({**summarize(section, figures), "rounds": num_rounds}))
+        return
+    print(f"{config}: {section.name}, {num_rounds} rounds")
+    for name, value in ({} if figures is None else figures).items():
+        if name not in ("name", "clients"):
+            print(f"  {name:<21} {value if isinstance(value, str) else f'{value:.6g}':>10}")
+    if figures is not None and "clients" in figures:
+        quantiles = figures["clients"]
+        print(f"  {'over the clients':<21} {' '.join(f'{label:>10}' for label in quantiles)}")
+        for name in quantiles["max"]:
+            print(f"  {name:<21} {' '.join(f'{row[name]:>10.6g}' for row in quantiles.values())}")
+    print("\n".join(describe(section, figures)))
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
     overrides: Overrides = None,

@@ -20,10 +20,9 @@ def plan_ahead(config: RunConfig) -> PrivacyPlan | None:
     """
     if not isinstance(config.privacy, AccountedPrivacy):
         return None
-    parameters = (
-        0 if config.federation.participation.devices.name == "none" else compute_cost(config).trainable_parameters
-    )
-    participation = Participation(config, _partition(config), parameters)
+    takes_time = config.federation.participation.devices.name != "none"
+    num_parameters = compute_cost(config).trainable_parameters if takes_time else 0
+    participation = Participation(config, _partition(config), num_parameters)
     participation.check()
     return make_privacy_plan(config, participation)
 

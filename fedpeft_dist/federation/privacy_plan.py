@@ -62,10 +62,10 @@ class PrivacyPlan(ABC):
     def warning(self) -> str | None:
         """A line where dp_delta is so large that it means little."""
 
-    def _figures(self, rounds: int, **figures: float) -> dict[str, Any]:
+    def _figures(self, rounds: int, **figures: Any) -> dict[str, Any]:
         privacy = self.privacy
         shared = {"dp_delta": privacy.dp_delta, "accountant": self.accountant, "clip_norm": privacy.clip_norm}
-        return {"name": privacy.name, "epsilon": self.epsilon(rounds), **figures, **shared}
+        return {"name": privacy.name, "epsilon": self.epsilon(rounds), **shared, **figures}
 
     def _spent(self, releases: Releases) -> float:
         return accounting.epsilon(releases, self.privacy.dp_delta, self.accountant)
@@ -123,8 +123,9 @@ class SamplePlan(PrivacyPlan):
     def figures(self, rounds: int) -> dict[str, Any]:
         steps = self._steps(rounds)
         taking_part = np.flatnonzero(self.noise_multipliers.numpy())
+        epsilons = [self._epsilon_of(kind) for kind in self._kinds(rounds, every_client=True)]
         columns = {
-            "epsilon": np.array([self._epsilon_of(kind) for kind in self._kinds(rounds, every_client=True)]),
+            "epsilon": np.minimum(epsilons, self.epsilon(rounds)),  # who exposes less may have the coarser grid
             "noise_multiplier": self.noise_multipliers.numpy()[taking_part],
             "steps": steps,
             "sampling_probability": np.array([self._probability(int(size)) for size in self.sizes[taking_part]]),
@@ -136,7 +137,7 @@ class SamplePlan(PrivacyPlan):
             }
             for label, at in QUANTILES.items()
         }
-        return {**self._figures(rounds), **clients["max"], "clients": clients}
+        return self._figures(rounds, **clients["max"], clients=clients)
 
     @property
     def warning(self) -> str | None:
