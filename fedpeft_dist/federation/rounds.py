@@ -142,6 +142,9 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
     run.next_round = round_number + 1
     evaluate = _is_due(run.next_round, federation.evaluate_every, run.num_rounds)
     evaluation = simulation.evaluate(run.vector) if evaluate else {}
+    spending = {}
+    if simulation.privacy_plan is not None:
+        spending["epsilon"] = simulation.privacy_plan.epsilon(run.next_round) if evaluate and runtime.is_main else None
     log.round_done(
         evaluation,
         total.train_loss,
@@ -151,6 +154,7 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
         plan.cohort,
         plan.selected,
         {} if federation.participation.is_ideal else plan.figures(),
+        spending,
         seconds=trained - started,
         evaluate_seconds=time.perf_counter() - trained,
     )

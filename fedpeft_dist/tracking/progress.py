@@ -50,7 +50,7 @@ class RoundProgress:
         """Shows a round's metrics."""
         if not self.visible:
             return
-        shown = (("accuracy", row["accuracy"]), ("loss", row["train_loss"]))
+        shown = (("accuracy", row["accuracy"]), ("loss", row["train_loss"]), ("epsilon", row.get("epsilon")))
         values = "".join(f"{name} {value:.4f}  " for name, value in shown if value is not None)
         status = f"{values}{row['samples_per_second']:,.0f} samples/s"
         if self.console.is_terminal:

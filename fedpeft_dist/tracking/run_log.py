@@ -86,6 +86,7 @@ class RunLog:
         cohort: int,
         selected: int,
         participation: Mapping[str, float],
+        spending: Mapping[str, float | None],
         seconds: float,
         evaluate_seconds: float,
     ) -> None:
@@ -96,6 +97,7 @@ class RunLog:
             cohort: clients that sent an update.
             selected: clients that received the parameters.
             participation: how clients fared, as numbers to add up; empty where nothing can happen to them.
+            spending: the epsilon of all rounds so far; empty without privacy that is accounted for.
         """
         self.rounds_done += 1
         for key, value in (*zip(_CLIENTS, (cohort, selected)), *participation.items()):
@@ -116,6 +118,7 @@ class RunLog:
             "cohort": cohort,
             "rejected": num_rejected,
             **participation,
+            **spending,
             "uplink_bytes": uplink_bytes(num_parameters, cohort),
             "downlink_bytes": uplink_bytes(num_parameters, selected),
             "seconds": seconds,

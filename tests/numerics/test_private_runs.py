@@ -105,6 +105,9 @@ def test_log_and_summary_say_what_is_guaranteed(privacy, tmp_path, capsys):
         assert "train_loss, rejected, accuracy are outside the guarantee" in said
         assert summary["epsilon"] <= privacy.get("epsilon", math.inf)
         assert summary["dp_delta"] == 0.01
+        spent = [row["epsilon"] for row in read_metrics(directory_of(config).metrics_file)]
+        assert sorted(spent) == spent
+        assert spent[-1] == summary["epsilon"]
 
 
 @pytest.mark.parametrize("privacy", [SAMPLE, {**SAMPLE, "slots": 5}, {**USER, "adaptive": {"count_noise": 2.0}}])
