@@ -410,7 +410,8 @@ class ParticipationConfig(Section):
     """Who takes part in a round, and what becomes of them. Paths are relative to the folder the command runs in."""
 
     name: Literal["uniform", "poisson", "weighted"] = "uniform"
-    """uniform: `cohort` of the available clients; poisson: each of them by itself, with probability cohort / N;
+    """uniform: `cohort` of the available clients; poisson: each of them by itself, with probability cohort / N
+    (under user-level privacy, cohort over the number available);
     weighted: `cohort` of them, drawn one after another in proportion to their samples. In the mean of updates a client
     weighs as many as it has samples, whichever way it was drawn."""
     over_selection: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
