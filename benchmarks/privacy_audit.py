@@ -1,0 +1,284 @@
+"""Attacks on the privacy mechanisms as they run: what epsilon is at least, beside what the plan claims.
+
+    python benchmarks/privacy_audit.py [--trials N] [--seed S]
+
+A trial trains with one canary or without it and releases what a run does. An attacker who knows all the rest guesses
+which of the two it was, from how far the releases lie in the canary's direction. How often it errs bounds epsilon from
+below (Jagielski et al. 2020, arXiv 2006.07709; Nasr et al. 2021, arXiv 2101.04535). The canary is the worst there is:
+its contribution is far beyond the clipping norm, and nobody else's lies in its direction.
+
+Prints one JSON object a case. Exit code 1 where the bound of a right mechanism is above its claim, or that of a broken
+one is not: an audit that no mechanism fails says nothing.
+
+Shapes: P trainable parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count, islice
+from types import ModuleType
+from typing import Any, Protocol
+from unittest import mock
+
+import numpy as np
+import torch
+from scipy.stats import beta
+
+from fedpeft_dist.config.load import parse_config
+from fedpeft_dist.config.schema import RunConfig, RuntimeConfig
+from fedpeft_dist.data.datasets import ImageSet
+from fedpeft_dist.data.partition import SharedPoolPartition
+from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.federation import user_aggregation
+from fedpeft_dist.federation.participation import Participation
+from fedpeft_dist.federation.privacy_plan import make_privacy_plan
+from fedpeft_dist.federation.user_aggregation import UserAggregator
+from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.privacy.mechanisms import noise_on_grid
+from fedpeft_dist.runtime import process
+from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.training import private_training
+from fedpeft_dist.training.lane_schedule import ClientTask
+from fedpeft_dist.training.local_training import ClientUpdate
+from fedpeft_dist.training.private_training import PrivateTrainer
+from fedpeft_dist.training.sample_schedule import BatchDraw
+
+CONFIDENCE, DP_DELTA, CLIP_NORM = 0.95, 1e-3, 1.0
+CANARY = 0
+STEPS, NOISE_MULTIPLIER = 4, 1.25
+"""Of a trial: the noisy sums that it goes through, of local steps or of rounds, and the noise of each."""
+RIGHT = "right"
+
+
+class Mechanism(Protocol):
+    level: str
+    claimed_epsilon: float
+    """Of a trial, by the plan that a run makes."""
+    faults: dict[str, AbstractContextManager]
+    """Patches that break it, by name; `right` is none."""
+
+    def scores(self, is_present: bool, num_trials: int) -> np.ndarray:
+        """Of independent trials, with the canary or without: float64 [num_trials], larger where it seems to be there.
+
+        No call repeats the randomness of another.
+        """
+
+
+def make_faults(module: ModuleType, no_sampling: AbstractContextManager) -> dict[str, AbstractContextManager]:
+    """
+    Args:
+        module: where a mechanism clips and takes its noise from.
+        no_sampling: makes everybody contribute every time.
+    """
+    return {
+        RIGHT: nullcontext(),
+        "half the noise": mock.patch.object(module, "noise_on_grid", scaled_noise(0.5)),
+        "no clipping": mock.patch.object(module, "clip_factors", lambda norms, clip_norm: torch.ones_like(norms)),
+        "no sampling": no_sampling,
+    }
+
+
+def scaled_noise(factor: float) -> Callable[..., torch.Tensor]:
+    """`noise_on_grid` with another standard deviation."""
+
+    def noise(keys: torch.Tensor, columns: int, standard_deviations: torch.Tensor, bits: int, secure: bool):
+        return noise_on_grid(keys, columns, factor * standard_deviations, bits, secure)
+
+    return noise
+
+
+class SampleMechanism:
+    """Sample-level privacy: a trial is a client's local training, its release the client's delta.
+
+    Clients train side by side; each holds the same samples, and has draws and noise of its own. Without the canary, its
+    gradient is zero. The other samples are all of class 0, as the head has them from the start, so that their gradients
+    vanish; the canary is of class 1.
+    """
+
+    level = "sample"
+    SAMPLES, BATCH = 6, 2
+    CLIENTS, LANES, SLOTS = 256, 64, 96
+    IGNORED = -100
+    """cross_entropy's `ignore_index`: the label of a sample whose gradient is zero."""
+    CERTAINTY = 20.0
+    """Of class 0, in logits."""
+
+    def __init__(self, runtime: Runtime, seed: int):
+        self.faults = make_faults(
+            private_training, mock.patch.object(BatchDraw, "__call__", lambda _, samples, key: samples)
+        )
+        client = {"steps": STEPS, "batch_size": self.BATCH}
+        self.config = make_config(seed, self.level, self.CLIENTS, client, {"rounds": 1, "cohort": self.CLIENTS})
+        self.model, self.runtime = build_lane_model(self.config, self.config.data.classes), runtime
+        partition = SharedPoolPartition(self.CLIENTS, self.SAMPLES, self.SAMPLES)
+        participation = Participation(self.config, partition, self.model.layout.num_parameters)
+        self.plan = make_privacy_plan(self.config, participation)
+        self.claimed_epsilon = self.plan.epsilon(1)
+        steps = participation.plan(0).steps
+        self.tasks = [ClientTask(k, partition.indices(k), steps[k], partition.size(k)) for k in range(self.CLIENTS)]
+        self.vector = self.model.initial_vector()
+        self.model.layout.split(self.vector)["head.bias"][0] += self.CERTAINTY
+        self.rounds = count()
+        with mock.patch.object(private_training, "noise_on_grid", scaled_noise(0.0)):
+            signal = sum(islice(self._deltas(is_present=True), self.CLIENTS))
+        self.direction = signal / signal.norm()
+
+    def scores(self, is_present: bool, num_trials: int) -> np.ndarray:
+        return np.array([float(delta @ self.direction) for delta in islice(self._deltas(is_present), num_trials)])
+
+    def _deltas(self, is_present: bool) -> Iterator[torch.Tensor]:
+        """One of each trial, without end: float64 [P]."""
+        trainer = self._trainer(is_present)
+        for round_number in self.rounds:
+            updates = trainer.train(self.tasks, self.vector, round_number)
+            # Not as they come: a client with small batches is done sooner, and the last round may be cut short.
+            for update in sorted(updates, key=lambda update: update.client):
+                yield update.delta.double()
+
+    def _trainer(self, is_present: bool) -> PrivateTrainer:
+        config, backbone = self.config, self.model.backbone
+        size = (self.SAMPLES, backbone.channels, config.data.image_size, config.data.image_size)
+        pixels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(config.seed), dtype=torch.uint8)
+        labels = torch.zeros(self.SAMPLES, dtype=torch.int64)
+        labels[CANARY] = 1 if is_present else self.IGNORED
+        place = (backbone.channels, backbone.mean, backbone.std, self.runtime.device)
+        store = DeviceStore(ImageSet(pixels, labels), lambda images, keys: images, *place)
+        work = (self.model, store, config.client, config.privacy, self.plan.noise_multipliers, self.SAMPLES)
+        return PrivateTrainer(*work, self.runtime, config.seed, self.LANES, self.SLOTS)
+
+
+class UserMechanism:
+    """User-level privacy: a trial is a few rounds, its releases are their noisy means.
+
+    Cohorts are drawn and deltas are summed as in a run. A client may send what it likes, so deltas are made up: the
+    canary's is far too long, the others' are at right angles to it. Without the canary, its delta is left out.
+    """
+
+    level = "user"
+    CLIENTS, COHORT = 3, 1
+    P = 64
+    CANARY_NORM, OTHER_NORM = 8.0 * CLIP_NORM, 0.5 * CLIP_NORM
+
+    def __init__(self, runtime: Runtime, seed: int):
+        everyone = mock.patch.object(Participation, "select", lambda self, number: np.arange(self.population))
+        self.faults = make_faults(user_aggregation, everyone)
+        federation = {"rounds": STEPS, "cohort": self.COHORT, "participation": {"name": "poisson"}}
+        self.config, self.runtime = make_config(seed, self.level, self.CLIENTS, {}, federation), runtime
+        self.participation = Participation(self.config, SharedPoolPartition(self.CLIENTS, 1, 1), self.P)
+        self.plan = make_privacy_plan(self.config, self.participation)
+        self.claimed_epsilon = self.plan.epsilon(STEPS)
+        self.deltas = torch.randn(self.CLIENTS, self.P, generator=torch.Generator().manual_seed(seed))
+        self.deltas[:, 0] = 0.0
+        self.deltas *= self.OTHER_NORM / self.deltas.norm(dim=1, keepdim=True)
+        self.deltas[CANARY] = self.CANARY_NORM * torch.eye(self.P)[0]
+        self.rounds = count()
+
+    def scores(self, is_present: bool, num_trials: int) -> np.ndarray:
+        noise = (self.plan.delta_noise_multiplier, self.plan.count_noise)
+        work = (self.P, self.CLIENTS, self.COHORT, self.config.privacy, *noise)
+        aggregator = UserAggregator(*work, self.runtime, self.config.seed)
+        releases = (self._release(aggregator, next(self.rounds), is_present) for _ in range(num_trials * STEPS))
+        return np.fromiter(releases, dtype=np.float64).reshape(num_trials, STEPS).sum(axis=1)
+
+    def _release(self, aggregator: UserAggregator, round_number: int, is_present: bool) -> float:
+        """What a round's mean has in the canary's direction."""
+        for client in self.participation.plan(round_number).steps:
+            if is_present or client != CANARY:
+                aggregator.add(ClientUpdate(client, 1, self.deltas[client], torch.tensor(0.0), 1))
+        return float(aggregator.reduce(round_number).mean_delta[0])
+
+
+def make_config(seed: int, privacy: str, clients: int, client: dict[str, Any], federation: dict[str, Any]) -> RunConfig:
+    """Clients that take plain steps with the head of a tiny ViT, as far as they train at all."""
+    tiny = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    sgd = {"name": "sgd", "lr": 1.0e-3, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    data = {"name": "synthetic", "classes": 4, "image_size": 16, "clients": clients, "partition": {"name": "iid"}}
+    noise = {"clip_norm": CLIP_NORM, "noise_multiplier": NOISE_MULTIPLIER, "dp_delta": DP_DELTA}
+    tree = {
+        "seed": seed,
+        "backbone": {"name": "vit_tiny_patch16_224", "pretrained": False, "model_args": tiny},
+        "method": {"name": "head"},
+        "data": data,
+        "federation": federation,
+        "client": {**client, "optimizer": sgd},
+        "privacy": {"name": privacy, **noise},
+        "runtime": {"device": "cpu"},
+    }
+    return parse_config(tree, "audit")
+
+
+def lower_bound(absent: np.ndarray, present: np.ndarray, dp_delta: float, confidence: float = CONFIDENCE) -> float:
+    """A lower bound on the epsilon of any mechanism that is (epsilon, dp_delta)-differentially private.
+
+    The attacker's rule, a threshold and which of the two to look for, is chosen on a quarter of the trials and bounded
+    on the others; so the bound holds with this confidence, whatever the choice.
+
+    Args:
+        absent: scores of independent trials without the canary: float64 [n].
+        present: those with it, as many.
+    """
+    learn, best = len(absent) // 4, -1.0
+    for negatives, positives in ((absent, present), (-present, -absent)):
+        quantiles = np.quantile([negatives[:learn], positives[:learn]], np.linspace(0, 1, 201))
+        for threshold in np.unique(quantiles):
+            found = threshold_bound(negatives[:learn] > threshold, positives[:learn] > threshold, dp_delta, confidence)
+            if found > best:
+                best, guesses = found, (negatives[learn:] > threshold, positives[learn:] > threshold)
+    return threshold_bound(*guesses, dp_delta, confidence)
+
+
+def threshold_bound(negatives: np.ndarray, positives: np.ndarray, dp_delta: float, confidence: float) -> float:
+    """ln((TPR - dp_delta) / FPR), or 0, with Clopper and Pearson's bounds on both rates.
+
+    Args:
+        negatives: bool [n], the guesses of a fixed rule where it should say no.
+        positives: bool [n], where it should say yes.
+    """
+    false, true, num_trials, error = negatives.sum(), positives.sum(), len(negatives), (1 - confidence) / 2
+    most_false = beta.ppf(1 - error, false + 1, num_trials - false) if false < num_trials else 1.0
+    least_true = beta.ppf(error, true, num_trials - true + 1) if true else 0.0
+    return max(0.0, math.log((least_true - dp_delta) / most_false)) if least_true > dp_delta else 0.0
+
+
+def audit(mechanism: Mechanism, case: str, num_trials: int) -> dict[str, Any]:
+    """
+    Args:
+        case: `right` or the name of a fault.
+        num_trials: half of them with the canary.
+    """
+    with mechanism.faults[case]:
+        absent, present = (mechanism.scores(is_present, num_trials // 2) for is_present in (False, True))
+    return {
+        "case": f"{mechanism.level}, {case}",
+        "claimed_epsilon": mechanism.claimed_epsilon,
+        "dp_delta": DP_DELTA,
+        "lower_bound": lower_bound(absent, present, DP_DELTA),
+        "confidence": CONFIDENCE,
+        "trials": len(absent) + len(present),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=14_000, help="of each case, half of them with the canary")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    is_sound = True
+    with process.start(RuntimeConfig(device="cpu")) as runtime:
+        for mechanism in (SampleMechanism(runtime, options.seed), UserMechanism(runtime, options.seed)):
+            for case in mechanism.faults:
+                found = audit(mechanism, case, options.trials)
+                print(json.dumps(found), flush=True)
+                keeps_claim = found["lower_bound"] <= found["claimed_epsilon"]
+                is_sound = is_sound and keeps_claim == (case == RIGHT)
+    return 0 if is_sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
