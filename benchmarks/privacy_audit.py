@@ -150,7 +150,7 @@ class SampleMechanism:
         place = (backbone.channels, backbone.mean, backbone.std, self.runtime.device)
         store = DeviceStore(ImageSet(pixels, labels), lambda images, keys: images, *place)
         work = (self.model, store, config.client, config.privacy, self.plan.noise_multipliers, self.SAMPLES)
-        return PrivateTrainer(*work, self.runtime, config.seed, self.LANES, self.SLOTS)
+        return PrivateTrainer(*work, self.runtime, config.seed, config.seed, self.LANES, self.SLOTS)
 
 
 class UserMechanism:

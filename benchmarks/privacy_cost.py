@@ -94,6 +94,7 @@ def make_round(config, runtime: process.Runtime) -> Callable[[int], int]:
     """Trains a round of that number; returns the samples gone through."""
     simulation = Simulation(config, runtime)
     simulation.plan_privacy()
+    simulation.seed_noise()
     if simulation.privacy_plan is not None:
         simulation.privacy_plan.noise_multipliers.fill_(1.0)  # whoever is trained here, scheduled or not
     tasks = simulation.tasks(range(COHORT))

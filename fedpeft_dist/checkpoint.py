@@ -76,6 +76,8 @@ class Checkpoint:
     aggregator_state: dict[str, torch.Tensor] = field(default_factory=dict)
     noise_multipliers: torch.Tensor | None = None
     """Of the run's privacy plan, which stay as they were calibrated: float64 [N], or [1]."""
+    noise_seed: int | None = None
+    """What a private run's noise follows from."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -94,6 +96,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
         "next_round": str(checkpoint.next_round),
         "origin": json.dumps(asdict(checkpoint.origin)),
         "totals": json.dumps(checkpoint.totals),
+        "noise_seed": json.dumps(checkpoint.noise_seed),
     }
     metadata["sha256"] = _digest(tensors, metadata)
     path = directory / f"round-{checkpoint.next_round:06d}.safetensors"
@@ -146,6 +149,7 @@ def _load(path: Path) -> Checkpoint:
         totals=json.loads(metadata["totals"]),
         aggregator_state=_below("aggregator.", tensors),
         noise_multipliers=tensors.get("noise_multipliers"),
+        noise_seed=json.loads(metadata.get("noise_seed", "null")),
     )
 
 

@@ -565,7 +565,10 @@ class ServerConfig(Section):
     optimizer: ServerOptimizerConfig = ServerSgdConfig(name="sgd")
 
 
+CLIP_NORM_LIMIT, NOISE_LIMIT = 1.0e9, 1.0e6
 Delta = Annotated[float, Field(gt=0.0, lt=1.0)]
+ClipNorm = Annotated[float, Field(ge=1 / CLIP_NORM_LIMIT, le=CLIP_NORM_LIMIT)]
+Noise = Annotated[float, Field(gt=0.0, le=NOISE_LIMIT)]
 
 
 class NoPrivacy(Section):
@@ -575,19 +578,19 @@ class NoPrivacy(Section):
 class AccountedPrivacy(Section):
     """What the mechanisms with a guarantee have: Gaussian noise of `noise_multiplier` times `clip_norm`."""
 
-    clip_norm: Positive = 1.0
+    clip_norm: ClipNorm = 1.0
     """C, the Euclidean norm that one contribution is clipped to."""
     epsilon: Positive | None = None
     """The target at the end of the run: the noise is calibrated to it. Give this or `noise_multiplier`."""
-    noise_multiplier: Positive | None = None
+    noise_multiplier: Noise | None = None
     """Standard deviation of the noise in units of `clip_norm`."""
     dp_delta: Delta = 1.0e-3
     """The delta of (epsilon, delta)-differential privacy; not a client's delta."""
     stop_at_epsilon: Positive | None = None
     """Ends the run before the first round after which epsilon would be above; goes with `noise_multiplier`."""
     secure_noise: bool = False
-    """Draw the noise from the operating system's randomness: no guarantee should rest on a known seed, but such a run
-    cannot be repeated."""
+    """Draw noise, batches and, under user-level privacy, cohorts from the operating system's randomness, in place of
+    the seed, which must else be kept secret. Such a run cannot be repeated."""
 
     @model_validator(mode="after")
     def _one_of_epsilon_and_noise(self) -> AccountedPrivacy:
@@ -636,8 +639,9 @@ class AdaptiveClipping(Section):
     quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     lr: Positive = 0.2
     """Of the geometric update."""
-    count_noise: Positive | None = None
-    """Standard deviation of the noise on the number of unclipped deltas; null: cohort / 20."""
+    count_noise: Noise | None = None
+    """Standard deviation of the noise on the number of unclipped deltas; null: cohort / 20, but at least the noise
+    multiplier, of which it takes its share."""
 
 
 class UserPrivacy(AccountedPrivacy):
@@ -775,13 +779,24 @@ class RunConfig(Section):
                 "data.partition.name: pool does not go with privacy.name: sample, for its clients share their samples; "
                 "give another partition"
             )
-        if privacy.name != "user":
+        if privacy.name == "paper_noise":
             return
         if participation.over_selection != 1.0:
+            reason = {
+                "user": "who reports first is no random draw",
+                "sample": "what surplus clients send would reach the server uncounted",
+            }[privacy.name]
             raise ValueError(
                 f"federation.participation.over_selection: {participation.over_selection} does not go with "
-                "privacy.name: user, for who reports first is no random draw; give 1.0"
+                f"privacy.name: {privacy.name}, for {reason}; give 1.0"
             )
+        if privacy.secure_noise and self.output.checkpoint_every != 1:
+            raise ValueError(
+                f"output.checkpoint_every: {self.output.checkpoint_every} does not go with privacy.secure_noise: "
+                "true, for rounds that are run again would draw new noise and count once; give 1"
+            )
+        if privacy.name != "user":
+            return
         if participation.name != {"poisson": "poisson", "without_replacement": "uniform"}[privacy.sampling]:
             raise ValueError(
                 f"federation.participation.name: {participation.name} does not go with privacy.name: user and "

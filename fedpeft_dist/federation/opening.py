@@ -22,6 +22,7 @@ from fedpeft_dist.checkpoint import (
     save_checkpoint,
     set_newer_aside,
 )
+from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import config_digest, parse_config, result_keys, with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation.aggregation import Aggregator
@@ -105,6 +106,7 @@ class Run:
                 self.totals,
                 self.aggregator.state,
                 None if plan is None else plan.noise_multipliers,
+                simulation.noise_seed,
             )
             save_checkpoint(self.directory.checkpoints, checkpoint)
         self.saved_round = self.next_round
@@ -173,13 +175,15 @@ def _open_locked(
         if checkpoint is not None:
             _check_origin(checkpoint.origin, config, directory, simulation)
             simulation.plan_privacy(checkpoint.noise_multipliers)
+            _check_spent(checkpoint.next_round, config, simulation)
         elif simulation.privacy_plan is None:
             simulation.plan_privacy()
+    simulation.seed_noise(None if checkpoint is None else checkpoint.noise_seed)
     config = with_values(config, "runtime", lanes=simulation.lanes)
     if config.privacy.name == "sample":
         config = with_values(config, "privacy", slots=simulation.slots)
     run = _start(config, directory, simulation, checkpoint, lock)
-    found = f"{run.next_round} ".encode() + vector_bytes(run.vector)
+    found = f"{run.next_round} {simulation.noise_seed} ".encode() + vector_bytes(run.vector)
     assert_same_on_all_ranks(found, "the state before the first round", runtime)
     barrier(runtime)  # nobody writes before everybody has read
     if runtime.is_main:
@@ -200,6 +204,19 @@ def _check_origin(origin: Origin, config: RunConfig, directory: RunDirectory, si
     check_same_backbone(origin.backbone_sha256, simulation.model.backbone.sha256, directory.path)
     check_same_data(origin.data_sha256, simulation.data_sha256, directory.path)
     check_same_traces(origin.traces_sha256, simulation.participation.sha256, directory.path)
+
+
+def _check_spent(rounds_done: int, config: RunConfig, simulation: Simulation) -> None:
+    """
+    Raises:
+        ConfigError: a budget that is spent already.
+    """
+    plan, budget = simulation.privacy_plan, getattr(config.privacy, "stop_at_epsilon", None)
+    if budget is not None and (spent := plan.epsilon(rounds_done)) > budget:
+        raise ConfigError(
+            f"privacy.stop_at_epsilon: {budget:g} is less than the {spent:.4g} that the run's {rounds_done} rounds "
+            "have spent; give at least that"
+        )
 
 
 def _tell_what_was_found(run: Run, checkpoint: Checkpoint | None, damaged: Sequence[str]) -> None:

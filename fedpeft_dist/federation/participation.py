@@ -98,6 +98,8 @@ class Participation:
     def __init__(self, config: RunConfig, partition: Partition, num_parameters: int):
         federation, self.client_config = config.federation, config.client
         self.config, self.cohort, self.seed = federation.participation, federation.cohort, config.seed
+        self.cohort_seed = config.seed
+        """What cohorts are drawn from."""
         self.partition, self.population = partition, partition.num_clients
         self.bytes = num_parameters * BYTES_PER_PARAMETER
         self._work = cache(self._work_of)
@@ -187,7 +189,7 @@ class Participation:
         def available(clients: np.ndarray) -> np.ndarray:
             return clients if self.availability is None else clients[self.availability.of(clients, round_number)]
 
-        where, wanted = (self.seed, round_number, available), self.num_selected
+        where, wanted = (self.cohort_seed, round_number, available), self.num_selected
         match self.config.name:
             case "poisson":
                 return poisson_draw(self.population, self.sampling_probability(round_number), *where)

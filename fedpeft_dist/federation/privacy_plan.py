@@ -216,7 +216,8 @@ class UserPlan(PrivacyPlan):
         self.delta_noise_multiplier = noise
         """Of the noise on the deltas."""
         if adaptive is not None:
-            self.count_noise = self.cohort / 20 if adaptive.count_noise is None else adaptive.count_noise
+            default = max(self.cohort / 20, noise)
+            self.count_noise = default if adaptive.count_noise is None else adaptive.count_noise
             self.delta_noise_multiplier = accounting.delta_noise_multiplier(noise, self.count_noise)
         self.num_rounds = self._budget()
 
@@ -225,11 +226,15 @@ class UserPlan(PrivacyPlan):
 
     def figures(self, rounds: int) -> dict[str, Any]:
         probability = max(map(self._probability, self.available[:rounds]), default=0.0)
+        shares = {}
+        if self.count_noise is not None:
+            shares = {"delta_noise_multiplier": self.delta_noise_multiplier, "count_noise": self.count_noise}
         return self._figures(
             rounds,
             noise_multiplier=float(self.noise_multipliers),
             steps=rounds,
             sampling_probability=probability,
+            **shares,
         )
 
     @property

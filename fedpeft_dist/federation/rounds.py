@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def start_and_run(config: RunConfig, stop: StopRequest | None = None) -> str:
         ConfigError: as `run_federation`, and for a device or a precision that this machine lacks.
     """
     with process.start(config.runtime) as runtime:
+        # What auto means on some GPUs, and the schema refuses where a config asks for it.
+        if runtime.precision == "fp16" and config.privacy.name != "none":
+            runtime = replace(runtime, precision="fp32")
         choices = {"device": runtime.device.type, "precision": runtime.precision}
         return run_federation(with_values(config, "runtime", **choices), runtime, stop)
 
@@ -101,7 +105,7 @@ def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
             barrier(runtime)
             return INTERRUPTED
         backbone = simulation.model.backbone
-        privacy = summarize(config.privacy, None if plan is None else plan.figures(run.num_rounds))
+        privacy = summarize(config.privacy, None if plan is None else plan.figures(run.next_round))
         log.complete(run.vector, simulation.model.layout, backbone.num_parameters, backbone.sha256, privacy)
     barrier(runtime)
     return COMPLETE

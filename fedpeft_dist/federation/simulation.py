@@ -5,6 +5,9 @@ Shapes: N clients, P trainable parameters.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,6 +16,7 @@ import torch
 
 from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
@@ -26,7 +30,7 @@ from fedpeft_dist.federation.participation import Participation
 from fedpeft_dist.federation.user_aggregation import UserAggregator
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
-from fedpeft_dist.runtime.collectives import min_over_ranks
+from fedpeft_dist.runtime.collectives import min_over_ranks, sum_over_ranks
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import RunDirectory, check_same_backbone
 from fedpeft_dist.training.lane_count import choose_lanes, choose_private_lanes, choose_slots
@@ -36,6 +40,9 @@ from fedpeft_dist.training.private_training import PrivateTrainer
 
 if TYPE_CHECKING:
     from fedpeft_dist.federation.privacy_plan import PrivacyPlan
+
+_SAME_RELEASES = ("runtime.", "federation.rounds", "privacy.epsilon", "privacy.stop_at_epsilon", "privacy.slots")
+"""Keys that change nothing about what the first rounds release, or nothing beside the noise multipliers."""
 
 
 class Simulation:
@@ -59,6 +66,7 @@ class Simulation:
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.train_store, self.test_store = self._make_stores()
         self.privacy_plan: PrivacyPlan | None = None
+        self.noise_seed: int | None = None
         self._try_one_image()
 
     def _try_one_image(self) -> None:
@@ -106,6 +114,34 @@ class Simulation:
 
             self.privacy_plan = make_privacy_plan(self.config, self.participation, noise_multipliers)
 
+    def seed_noise(self, stored: int | None = None) -> None:
+        """Makes `noise_seed`, where privacy is accounted for; every rank must call it.
+
+        Two releases must never have the same noise, or their difference would have none. So it follows from the run's
+        seed and from all else that makes its releases what they are: config, data, backbone and noise.
+
+        Args:
+            stored: what the run has begun with.
+        """
+        if self.privacy_plan is None:
+            return
+        privacy = self.config.privacy
+        if stored is not None:
+            self.noise_seed = stored
+        elif privacy.secure_noise:
+            own = secrets.randbits(62) if self.runtime.is_main else 0
+            self.noise_seed = int(sum_over_ranks(torch.tensor([own], device=self.runtime.device), self.runtime))
+        else:
+            keys = {key: value for key, value in result_keys(self.config).items() if not key.startswith(_SAME_RELEASES)}
+            content = hashlib.sha256(json.dumps(keys, sort_keys=True).encode())
+            for digest in (self.data_sha256, self.model.backbone.sha256, self.participation.sha256):
+                content.update(digest.encode())
+            if privacy.epsilon is not None:
+                content.update(self.privacy_plan.noise_multipliers.numpy())
+            self.noise_seed = derive_seed(self.config.seed, "noise", int.from_bytes(content.digest(), "big"))
+        if privacy.name == "user" and privacy.secure_noise:
+            self.participation.cohort_seed = derive_seed(self.noise_seed, "cohorts")
+
     def make_aggregator(self) -> Aggregator:
         """What sums the updates of this run's rounds."""
         config, size = self.config, self.model.layout.num_parameters
@@ -114,7 +150,7 @@ class Simulation:
         cohort, plan = config.federation.cohort, self.privacy_plan
         largest = self.partition.num_clients if config.privacy.sampling == "poisson" else cohort
         noise = (plan.delta_noise_multiplier, plan.count_noise)
-        return UserAggregator(size, largest, cohort, config.privacy, *noise, self.runtime, config.seed)
+        return UserAggregator(size, largest, cohort, config.privacy, *noise, self.runtime, self.noise_seed)
 
     @cached_property
     def participation(self) -> Participation:
@@ -131,13 +167,14 @@ class Simulation:
     def trainer(self) -> LocalTrainer | PrivateTrainer:
         config, privacy = self.config, self.config.privacy
         work = (self.model, self.train_store, config.client)
-        place = (self.runtime, config.seed, self.lanes)
+        place = (self.runtime, config.seed)
         compiled = {"compile_model": config.runtime.compile}
         if privacy.name == "sample":
             noise, largest = self.privacy_plan.noise_multipliers, int(self.partition.sizes().max())
-            return PrivateTrainer(*work, privacy, noise, largest, *place, self.slots, **compiled)
+            own = (self.noise_seed, self.lanes, self.slots)
+            return PrivateTrainer(*work, privacy, noise, largest, *place, *own, **compiled)
         noise = privacy.standard_deviation if privacy.name == "paper_noise" else 0.0
-        return LocalTrainer(*work, *place, **compiled, gradient_noise=noise)
+        return LocalTrainer(*work, *place, self.lanes, **compiled, gradient_noise=noise)
 
     @cached_property
     def test_evaluator(self) -> Evaluator:

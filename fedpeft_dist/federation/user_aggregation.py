@@ -13,14 +13,16 @@ import math
 
 import torch
 
-from fedpeft_dist.config.schema import UserPrivacy
+from fedpeft_dist.config.schema import CLIP_NORM_LIMIT, UserPrivacy
 from fedpeft_dist.federation.aggregation import TAIL, UNCLIPPED, Aggregator
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.privacy.mechanisms import NOISE_RANGE, clip_factors, grid_bits, noise_on_grid, row_norms, truncate
+from fedpeft_dist.privacy.mechanisms import clip_factors, grid_bits, noise_on_grid, row_norms, truncate
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.local_training import ClientUpdate
 
 _COUNT_BITS = 20
+_LARGEST_STEP = 5.0
+"""Of the logarithm of C, in a round; a count that is mostly noise must not carry C out of all bounds."""
 
 
 class UserAggregator(Aggregator):
@@ -30,6 +32,7 @@ class UserAggregator(Aggregator):
         expected_cohort: what the sum is divided by.
         noise_multiplier: of the noise on the deltas, in units of C.
         count_noise: standard deviation of the noise on the number of unclipped deltas; None where C stays.
+        noise_seed: what the noise follows from; no other release may have used it.
     """
 
     def __init__(
@@ -41,12 +44,12 @@ class UserAggregator(Aggregator):
         noise_multiplier: float,
         count_noise: float | None,
         runtime: Runtime,
-        seed: int,
+        noise_seed: int,
     ):
         super().__init__(num_parameters, largest_cohort, runtime)
         self.largest_cohort, self.expected_cohort = largest_cohort, expected_cohort
         self.privacy, self.noise_multiplier, self.count_noise = privacy, noise_multiplier, count_noise
-        self.seed = seed
+        self.noise_seed = noise_seed
         self.state = {"clip_norm": torch.tensor(privacy.clip_norm, dtype=torch.float64)}
 
     @property
@@ -57,7 +60,7 @@ class UserAggregator(Aggregator):
     @property
     def bits(self) -> int:
         """s: the grid has room for all clients of a round and for the noise."""
-        return grid_bits(self.clip_norm * (self.largest_cohort + NOISE_RANGE * self.noise_multiplier))
+        return grid_bits(self.clip_norm * self.largest_cohort, self.clip_norm * self.noise_multiplier)
 
     def _weight(self, update: ClientUpdate) -> int:
         return 1
@@ -78,7 +81,7 @@ class UserAggregator(Aggregator):
 
     def _add(self, values: torch.Tensor, purpose: str, round_number: int, deviation: float, bits: int) -> None:
         device = values.device
-        key = torch.tensor([derive_seed(self.seed, purpose, round_number)], device=device)
+        key = torch.tensor([derive_seed(self.noise_seed, purpose, round_number)], device=device)
         deviations = torch.tensor([deviation], dtype=torch.float64, device=device)
         values += noise_on_grid(key, len(values), deviations, bits, self.privacy.secure_noise)[0]
 
@@ -92,4 +95,6 @@ class UserAggregator(Aggregator):
             return
         centred = float(tail[UNCLIPPED]) * 2.0**-_COUNT_BITS / 2
         share = centred / self.expected_cohort + 0.5
-        self.state["clip_norm"] *= math.exp(-adaptive.lr * (share - adaptive.quantile))
+        exponent = -adaptive.lr * (share - adaptive.quantile)
+        clip_norm = self.clip_norm * math.exp(min(max(exponent, -_LARGEST_STEP), _LARGEST_STEP))
+        self.state["clip_norm"].fill_(min(max(clip_norm, 1 / CLIP_NORM_LIMIT), CLIP_NORM_LIMIT))

@@ -19,8 +19,8 @@ from fedpeft_dist.lanes.random import fold_in, random_bits, unit_interval
 SHRINK = 1 - 2.0**-20
 """On the clip factor: far more than what float64 can round a norm up by, far less than anyone notices."""
 NOISE_RANGE = 10.0
-"""Standard deviations that the grid has room for; noise beyond is cut off, which happens once in 10^23 draws."""
-_RANGE_BITS = 62
+"""Standard deviations that the grid has room for; with 53 random bits no draw gets beyond 8.6."""
+_RANGE_BITS, _FLOAT_BITS = 62, 52
 
 
 def clip_factors(norms: torch.Tensor, clip_norm: float | torch.Tensor) -> torch.Tensor:
@@ -42,9 +42,16 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
-def grid_bits(largest: float) -> int:
-    """s, such that sums of up to `largest` in absolute value fit an int64 as multiples of 2^-s."""
-    return _RANGE_BITS - math.ceil(math.log2(largest))
+def grid_bits(largest_sum: float, standard_deviation: float) -> int:
+    """s, such that noisy sums fit an int64 as multiples of 2^-s, and the noise, drawn in float64, reaches all of these.
+
+    Args:
+        largest_sum: of the contributions, in absolute value.
+        standard_deviation: of the noise.
+    """
+    noise = NOISE_RANGE * standard_deviation
+    bits = _RANGE_BITS - math.ceil(math.log2(largest_sum + noise))
+    return min(bits, _FLOAT_BITS - math.ceil(math.log2(noise))) if noise else bits
 
 
 def truncate(rows: torch.Tensor, factors: torch.Tensor, bits: int) -> torch.Tensor:
@@ -72,8 +79,7 @@ def noise_on_grid(
         int64 [R, W].
     """
     normal = secure_normal((len(keys), columns), keys.device) if secure else keyed_normal(keys, columns)
-    normal = normal.clamp_(-NOISE_RANGE, NOISE_RANGE) * standard_deviations.unsqueeze(1)
-    return torch.round(normal * 2.0**bits).to(torch.int64)
+    return torch.round(normal * standard_deviations.unsqueeze(1) * 2.0**bits).to(torch.int64)
 
 
 def keyed_normal(keys: torch.Tensor, columns: int) -> torch.Tensor:

@@ -6,8 +6,24 @@ from typing import Any
 
 from fedpeft_dist.config.schema import PaperNoise, PrivacyConfig, SamplePrivacy, UserPrivacy
 
-OUTSIDE = ("train_loss", "rejected", "accuracy")
-"""Metrics that are computed from the data without noise: for the experimenter, not to be published with the model."""
+_FROM_DATA = ("train_loss", "rejected", "accuracy", "samples", "samples_per_second", "partition")
+_FROM_COHORT = (
+    "cohort",
+    "uplink_bytes",
+    "downlink_bytes",
+    "selected",
+    "dropped",
+    "late",
+    "partial",
+    "wasted_samples",
+    "simulated_seconds",
+)
+
+
+def outside(privacy: PrivacyConfig) -> tuple[str, ...]:
+    """What a run tells that is outside the guarantee: computed from data or from secret draws, without noise. It is for
+    the experimenter, not to be published with the model."""
+    return _FROM_DATA + _FROM_COHORT if isinstance(privacy, UserPrivacy) else _FROM_DATA
 
 
 def guarantee(privacy: PrivacyConfig) -> str:
@@ -39,7 +55,7 @@ def summarize(privacy: PrivacyConfig, figures: dict[str, Any] | None) -> dict[st
             "noise_std": privacy.standard_deviation,
             "clip_norm": None,
         }
-    return {**figures, "guarantee": guarantee(privacy), "outside": list(OUTSIDE)}
+    return {**figures, "guarantee": guarantee(privacy), "outside": list(outside(privacy))}
 
 
 def describe(privacy: PrivacyConfig, figures: dict[str, Any] | None, warning: str | None = None) -> list[str]:
@@ -58,10 +74,15 @@ def describe(privacy: PrivacyConfig, figures: dict[str, Any] | None, warning: st
     lines = [
         f"privacy: epsilon {figures['epsilon']:.4g} at delta {figures['dp_delta']:g} at the end of the run, by "
         f"{figures['accountant']}; protects {guarantee(privacy)}",
-        f"privacy: {', '.join(OUTSIDE)} are outside the guarantee",
+        f"privacy: {', '.join(outside(privacy))} are outside the guarantee",
     ]
     if warning is not None:
         lines.append(f"warning: {warning}")
     if privacy.secure_noise:
-        lines.append("privacy: secure_noise draws from the operating system, so this run cannot be repeated")
+        lines.append(
+            "privacy: secure_noise draws from the operating system, so this run cannot be repeated; what an "
+            "interrupted round has computed must not be published"
+        )
+    else:
+        lines.append("privacy: noise and draws follow from the seed: keep it secret, or give secure_noise: true")
     return lines

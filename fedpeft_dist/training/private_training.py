@@ -20,7 +20,7 @@ from fedpeft_dist.lanes.optimizers import add_proximal, make_lane_optimizer
 from fedpeft_dist.lanes.parameters import ALIGNMENT, LaneParameters
 from fedpeft_dist.lanes.random import fold_in
 from fedpeft_dist.methods.lane_model import LaneModel
-from fedpeft_dist.privacy.mechanisms import NOISE_RANGE, clip_factors, grid_bits, noise_on_grid, row_norms, truncate
+from fedpeft_dist.privacy.mechanisms import clip_factors, grid_bits, noise_on_grid, row_norms, truncate
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.lane_schedule import ClientTask
 from fedpeft_dist.training.local_training import ClientUpdate, lane_losses, with_next
@@ -40,6 +40,7 @@ class PrivateTrainer:
         store: the training images.
         noise_multipliers: float64 [N], each client's, on the host.
         largest_client: the number of samples of the largest client of the population.
+        noise_seed: what batches and noise follow from; no other release may have used it.
         num_lanes: L.
         num_slots: R.
         dtype: of the parameter matrices; float32 in a run.
@@ -56,13 +57,14 @@ class PrivateTrainer:
         largest_client: int,
         runtime: Runtime,
         seed: int,
+        noise_seed: int,
         num_lanes: int,
         num_slots: int,
         dtype: torch.dtype = torch.float32,
         compile_model: bool = False,
     ):
         self.model, self.store, self.config, self.runtime, self.seed = model, store, config, runtime, seed
-        self.privacy, self.noise_multipliers = privacy, noise_multipliers
+        self.privacy, self.noise_multipliers, self.noise_seed = privacy, noise_multipliers, noise_seed
         self.draw = BatchDraw(config.batch_size, privacy.max_batch, privacy.secure_noise)
         device = runtime.device
         self.samples = LaneParameters(model.layout, num_slots, device, dtype)
@@ -72,8 +74,7 @@ class PrivateTrainer:
         self.sums = torch.zeros(num_lanes, model.layout.width, device=device, dtype=torch.int64)
         self.loss_sums = torch.zeros(num_lanes, device=device, dtype=torch.int64)
         self.samples_seen = [0] * num_lanes
-        deviation = privacy.clip_norm * float(noise_multipliers.max())
-        self.bits = grid_bits(largest_client * privacy.clip_norm + NOISE_RANGE * deviation)
+        self.bits = grid_bits(largest_client * privacy.clip_norm, privacy.clip_norm * float(noise_multipliers.max()))
         self.logits = torch.compile(model.logits) if compile_model else model.logits
 
     def train(
@@ -91,7 +92,8 @@ class PrivateTrainer:
         self.model.bind(self.samples)
         start = self.model.layout.pad(global_vector.to(self.theta.dtype))
         num_lanes, num_slots = len(self.theta), self.samples.num_lanes
-        passes = schedule_samples(tasks, num_lanes, num_slots, self.draw, self.seed, round_number)
+        seeds = (self.seed, self.noise_seed)
+        passes = schedule_samples(tasks, num_lanes, num_slots, self.draw, *seeds, round_number)
         for current, upcoming in with_next(passes):
             if is_dropped():
                 return
@@ -147,6 +149,7 @@ class PrivateTrainer:
         lanes, keys, expected, multipliers, active = (
             send(tensor, device) for tensor in (lanes, keys, expected, multipliers, active)
         )
+        assert (multipliers > 0).all(), "a client without noise"
         deviations = multipliers * self.privacy.clip_norm
         noise = noise_on_grid(keys, self.theta.shape[1], deviations, self.bits, self.privacy.secure_noise)
         noisy = (self.sums[lanes] + noise).double() * 2.0**-self.bits

@@ -81,14 +81,15 @@ class Pass:
 class _Seat:
     """A client in a lane: how many steps it has taken, and what is left of the batch of the next one."""
 
-    def __init__(self, task: ClientTask, draw: BatchDraw, seed: int, round_number: int):
+    def __init__(self, task: ClientTask, draw: BatchDraw, seed: int, noise_seed: int, round_number: int):
         self.task, self.draw = task, draw
         self.key = derive_seed(seed, "client", round_number, task.client)
+        self.secret = derive_seed(noise_seed, "client", round_number, task.client)
         self.step = 0
         self.pending = self._next_batch()
 
     def _next_batch(self) -> torch.Tensor:
-        return self.draw(self.task.samples, derive_seed(self.key, "draw", self.step))
+        return self.draw(self.task.samples, derive_seed(self.secret, "draw", self.step))
 
     def take(self, most: int) -> torch.Tensor:
         """Up to so many of the samples that the batch still lacks."""
@@ -102,11 +103,17 @@ class _Seat:
 
 
 def schedule_samples(
-    tasks: Iterable[ClientTask], num_lanes: int, num_slots: int, draw: BatchDraw, seed: int, round_number: int
+    tasks: Iterable[ClientTask],
+    num_lanes: int,
+    num_slots: int,
+    draw: BatchDraw,
+    seed: int,
+    noise_seed: int,
+    round_number: int,
 ) -> Iterator[Pass]:
     """The passes that train all clients that have steps to do.
 
-    A client's batches and noise depend on (seed, round, client, step) alone, not on lane, slot or neighbours.
+    A client's batches and noise depend on (noise_seed, round, client, step) alone, not on lane, slot or neighbours.
     """
     waiting = deque(task for task in tasks if task.num_steps)
     seats: list[_Seat | None] = [None] * num_lanes
@@ -120,7 +127,7 @@ def schedule_samples(
         for lane in range(num_lanes):
             if seats[lane] is None and waiting:
                 task = waiting.popleft()
-                seats[lane] = _Seat(task, draw, seed, round_number)
+                seats[lane] = _Seat(task, draw, seed, noise_seed, round_number)
                 result.starting.append((lane, task))
         filled = 0
         # Who has most steps before it goes first: it would else be the one that all slots wait for in the end.
@@ -135,7 +142,7 @@ def schedule_samples(
             filled += len(taken)
             if len(seat.pending):
                 continue
-            result.stepping.append((lane, seat.task, derive_seed(seat.key, "noise", seat.step)))
+            result.stepping.append((lane, seat.task, derive_seed(seat.secret, "noise", seat.step)))
             seat.end_step()
             if seat.step == seat.task.num_steps:
                 result.finished.append((lane, seat.task))

@@ -101,7 +101,7 @@ def test_paper_noise_has_no_epsilon(privacy: Command) -> None:
         ),
         ([PAPER, "privacy={name: sample, epsilon: 5.0}", "data.root=absent"], ["data.root: 'absent'"]),
         (
-            [PAPER, "privacy={name: user, noise_multiplier: 1.0, adaptive: {}}", POISSON],
+            [PAPER, "privacy={name: user, noise_multiplier: 1.0, adaptive: {count_noise: 0.4}}", POISSON],
             ["privacy.adaptive.count_noise: 0.4", "more than 0.5"],
         ),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,15 @@ def test_log_and_summary_say_what_is_guaranteed(privacy, tmp_path, capsys):
         return
     assert "privacy: " in said
     assert summary["name"] == privacy["name"]
-    assert summary["outside"] == ["train_loss", "rejected", "accuracy"]
+    assert summary["outside"][:3] == ["train_loss", "rejected", "accuracy"]
+    assert ("cohort" in summary["outside"]) == (privacy["name"] == "user")
     if privacy["name"] == "paper_noise":
         assert "no guarantee" in said
         assert (summary["epsilon"], summary["dp_delta"], summary["guarantee"]) == (None, None, "none")
         assert summary["noise_std"] == pytest.approx(3.378, abs=5e-4)
     else:
-        assert "train_loss, rejected, accuracy are outside the guarantee" in said
+        assert "privacy: train_loss, rejected, accuracy, " in said
+        assert "keep it secret" in said
         assert summary["epsilon"] <= privacy.get("epsilon", math.inf)
         assert summary["dp_delta"] == 0.01
         spent = [row["epsilon"] for row in read_metrics(directory_of(config).metrics_file)]
@@ -177,6 +180,11 @@ def test_a_run_stops_when_its_budget_is_spent(name, tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in files} == files
 
+    smaller = with_values(config, "privacy", stop_at_epsilon=0.9 * summary["privacy"]["epsilon"])
+    with pytest.raises(ConfigError, match=r"privacy\.stop_at_epsilon: .* is less than the .* rounds have spent"):
+        run_federation(smaller, make_runtime())
+    assert summary_of(config) == summary
+
     larger = with_values(config, "privacy", stop_at_epsilon=2 * spent)
     assert run_federation(larger, make_runtime()) == COMPLETE
     assert summary_of(larger)["rounds"] == 6
@@ -227,3 +235,62 @@ def test_secure_noise_says_that_the_run_cannot_be_repeated(tmp_path, capsys):
         digests.add(summary_of(config)["weights_sha256"])
     assert len(digests) == 2
     assert "cannot be repeated" in capsys.readouterr().out
+
+
+def noise_seed_of(config: RunConfig) -> int:
+    run_federation(config, make_runtime())
+    checkpoint, _ = load_newest_checkpoint(directory_of(config).checkpoints)
+    return checkpoint.noise_seed
+
+
+def test_only_runs_with_the_same_releases_share_their_noise(tmp_path):
+    """The difference of two releases with the same noise would have none."""
+    config = make_config(tmp_path, SAMPLE, "base", rounds=1)
+    same = {
+        "again": config,
+        "one lane": with_values(config, "runtime", lanes=1),
+        "few slots": with_values(config, "privacy", slots=4),
+    }
+    other = {
+        "epsilon": with_values(config, "privacy", epsilon=20.0),
+        "batch": with_values(config, "client", batch_size=7),
+        "seed": config.model_copy(update={"seed": 2}),
+        "data": with_values(config, "data", max_train=119),
+        "clip": with_values(config, "privacy", clip_norm=0.9),
+    }
+    seeds = {name: noise_seed_of(with_values(changed, "output", name=name)) for name, changed in (same | other).items()}
+    assert len({seeds[name] for name in same}) == 1
+    assert len(set(seeds.values())) == 1 + len(other)
+
+
+def test_a_longer_run_keeps_its_noise_seed(tmp_path):
+    config = make_config(tmp_path, {**SAMPLE, "epsilon": None, "noise_multiplier": 1.0}, rounds=1)
+    before = noise_seed_of(config)
+    assert noise_seed_of(with_values(config, "federation", rounds=2)) == before
+
+
+def test_secure_cohorts_do_not_follow_from_the_seed(tmp_path):
+    cohorts = []
+    for name in ("one", "two"):
+        config = make_config(tmp_path, {**USER, "secure_noise": True}, name, rounds=12)
+        run_federation(config, make_runtime())
+        cohorts.append([row["cohort"] for row in read_metrics(directory_of(config).metrics_file)])
+    assert cohorts[0] != cohorts[1]
+
+
+def test_secure_runs_go_on_with_their_own_cohorts(tmp_path, monkeypatch):
+    config = make_config(tmp_path, {**USER, "secure_noise": True}, rounds=4)
+    with monkeypatch.context() as patch:
+        assert run_federation(config, make_runtime(), stop_after(2, patch)) == INTERRUPTED
+    before, _ = load_newest_checkpoint(directory_of(config).checkpoints)
+    assert run_federation(config, make_runtime()) == COMPLETE
+    after, _ = load_newest_checkpoint(directory_of(config).checkpoints)
+    assert after.noise_seed == before.noise_seed is not None
+
+
+def test_auto_is_fp32_where_it_would_be_fp16(tmp_path, monkeypatch):
+    """fp16 scales losses by what overflowed before, which privacy must not depend on."""
+    config = with_values(make_config(tmp_path, SAMPLE, rounds=1), "runtime", precision="auto")
+    monkeypatch.setattr(rounds.process, "start", lambda _: nullcontext(make_runtime("fp16")))
+    assert rounds.start_and_run(config) == COMPLETE
+    assert load_config(directory_of(config).config_file).runtime.precision == "fp32"

@@ -45,7 +45,7 @@ def clipped(rows: torch.Tensor, clip_norm: float, bits: int) -> torch.Tensor:
 def test_no_row_and_no_sum_exceeds_its_sensitivity(rows, clip_norm):
     """In exact arithmetic: each contribution, and what the sum changes by when any one of them is zeroed out."""
     matrix = torch.tensor(rows, dtype=torch.float32)
-    bits = grid_bits(clip_norm * len(rows))
+    bits = grid_bits(clip_norm * len(rows), 0.0)
     contributions = clipped(matrix, clip_norm, bits)
     bound = Fraction(clip_norm) ** 2
     assert all(exact_norm(row, bits) <= bound for row in contributions)
@@ -64,7 +64,7 @@ def test_random_rows_at_and_around_the_bound():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2000, 64, generator=generator)
     rows *= (1 / rows.norm(dim=1) * torch.logspace(-1, 4, 2000)).unsqueeze(1)
-    bits = grid_bits(2000.0)
+    bits = grid_bits(2000.0, 0.0)
     norms = [exact_norm(row, bits) for row in clipped(rows, 1.0, bits)]
     assert max(norms) <= 1
     large = [norm for norm, row in zip(norms, rows) if row.norm() > 1]
@@ -75,7 +75,7 @@ def test_random_rows_at_and_around_the_bound():
 
 def test_small_rows_stay_as_they_are():
     rows = torch.tensor([[0.25, -0.5, 0.125], [0.0, 0.0, 0.0]])
-    bits = grid_bits(10.0)
+    bits = grid_bits(10.0, 0.0)
     assert torch.equal(clipped(rows, 1.0, bits).double() * 2.0**-bits, rows.double())
 
 
@@ -88,10 +88,11 @@ def test_a_row_that_is_not_finite_counts_as_zero(bad):
 @pytest.mark.parametrize("clip_norm", CLIP_NORMS)
 def test_the_grid_has_room_for_all_and_for_the_noise(clip_norm):
     count, multiplier = 100_000, 20.0
-    bits = grid_bits(clip_norm * (count + NOISE_RANGE * multiplier))
+    bits = grid_bits(clip_norm * count, clip_norm * multiplier)
     largest = int(clipped(torch.tensor([[clip_norm * 5]]), clip_norm, bits)) * count
     noise = math.ceil(NOISE_RANGE * multiplier * clip_norm * 2.0**bits)
-    assert 2**60 < largest + noise < 2**62 + 1
+    assert largest + noise < 2**62 + 1
+    assert 2**51 <= noise <= 2**52 + 1, "every multiple of the grid's step can be drawn"
 
 
 def test_noise_is_normal():

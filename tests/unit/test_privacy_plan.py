@@ -293,13 +293,14 @@ def test_nobody_is_ever_there() -> None:
 
 
 def test_adaptive_clipping_shares_the_budget() -> None:
-    plan = user_plan(noise_multiplier=0.2, adaptive={})
+    assert user_plan(noise_multiplier=0.2, adaptive={}).count_noise == 0.2, "which leaves most to the deltas"
+    plan = user_plan(noise_multiplier=0.1, adaptive={})
     assert plan.count_noise == 3 / 20
-    assert plan.delta_noise_multiplier == accounting.delta_noise_multiplier(0.2, 3 / 20)
-    assert plan.epsilon(6) == user_plan(noise_multiplier=0.2).epsilon(6)
+    assert plan.delta_noise_multiplier == accounting.delta_noise_multiplier(0.1, 3 / 20)
+    assert plan.epsilon(6) == user_plan(noise_multiplier=0.1).epsilon(6)
     assert user_plan(noise_multiplier=1.0, adaptive={"count_noise": 0.9}).count_noise == 0.9
     with pytest.raises(ConfigError, match=r"privacy\.adaptive\.count_noise: 0\.15 spends all"):
-        user_plan(noise_multiplier=0.3, adaptive={})
+        user_plan(noise_multiplier=0.3, adaptive={"count_noise": 0.15})
 
 
 # --- how cohorts are drawn ---------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ def batches_of(passes, tasks):
 def test_what_a_client_goes_through_depends_on_nobody_else(lanes, slots):
     tasks = make_tasks((9, 3, 40, 1, 11, 7), (5, 2, 12, 5, 3, 1))
     draw = BatchDraw(4)
-    together = batches_of(schedule_samples(tasks, lanes, slots, draw, SEED, ROUND), tasks)
+    together = batches_of(schedule_samples(tasks, lanes, slots, draw, SEED, SEED, ROUND), tasks)
     for task in tasks:
-        alone = batches_of(schedule_samples([task], 1, 3, draw, SEED, ROUND), [task])
+        alone = batches_of(schedule_samples([task], 1, 3, draw, SEED, SEED, ROUND), [task])
         assert together[task.client] == alone[task.client]
         assert len(together[task.client]) == task.num_steps
 
@@ -58,16 +58,27 @@ def test_noise_keys_differ_between_clients_and_steps_and_do_not_depend_on_slots(
     tasks = make_tasks((9, 3, 6), (5, 2, 5))
     keys = []
     for lanes, slots in ((3, 12), (1, 2)):
-        passes = schedule_samples(tasks, lanes, slots, BatchDraw(4), SEED, ROUND)
+        passes = schedule_samples(tasks, lanes, slots, BatchDraw(4), SEED, SEED, ROUND)
         keys.append(sorted((task.client, key) for current in passes for _, task, key in current.stepping))
     assert keys[0] == keys[1]
     assert len(set(keys[0])) == 12
 
 
+def test_another_noise_seed_draws_and_adds_otherwise():
+    tasks = make_tasks((40, 40), (5, 5))
+    found = []
+    for noise_seed in (SEED, SEED + 1):
+        passes = list(schedule_samples(tasks, 2, 8, BatchDraw(4), SEED, noise_seed, ROUND))
+        keys = {key for current in passes for _, _, key in current.stepping}
+        found.append((batches_of(passes, tasks), keys))
+    assert found[0][0] != found[1][0]
+    assert not found[0][1] & found[1][1]
+
+
 def test_empty_batches_are_steps_too():
     """One sample in a hundred a step: most batches are empty."""
     tasks = make_tasks((100,), (60,))
-    batches = batches_of(schedule_samples(tasks, 1, 4, BatchDraw(1), SEED, ROUND), tasks)[0]
+    batches = batches_of(schedule_samples(tasks, 1, 4, BatchDraw(1), SEED, SEED, ROUND), tasks)[0]
     assert len(batches) == 60
     assert [] in batches
 
@@ -75,7 +86,7 @@ def test_empty_batches_are_steps_too():
 def test_slots_are_kept_busy():
     """Draws of 16 on average, 64 slots for four clients: with 16 slots each, many steps would take two passes."""
     tasks = make_tasks([64] * 8, [40] * 8)
-    passes = list(schedule_samples(tasks, 4, 64, BatchDraw(16), SEED, ROUND))
+    passes = list(schedule_samples(tasks, 4, 64, BatchDraw(16), SEED, SEED, ROUND))
     used = sum(int(current.mask.sum()) for current in passes)
     assert used / (64 * len(passes)) > 0.85
 
@@ -83,7 +94,7 @@ def test_slots_are_kept_busy():
 def test_every_sample_is_drawn_with_its_probability_by_itself():
     size, batch, steps = 50, 10, 4000
     tasks = make_tasks((size,), (steps,))
-    batches = batches_of(schedule_samples(tasks, 1, 64, BatchDraw(batch), SEED, ROUND), tasks)[0]
+    batches = batches_of(schedule_samples(tasks, 1, 64, BatchDraw(batch), SEED, SEED, ROUND), tasks)[0]
     drawn = torch.zeros(steps, size)
     for step, batch_samples in enumerate(batches):
         drawn[step, batch_samples] = 1
@@ -99,7 +110,7 @@ def test_every_sample_is_drawn_with_its_probability_by_itself():
 
 def test_a_client_smaller_than_a_batch_goes_through_all_it_has():
     tasks = make_tasks((3,), (4,))
-    assert batches_of(schedule_samples(tasks, 1, 8, BatchDraw(8), SEED, ROUND), tasks)[0] == [[0, 1, 2]] * 4
+    assert batches_of(schedule_samples(tasks, 1, 8, BatchDraw(8), SEED, SEED, ROUND), tasks)[0] == [[0, 1, 2]] * 4
     assert BatchDraw(8).expected(3) == 3
     assert BatchDraw(8).expected(30) == 8
 
