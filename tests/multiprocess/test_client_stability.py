@@ -41,7 +41,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "traces": {"over_selection": 1.3, "seconds_per_round": 7.0, "deadline": 2.5, "late": "partial"},
     "drawn, sample": {
         "name": "weighted",
-        "over_selection": 1.5,
         "availability": {"name": "on_off", "share": 0.8, "spread": 0.1, "rounds": 3},
         "dropout": {"name": "random", "before": 0.1, "during": 0.1, "after": 0.1},
         "devices": {"name": "lognormal", "samples_per_second": 10.0},
@@ -105,8 +104,8 @@ def test_weights_are_equal_on_1_and_2_ranks_and_through_a_kill(case: str, tmp_pa
     assert len({row["cohort"] for row in rows}) > 2
     assert any(row["dropped"] for row in rows)
     assert any(row["partial"] if "late" in SETTINGS[case] else row["late"] for row in rows)
-    assert "poisson" in case or any(row["surplus"] for row in rows)
     if case == "traces":
+        assert any(row["surplus"] for row in rows)
         lost = rows[LOST - 1]
         assert (lost["cohort"], lost["train_loss"], lost["samples"]) == (0, None, 0)
         assert lost["dropped"] == lost["selected"] > 0
