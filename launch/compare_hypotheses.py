@@ -26,6 +26,7 @@ SEEDS = (1, 42, 3407)
 PEFT = ("bias", "adapter", "prompt")
 PARTICIPATION = ("n64-m8", "n64-m64", "n16-m16", "n16-m2")
 SIZES = {"digits": (130, 260, 650), "glyphs100": (276, 552, 1380)}
+EPSILONS = {"digits": (2, 5, 20), "glyphs100": (5, 20)}
 
 Accuracy = Callable[[str, str], list[float]]
 """(experiment, cell) to the final accuracies of its seeds, in points."""
@@ -42,7 +43,7 @@ def main(root: Path) -> None:
             return [100 * json.loads(path.read_text(encoding="utf-8"))["final_accuracy"] for path in summaries]
 
         print(f"\n# {data}")
-        for title, differences in hypotheses(accuracy, SIZES[data]):
+        for title, differences in hypotheses(accuracy, SIZES[data], EPSILONS[data]):
             rows = [(name, *judge(values)) for name, values in differences]
             counts = Counter(verdict for *_, verdict in rows)
             whole = "refuted" if counts["fails"] else "undecided" if counts["open"] else "shown"
@@ -60,7 +61,9 @@ def judge(values: list[float]) -> tuple[float, float, str]:
     return mean, half, "holds" if mean > half else "fails" if mean < -half else "open"
 
 
-def hypotheses(accuracy: Accuracy, sizes: tuple[int, ...]) -> Iterator[tuple[str, list[Difference]]]:
+def hypotheses(
+    accuracy: Accuracy, sizes: tuple[int, ...], epsilons: tuple[int, ...]
+) -> Iterator[tuple[str, list[Difference]]]:
     """Title and differences of each hypothesis."""
 
     def minus(first: list[float], second: list[float]) -> list[float]:
@@ -116,6 +119,36 @@ def hypotheses(accuracy: Accuracy, sizes: tuple[int, ...]) -> Iterator[tuple[str
             for many, few in (("n64-m64", "n64-m8"), ("n16-m16", "n16-m2"))
         ],
     )
+
+    def loss_by_fate(method: str, fate: str) -> list[float]:
+        return minus(accuracy("dropout", f"{method}-none"), accuracy("dropout", f"{method}-{fate}"))
+
+    yield (
+        "3c. Lost and slow clients cost head and full at least as much as PEFT",
+        [
+            (f"{other}'s loss over {method}'s, {fate}", minus(loss_by_fate(other, fate), loss_by_fate(method, fate)))
+            for other in ("head", "full")
+            for method in ("bias", "prompt")
+            for fate in ("dropout", "deadline-drop", "deadline-partial")
+        ],
+    )
+
+    def loss_by_noise(method: str, cell: str) -> list[float]:
+        return minus(accuracy("privacy", f"{method}-public"), accuracy("privacy", cell.format(method)))
+
+    mechanisms = {f"epsilon {epsilon}": f"sample-{epsilon}-{{}}" for epsilon in epsilons}
+    for title, cells in (
+        ("4. Under privacy noise full fine-tuning loses most", mechanisms),
+        ("4, with the paper's noise, which guarantees nothing", {"paper_noise": "{}-paper-noise"}),
+    ):
+        yield (
+            title,
+            [
+                (f"full's loss over {method}'s, {name}", minus(loss_by_noise("full", c), loss_by_noise(method, c)))
+                for name, c in cells.items()
+                for method in ("head", *PEFT)
+            ],
+        )
     yield (
         "5. With little data PEFT is at least as good as full",
         [

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the paper's experiments 1, 2, 3 and 5 on the two offline tasks, digits and glyphs100, and reports on them.
+# Runs the paper's experiments on the two offline tasks, digits and glyphs100, and reports on them.
 #
 #   ./launch/reproduce.sh [workers]      one worker a core, where not told otherwise; results in runs/offline
 #
@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1
 tenth=runs/offline/glyph_vit_tenth.safetensors
 [ -f "$tenth" ] || "$PYTHON" -m fedpeft_dist pretrain --steps 600 --output "$tenth"
 
-experiments=({digits,glyphs100}/{communication,stability,scale,pretraining,slower})
+experiments=({digits,glyphs100}/{communication,stability,dropout,scale,privacy,pretraining,slower})
 sweeps=("${experiments[@]/#/configs/sweeps/offline/}")
 started=$SECONDS
 "$PYTHON" launch/sweep.py "${sweeps[@]/%/.yaml}" --workers "$workers" &
