@@ -99,7 +99,11 @@ def _is_running(job: str) -> bool:
     to requeue it, or has already started it anew, which the processes on a node that was lost do not notice.
     """
     command = ["squeue", "--noheader", "--jobs", job, "--Format", "State,RestartCnt"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"squeue does not answer ({error}), so the job is not requeued", file=sys.stderr)
+        return False
     return found.stdout.split() == ["RUNNING", os.environ.get("SLURM_RESTART_COUNT", "0")]
 
 

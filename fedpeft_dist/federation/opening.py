@@ -151,8 +151,9 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
 def _look(config: RunConfig, directory: RunDirectory, runtime: Runtime) -> tuple[RunConfig, dict | None]:
     """What stands in the directory, the same on all ranks: the config as that run has begun it, and its state."""
     with failing_together(runtime):
-        directory.check_writable()
         stored, state = directory.stored_config(), directory.read_state()
+        if state is None or not is_complete(state, config):
+            directory.check_writable()
         if stored is not None:
             config = with_choices_of(stored, config)
             check_same_run(stored, config, directory.path)

@@ -86,6 +86,22 @@ def test_what_another_process_has_completed_meanwhile_is_not_run_again(
     assert not directory.in_use()
 
 
+def test_a_complete_run_may_lie_where_nothing_can_be_written(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = directory_of(config)
+    directory.write_config(config)
+    directory.write_state(COMPLETE, 1)
+
+    def refuse(self: RunDirectory) -> None:
+        raise ConfigError("output.root: no run can be written")
+
+    monkeypatch.setattr(RunDirectory, "check_writable", refuse)
+    assert open_run(config, make_runtime()) is None
+    with pytest.raises(ConfigError, match="no run can be written"):
+        open_run(with_values(config, "federation", rounds=2), make_runtime())
+
+
 def test_lanes_that_another_process_has_chosen_meanwhile_are_kept(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -184,3 +185,17 @@ def test_a_local_job_of_two_ranks_goes_on_when_it_is_warned(folder: Path) -> Non
     assert json.loads(found.summary_file.read_text())["world_size"] == 2
     assert call(folder, "base.yaml") == "nothing to submit: 1 complete in runs/run\n"
     assert [r.name for r in read_runs(folder / "runs")] == ["run"]
+
+
+@pytest.mark.parametrize("problem", [FileNotFoundError("squeue"), subprocess.TimeoutExpired("squeue", 60)])
+def test_a_slurm_that_does_not_answer_lets_the_job_end_as_interrupted(
+    problem: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit = runpy.run_path(str(SUBMIT))
+
+    def ask(*_: object, **__: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(subprocess, "run", ask)
+    assert submit["_is_running"]("17") is False
+    assert "squeue does not answer" in capsys.readouterr().err
