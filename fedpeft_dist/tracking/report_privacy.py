@@ -115,11 +115,12 @@ def privacy_note(groups: Sequence[Group]) -> str:
             f"{NO_GUARANTEE} carries no guarantee: it clips nothing and is not accounted for, and the epsilon in its "
             "config is but the number that its noise is computed from."
         )
-    outside = dict.fromkeys(name for _, found in private for name in found.get("outside") or ())
-    if outside:
-        sentences.append(
-            f"Outside every guarantee: {_listed(list(outside))}, which are computed from the data without noise."
-        )
+    outside = {mechanism: found["outside"] for mechanism, found in private if found.get("outside")}
+    sentences += [
+        f"Outside the guarantee of {mechanism}: {_listed(names)}, for no noise is added to these."
+        for mechanism, names in sorted(outside.items())
+        if mechanism != NO_GUARANTEE
+    ]
     return " ".join(sentences)
 
 

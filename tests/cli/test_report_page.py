@@ -205,7 +205,7 @@ def test_what_no_guarantee_covers_stands_below_the_privacy_table(private: webdri
     ]
     note = private.find_element(By.CSS_SELECTOR, "#privacy .note")
     assert note.is_displayed()
-    assert "Outside every guarantee: train_loss, rejected and accuracy" in note.text
+    assert "Outside the guarantee of sample: train_loss, rejected and accuracy" in note.text
     assert "paper_noise carries no guarantee" in note.text
 
 
