@@ -37,6 +37,8 @@ RATES = {
     "scratch": (1e-2, 1e-2, 1e-2),
 }
 
+RATES_UNDER_NOISE = {"full": 5e-4, "head": 1e-3, "bias": 5e-3, "adapter": 1e-3, "prompt": 5e-3}
+
 
 @pytest.mark.parametrize("path", PATHS)
 def test_loads(path: str) -> None:
@@ -100,6 +102,8 @@ EXPERIMENT_CELLS = {
     "stability": 5 * 2 * 4 * 3,
     "scale": 5 * 3 * 3,
     "pretraining": 5 * 2 * 3,
+    "privacy": (5 * 2 + 5) * 3,
+    "dropout": 4 * 4 * 3,
 }
 
 
@@ -114,12 +118,11 @@ def test_a_sweep_has_the_cells_that_it_says(path: str) -> None:
     assert len({cell.config.output.name for cell in cells}) == len(cells)
 
 
-def test_every_experiment_but_privacy_has_a_sweep_for_each_data_set() -> None:
+def test_every_experiment_has_a_sweep_for_each_data_set() -> None:
     found = {(Path(path).parent.name, Path(path).stem) for path in SWEEPS}
     paper = {(data, name) for data in PAPER_DATA for name in EXPERIMENT_CELLS} - {("resisc45", "scale")}
-    offline = {
-        (data, name) for data in ("digits", "glyphs100") for name in (*EXPERIMENT_CELLS, "rates", "slower", "dropout")
-    }
+    further = ("rates", "private_rates", "slower")
+    offline = {(data, name) for data in ("digits", "glyphs100") for name in (*EXPERIMENT_CELLS, *further)}
     assert found == paper | offline
 
 
@@ -145,6 +148,35 @@ def test_the_scale_sweeps_subsample_and_top_up() -> None:
         assert all(cell.config.data.partition.top_up for cell in cells)
         assert {cell.config.data.partition.min_samples for cell in cells} == {1}
         assert {cell.config.data.partition.alpha for cell in cells} == {0.5 if data == "pcam" else 0.1}
+
+
+@pytest.mark.parametrize("data", PAPER_DATA)
+def test_the_privacy_sweeps_are_the_papers(data: str) -> None:
+    """Epsilon 5 at delta 1e-3 with clipping at 1, at the rates under noise; without privacy at the usual ones."""
+    for cell in load_sweep(REPOSITORY / "configs" / "sweeps" / data / "privacy.yaml"):
+        method, privacy = cell.name.partition("-")[0], cell.config.privacy
+        assert (cell.config.data.clients, cell.config.federation.cohort) == (64, 8)
+        rate = cell.config.client.optimizer.lr
+        if privacy.name == "none":
+            assert rate == RATES[method][PAPER_DATA.index(data)]
+        else:
+            assert rate == RATES_UNDER_NOISE[method]
+            assert (privacy.epsilon, privacy.dp_delta, privacy.clip_norm) == (5.0, 1e-3, 1.0)
+
+
+@pytest.mark.parametrize(("data", "epsilons"), [("digits", {2.0, 5.0, 20.0}), ("glyphs100", {5.0, 20.0})])
+def test_the_offline_privacy_sweeps_compare_methods_alike(data: str, epsilons: set[float]) -> None:
+    """A method has one rate for each mechanism, and every method is tried at each epsilon."""
+    cells = load_sweep(REPOSITORY / "configs" / "sweeps" / "offline" / data / "privacy.yaml")
+    methods = {"full", "head", "bias", "adapter", "prompt"}
+    for name, expected in (("sample", epsilons), ("paper_noise", {5.0}), ("none", {None})):
+        found = [cell.config for cell in cells if cell.config.privacy.name == name]
+        assert {config.method.name for config in found} == methods
+        assert len({(config.method.name, config.client.optimizer.lr) for config in found}) == 5
+        tried = {(config.method.name, getattr(config.privacy, "epsilon", None)) for config in found}
+        assert tried == {(method, epsilon) for method in methods for epsilon in expected}
+    assert {getattr(cell.config.privacy, "dp_delta", 1e-3) for cell in cells} == {1e-3}
+    assert {getattr(cell.config.privacy, "clip_norm", 1.0) for cell in cells} == {1.0}
 
 
 def test_paper_methods() -> None:
