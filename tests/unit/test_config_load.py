@@ -276,7 +276,7 @@ def test_another_choices_key_is_unknown(load: Load) -> None:
         ("runtime: {lanes: many}\n", ["runtime.lanes", "'many'", "'auto'"]),
         ("runtime: {lanes: 0}\n", ["runtime.lanes", "0", "greater than or equal to 1"]),
         ("federation: {participation: {name: poison}}\n", ["federation.participation.name", "'poison'", "'uniform'"]),
-        ("privacy: {name: dp}\n", ["privacy.name", "'dp'", "none"]),
+        ("privacy: {name: dp}\n", ["privacy.name", "'dp'", "none", "sample", "user", "paper_noise"]),
         ("method: {name: lora, targets: [qkv, kv]}\n", ["method.targets.1", "'kv'", "'qkv'"]),
         ("method: {name: lora, targets: []}\n", ["method.targets"]),
         ("method: lora\n", ["method", "'lora'"]),
@@ -312,6 +312,53 @@ def test_counts_are_strict(load: Load, value: str) -> None:
 def test_values_are_strict(load: Load, text: str) -> None:
     leaf = text.replace("{", "").split(":")[-2].strip()
     assert leaf in refusal(load, text)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "other", "words"),
+    [
+        ("name: sample, epsilon: 5, noise_multiplier: 1", "", ["epsilon: 5", "noise_multiplier: 1", "give one"]),
+        ("name: sample", "", ["neither epsilon nor noise_multiplier"]),
+        ("name: sample, epsilon: 5, stop_at_epsilon: 3", "", ["stop_at_epsilon: 3", "goes with noise_multiplier"]),
+        ("name: sample, epsilon: 0", "", ["privacy.epsilon"]),
+        ("name: sample, epsilon: 5, dp_delta: 1", "", ["privacy.dp_delta"]),
+        ("name: sample, epsilon: 5, clip_norm: 1.0e+300", "", ["privacy.clip_norm"]),
+        ("name: sample, epsilon: 5, max_batch: 9, accountant: rdp", "", ["max_batch: 9", "give accountant: pld"]),
+        ("name: sample, epsilon: 5", "client: {clip_norm: 2.0}", ["client.clip_norm: 2.0", "privacy.clip_norm"]),
+        ("name: sample, epsilon: 5", "runtime: {precision: fp16}", ["runtime.precision: fp16", "bf16"]),
+        (
+            "name: sample, epsilon: 5",
+            "federation: {participation: {over_selection: 1.5}}",
+            ["over_selection: 1.5", "privacy.name: sample", "give 1.0"],
+        ),
+        (
+            "name: sample, epsilon: 5",
+            "data: {name: synthetic, partition: {name: pool}}",
+            ["data.partition.name: pool", "share their samples"],
+        ),
+        (
+            "name: sample, epsilon: 5, secure_noise: true",
+            "output: {checkpoint_every: 3}",
+            ["output.checkpoint_every: 3", "privacy.secure_noise", "give 1"],
+        ),
+        ("name: user, epsilon: 5", "", ["federation.participation.name: uniform", "poisson", "without_replacement"]),
+        (
+            "name: user, epsilon: 5, sampling: without_replacement",
+            "federation: {participation: {name: poisson}}",
+            ["federation.participation.name: poisson", "privacy.sampling: without_replacement"],
+        ),
+        (
+            "name: user, epsilon: 5, sampling: without_replacement, accountant: pld",
+            "",
+            ["accountant: pld", "without_replacement", "rdp"],
+        ),
+        ("name: paper_noise", "runtime: {precision: fp16}", ["runtime.precision: fp16", "paper_noise"]),
+    ],
+)
+def test_privacy_that_cannot_be(load: Load, privacy: str, other: str, words: list[str]) -> None:
+    message = refusal(load, f"privacy: {{{privacy}}}\n{other}\n")
+    for word in words:
+        assert word in message
 
 
 def test_integers_are_numbers_too(load: Load) -> None:
