@@ -145,11 +145,11 @@ class PrivateTrainer:
         keys = torch.tensor([key for _, _, key in current.stepping])
         expected = torch.tensor([self.draw.expected(len(task.samples)) for _, task, _ in current.stepping]).double()
         multipliers = self.noise_multipliers[[task.client for _, task, _ in current.stepping]]
+        assert (multipliers > 0).all(), "a client without noise"
         active = torch.zeros(num_lanes, 1, dtype=torch.bool).index_fill_(0, lanes, True)
         lanes, keys, expected, multipliers, active = (
             send(tensor, device) for tensor in (lanes, keys, expected, multipliers, active)
         )
-        assert (multipliers > 0).all(), "a client without noise"
         deviations = multipliers * self.privacy.clip_norm
         noise = noise_on_grid(keys, self.theta.shape[1], deviations, self.bits, self.privacy.secure_noise)
         noisy = (self.sums[lanes] + noise).double() * 2.0**-self.bits
