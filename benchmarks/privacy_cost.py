@@ -48,12 +48,11 @@ def main() -> None:
 
 def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
     with process.start(make_config(method, options, {"name": "none"}).runtime) as runtime:
-        private = make_round(make_config(method, options, {"name": "sample", "noise_multiplier": 1.0}), runtime)
-        plain = make_round(make_config(method, options, {"name": "none"}), runtime)
+        private, size = make_round(make_config(method, options, {"name": "sample", "noise_multiplier": 1.0}), runtime)
+        plain, _ = make_round(make_config(method, options, {"name": "none"}), runtime)
         memory = memory_of(private, runtime)  # of the first round, which makes the matrices
         plain_memory = memory_of(plain, runtime)
         turns = [(speed(private, turn, runtime), speed(plain, turn, runtime)) for turn in range(options.turns)]
-    size = Simulation(make_config(method, options, {"name": "none"}), runtime).model.layout.num_parameters
     return {
         "ratio": statistics.median(ours / theirs for ours, theirs in turns),
         "private_samples_per_second": statistics.median(ours for ours, _ in turns),
@@ -90,17 +89,19 @@ def make_config(method: str, options: argparse.Namespace, privacy: dict[str, Any
     return parse_config(tree, "benchmark")
 
 
-def make_round(config, runtime: process.Runtime) -> Callable[[int], int]:
-    """Trains a round of that number; returns the samples gone through."""
+def make_round(config, runtime: process.Runtime) -> tuple[Callable[[int], int], int]:
+    """What trains a round of a given number and returns the samples gone through; and P."""
     simulation = Simulation(config, runtime)
     simulation.plan_privacy()
-    simulation.seed_noise()
+    simulation.seed_noise(config)
     if simulation.privacy_plan is not None:
         simulation.privacy_plan.noise_multipliers.fill_(1.0)  # whoever is trained here, scheduled or not
     tasks = simulation.tasks(range(COHORT))
-    return lambda number: sum(
-        update.num_samples for update in simulation.trainer.train(tasks, simulation.initial_vector, number)
-    )
+
+    def run(number: int) -> int:
+        return sum(update.num_samples for update in simulation.trainer.train(tasks, simulation.initial_vector, number))
+
+    return run, simulation.model.layout.num_parameters
 
 
 def speed(run: Callable[[int], int], number: int, runtime: process.Runtime) -> float:

@@ -1,9 +1,9 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped, in safetensors.
 
-A run's state between two rounds is small: the global vector, the server optimizer, the noise of its privacy and the
-number of the round. Clients
-keep nothing from round to round, and randomness has no history. Beside it stand what it belongs to (config, backbone,
-data, versions of libraries) and a digest of the whole, so that a damaged file is known for what it is.
+A run's state between two rounds is small: the global vector, the server optimizer, what its privacy's noise follows
+from and the number of the round. Clients keep nothing from round to round, and randomness has no history. Beside it
+stand what it belongs to (config, backbone, data, versions of libraries) and a digest of the whole, so that a damaged
+file is known for what it is.
 """
 
 from __future__ import annotations

@@ -106,6 +106,10 @@ class Aggregator:
         self.accepted.clear()
         return result
 
+    def figures(self) -> dict[str, float]:
+        """What moves from round to round, for a log."""
+        return {}
+
     @property
     def bits(self) -> int:
         """s."""

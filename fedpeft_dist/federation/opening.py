@@ -179,10 +179,12 @@ def _open_locked(
             _check_spent(checkpoint.next_round, config, simulation)
         elif simulation.privacy_plan is None:
             simulation.plan_privacy()
-    simulation.seed_noise(None if checkpoint is None else checkpoint.noise_seed)
+    found = "none" if checkpoint is None else f"{checkpoint.next_round} {checkpoint.noise_seed}"
+    assert_same_on_all_ranks(found.encode(), "the newest checkpoint", runtime)
     config = with_values(config, "runtime", lanes=simulation.lanes)
     if config.privacy.name == "sample":
         config = with_values(config, "privacy", slots=simulation.slots)
+    simulation.seed_noise(config, None if checkpoint is None else checkpoint.noise_seed)
     run = _start(config, directory, simulation, checkpoint, lock)
     found = f"{run.next_round} {simulation.noise_seed} ".encode() + vector_bytes(run.vector)
     assert_same_on_all_ranks(found, "the state before the first round", runtime)

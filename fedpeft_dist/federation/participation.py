@@ -98,11 +98,11 @@ class Participation:
     def __init__(self, config: RunConfig, partition: Partition, num_parameters: int):
         federation, self.client_config = config.federation, config.client
         self.config, self.cohort, self.seed = federation.participation, federation.cohort, config.seed
-        self.cohort_seed = config.seed
-        """What cohorts are drawn from."""
+        self._cohort_seed = config.seed
         self.partition, self.population = partition, partition.num_clients
         self.bytes = num_parameters * BYTES_PER_PARAMETER
         self._work = cache(self._work_of)
+        self.available = cache(self.available)  # costs O(N) a round, and is asked for again
         self.is_user_level = config.privacy.name == "user"
         self.availability = make_availability(self.config, self.population, self.seed)
         self.dropout = make_dropout(self.config.dropout, self.population, self.seed)
@@ -169,6 +169,10 @@ class Participation:
         mean = self.availability.share * self.population
         return f"{mean:,.4g} of {self.population:,} clients are available on average"
 
+    def draw_cohorts_from(self, secret: int) -> None:
+        """From now on cohorts do not follow from the config's seed, which others may know."""
+        self._cohort_seed = secret
+
     def available(self, round_number: int) -> int:
         """How many clients could be reached in a round, counted from 0; costs O(N) where not all of them can."""
         if self.availability is None:
@@ -189,7 +193,7 @@ class Participation:
         def available(clients: np.ndarray) -> np.ndarray:
             return clients if self.availability is None else clients[self.availability.of(clients, round_number)]
 
-        where, wanted = (self.cohort_seed, round_number, available), self.num_selected
+        where, wanted = (self._cohort_seed, round_number, available), self.num_selected
         match self.config.name:
             case "poisson":
                 return poisson_draw(self.population, self.sampling_probability(round_number), *where)

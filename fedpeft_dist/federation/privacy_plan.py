@@ -73,7 +73,8 @@ class PrivacyPlan(ABC):
     def _budget(self) -> int:
         """`num_rounds`, once the noise is known."""
         privacy, rounds = self.privacy, self.rounds
-        if privacy.epsilon is not None and (spent := self.epsilon(rounds)) > privacy.epsilon:
+        spent = self.epsilon(rounds)  # also where nothing limits it: what cannot be accounted for is refused now
+        if privacy.epsilon is not None and spent > privacy.epsilon:
             raise ConfigError(
                 f"privacy.epsilon: {privacy.epsilon:g} is less than the {spent:.4g} that federation.rounds: {rounds} "
                 f"would end at, with the noise that the run has begun with; give privacy.epsilon: "

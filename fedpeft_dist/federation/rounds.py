@@ -7,6 +7,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
@@ -80,7 +81,7 @@ def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None
 
 def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
     """Runs the rounds that are left; returns `complete` or `interrupted`."""
-    config, simulation, plan = run.config, run.simulation, run.simulation.privacy_plan
+    config, simulation = run.config, run.simulation
     dataset, population = simulation.dataset, simulation.partition.num_clients
     if runtime.peers is not None:
         runtime.peers.last_will = partial(_mark_failed, run)
@@ -90,8 +91,9 @@ def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
             log.write_setting(counts, population, dataset.class_names)
             if note := simulation.participation.describe():
                 log.progress.note(f"{run.directory.path}: {note}")
-            spending = None if plan is None else plan.figures(run.num_rounds)
-            for line in describe_privacy(config.privacy, spending, None if plan is None else plan.warning):
+            plan = simulation.privacy_plan
+            figures = None if plan is None else plan.figures(run.num_rounds)
+            for line in describe_privacy(config.privacy, figures, None if plan is None else plan.warning):
                 log.progress.note(f"{run.directory.path}: {line}")
         stopped = any_rank(stop.received, runtime)
         while run.next_round < run.num_rounds and not stopped:
@@ -104,11 +106,19 @@ def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
                 print(f"{run.directory.path}: taken over by {run.directory.owner()}", flush=True)
             barrier(runtime)
             return INTERRUPTED
-        backbone = simulation.model.backbone
-        privacy = summarize(config.privacy, None if plan is None else plan.figures(run.next_round))
+        if not log.is_evaluated:  # an earlier end than the one that the last round was run for
+            log.evaluated(simulation.evaluate(run.vector))
+        backbone, privacy = simulation.model.backbone, _spent(run) if runtime.is_main else None
         log.complete(run.vector, simulation.model.layout, backbone.num_parameters, backbone.sha256, privacy)
     barrier(runtime)
     return COMPLETE
+
+
+def _spent(run: Run) -> dict[str, Any] | None:
+    """A summary's `privacy`."""
+    plan, aggregator = run.simulation.privacy_plan, run.aggregator
+    figures = None if plan is None else plan.figures(run.next_round)
+    return summarize(run.config.privacy, figures if figures is None else figures | aggregator.figures())
 
 
 def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> bool:
@@ -131,6 +141,7 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
         aggregator.add(update)
     rejected = aggregator.rejected_clients()
     lost = runtime.is_main and not run.is_ours()
+    bounds = aggregator.figures()
     total = aggregator.reduce(round_number, stop.received or lost, stop.is_overdue() or lost)
     if total.is_dropped:
         return True
@@ -148,7 +159,8 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
     evaluation = simulation.evaluate(run.vector) if evaluate else {}
     spending = {}
     if simulation.privacy_plan is not None:
-        spending["epsilon"] = simulation.privacy_plan.epsilon(run.next_round) if evaluate and runtime.is_main else None
+        spent = simulation.privacy_plan.epsilon(run.next_round) if evaluate and runtime.is_main else None
+        spending = {"epsilon": spent, **bounds}
     log.round_done(
         evaluation,
         total.train_loss,

@@ -5,9 +5,6 @@ Shapes: N clients, P trainable parameters.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,7 +13,6 @@ import torch
 
 from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
@@ -26,11 +22,12 @@ from fedpeft_dist.data.pixels import choose_resident
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
+from fedpeft_dist.federation.noise_seed import derive_noise_seed, draw_noise_seed
 from fedpeft_dist.federation.participation import Participation
 from fedpeft_dist.federation.user_aggregation import UserAggregator
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
-from fedpeft_dist.runtime.collectives import min_over_ranks, sum_over_ranks
+from fedpeft_dist.runtime.collectives import min_over_ranks
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import RunDirectory, check_same_backbone
 from fedpeft_dist.training.lane_count import choose_lanes, choose_private_lanes, choose_slots
@@ -40,9 +37,6 @@ from fedpeft_dist.training.private_training import PrivateTrainer
 
 if TYPE_CHECKING:
     from fedpeft_dist.federation.privacy_plan import PrivacyPlan
-
-_SAME_RELEASES = ("runtime.", "federation.rounds", "privacy.epsilon", "privacy.stop_at_epsilon", "privacy.slots")
-"""Keys that change nothing about what the first rounds release, or nothing beside the noise multipliers."""
 
 
 class Simulation:
@@ -114,33 +108,24 @@ class Simulation:
 
             self.privacy_plan = make_privacy_plan(self.config, self.participation, noise_multipliers)
 
-    def seed_noise(self, stored: int | None = None) -> None:
+    def seed_noise(self, config: RunConfig, stored: int | None = None) -> None:
         """Makes `noise_seed`, where privacy is accounted for; every rank must call it.
 
-        Two releases must never have the same noise, or their difference would have none. So it follows from the run's
-        seed and from all else that makes its releases what they are: config, data, backbone and noise.
-
         Args:
+            config: with what `auto` stood for.
             stored: what the run has begun with.
         """
         if self.privacy_plan is None:
             return
-        privacy = self.config.privacy
         if stored is not None:
             self.noise_seed = stored
-        elif privacy.secure_noise:
-            own = secrets.randbits(62) if self.runtime.is_main else 0
-            self.noise_seed = int(sum_over_ranks(torch.tensor([own], device=self.runtime.device), self.runtime))
+        elif config.privacy.secure_noise:
+            self.noise_seed = draw_noise_seed(self.runtime)
         else:
-            keys = {key: value for key, value in result_keys(self.config).items() if not key.startswith(_SAME_RELEASES)}
-            content = hashlib.sha256(json.dumps(keys, sort_keys=True).encode())
-            for digest in (self.data_sha256, self.model.backbone.sha256, self.participation.sha256):
-                content.update(digest.encode())
-            if privacy.epsilon is not None:
-                content.update(self.privacy_plan.noise_multipliers.numpy())
-            self.noise_seed = derive_seed(self.config.seed, "noise", int.from_bytes(content.digest(), "big"))
-        if privacy.name == "user" and privacy.secure_noise:
-            self.participation.cohort_seed = derive_seed(self.noise_seed, "cohorts")
+            digests = (self.data_sha256, self.model.backbone.sha256, self.participation.sha256)
+            self.noise_seed = derive_noise_seed(config, digests, self.privacy_plan.noise_multipliers)
+        if config.privacy.name == "user" and config.privacy.secure_noise:
+            self.participation.draw_cohorts_from(derive_seed(self.noise_seed, "cohorts"))
 
     def make_aggregator(self) -> Aggregator:
         """What sums the updates of this run's rounds."""

@@ -57,6 +57,9 @@ class UserAggregator(Aggregator):
         """C of the next round."""
         return float(self.state["clip_norm"])
 
+    def figures(self) -> dict[str, float]:
+        return {} if self.privacy.adaptive is None else {"clip_norm": self.clip_norm}
+
     @property
     def bits(self) -> int:
         """s: the grid has room for all clients of a round and for the noise."""

@@ -49,6 +49,8 @@ class RunLog:
     ):
         self.config, self.directory, self.runtime, self.totals = config, directory, runtime, totals
         self.rounds_done = rounds_done
+        self.is_evaluated = False
+        """Whether the last round was, of those run here."""
         for key in _CLIENTS:  # which a checkpoint lacks that was written when all cohorts were full
             totals.setdefault(key, rounds_done * config.federation.cohort)
         self.progress = RoundProgress(config.output.name, num_rounds, rounds_done, runtime.is_main)
@@ -97,7 +99,8 @@ class RunLog:
             cohort: clients that sent an update.
             selected: clients that received the parameters.
             participation: how clients fared, as numbers to add up; empty where nothing can happen to them.
-            spending: the epsilon of all rounds so far; empty without privacy that is accounted for.
+            spending: the epsilon of all rounds so far, and this round's clipping norm where it moves; empty without
+                privacy that is accounted for.
         """
         self.rounds_done += 1
         for key, value in (*zip(_CLIENTS, (cohort, selected)), *participation.items()):
@@ -105,9 +108,9 @@ class RunLog:
         self.totals["rejected"] += num_rejected
         self.totals["samples"] += num_samples
         self.totals["seconds"] += seconds
+        self.is_evaluated = bool(evaluation)
         if evaluation:
-            self.totals["final_accuracy"] = evaluation["accuracy"]
-            self.totals["best_accuracy"] = max(self.totals["best_accuracy"], evaluation["accuracy"])
+            self.evaluated(evaluation)
         if self.writer is None:
             return
         row = {
@@ -129,6 +132,11 @@ class RunLog:
         }
         self.writer.write_round(row)
         self.progress.round_done(row)
+
+    def evaluated(self, evaluation: Mapping[str, float]) -> None:
+        """Adds the accuracy of the rounds so far to the totals."""
+        self.totals["final_accuracy"] = evaluation["accuracy"]
+        self.totals["best_accuracy"] = max(self.totals["best_accuracy"], evaluation["accuracy"])
 
     def flush(self) -> None:
         """What a checkpoint is about to count must be on disk, too."""

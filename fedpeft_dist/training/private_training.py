@@ -17,17 +17,15 @@ from fedpeft_dist.config.schema import ClientConfig, SamplePrivacy
 from fedpeft_dist.data.pixels import send
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.lanes.optimizers import add_proximal, make_lane_optimizer
-from fedpeft_dist.lanes.parameters import ALIGNMENT, LaneParameters
+from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.lanes.random import fold_in
 from fedpeft_dist.methods.lane_model import LaneModel
-from fedpeft_dist.privacy.mechanisms import clip_factors, grid_bits, noise_on_grid, row_norms, truncate
+from fedpeft_dist.privacy.mechanisms import clip_factors, column_blocks, grid_bits, noise_on_grid, row_norms, truncate
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.lane_schedule import ClientTask
 from fedpeft_dist.training.local_training import ClientUpdate, lane_losses, with_next
 from fedpeft_dist.training.sample_schedule import BatchDraw, Pass, schedule_samples
 
-BLOCK_ELEMENTS = 2**22
-"""Of the per-sample gradients, that are clipped and summed at a time: in float64 and int64 they take more room."""
 _LOSS_BITS = 32
 _LOSS_LIMIT = 1024.0
 
@@ -154,7 +152,7 @@ class PrivateTrainer:
         noise = noise_on_grid(keys, self.theta.shape[1], deviations, self.bits, self.privacy.secure_noise)
         noisy = (self.sums[lanes] + noise).double() * 2.0**-self.bits
         self.grad[lanes] = (noisy / expected.unsqueeze(1)).to(self.grad.dtype)
-        self.sums[lanes] = 0
+        self.sums.index_fill_(0, lanes, 0)
         if self.config.proximal:
             add_proximal(self.grad, self.theta, start, self.config.proximal)
         self.optimizer.step(self.theta, self.grad, active, self.config.optimizer.lr * lr_factor)
@@ -174,6 +172,5 @@ def clipped_sums(
         sums: int64 [L, W], in place.
     """
     factors = torch.where(mask, clip_factors(row_norms(grad), clip_norm), 0.0)
-    columns = max(ALIGNMENT, BLOCK_ELEMENTS // len(grad) // ALIGNMENT * ALIGNMENT)
-    for block, total in zip(grad.split(columns, dim=1), sums.split(columns, dim=1)):
-        total.index_add_(0, lanes, truncate(block, factors, bits))
+    for columns in column_blocks(grad):
+        sums[:, columns].index_add_(0, lanes, truncate(grad[:, columns], factors, bits))

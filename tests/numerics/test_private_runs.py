@@ -14,7 +14,7 @@ import torch
 from fedpeft_dist.checkpoint import load_newest_checkpoint
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import load_config, parse_config, with_values
-from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.config.schema import CosineSchedule, RunConfig
 from fedpeft_dist.federation import rounds
 from fedpeft_dist.federation.rounds import run_federation
 from fedpeft_dist.lanes.random import derive_seed, fold_in
@@ -246,12 +246,18 @@ def noise_seed_of(config: RunConfig) -> int:
 def test_only_runs_with_the_same_releases_share_their_noise(tmp_path):
     """The difference of two releases with the same noise would have none."""
     config = make_config(tmp_path, SAMPLE, "base", rounds=1)
+    longer = with_values(config, "client", schedule=CosineSchedule(name="cosine"))
     same = {
         "again": config,
-        "one lane": with_values(config, "runtime", lanes=1),
-        "few slots": with_values(config, "privacy", slots=4),
+        "said": with_values(with_values(config, "runtime", lanes=3), "privacy", slots=24),
+        "evaluated seldom": with_values(config, "federation", evaluate_every=2),
     }
     other = {
+        "one lane": with_values(config, "runtime", lanes=1),
+        "few slots": with_values(config, "privacy", slots=4),
+        "cosine": longer,
+        "longer cosine": with_values(longer, "federation", rounds=2),
+        "bf16": with_values(config, "runtime", precision="bf16"),
         "epsilon": with_values(config, "privacy", epsilon=20.0),
         "batch": with_values(config, "client", batch_size=7),
         "seed": config.model_copy(update={"seed": 2}),
@@ -261,6 +267,36 @@ def test_only_runs_with_the_same_releases_share_their_noise(tmp_path):
     seeds = {name: noise_seed_of(with_values(changed, "output", name=name)) for name, changed in (same | other).items()}
     assert len({seeds[name] for name in same}) == 1
     assert len(set(seeds.values())) == 1 + len(other)
+
+
+def test_a_run_may_end_where_it_was_interrupted(tmp_path, monkeypatch):
+    """Its budget is cut to what it has spent; the accuracy is that of its last round all the same."""
+    config = make_config(tmp_path, {**USER, "name": "sample"}, rounds=4, evaluate_every=0)
+    with monkeypatch.context() as patch:
+        assert run_federation(config, make_runtime(), stop_after(2, patch)) == INTERRUPTED
+    whole = make_config(tmp_path, {**USER, "name": "sample"}, "whole", rounds=2)
+    run_federation(whole, make_runtime())
+    spent = summary_of(whole)["privacy"]["epsilon"]
+    assert run_federation(with_values(config, "privacy", stop_at_epsilon=spent), make_runtime()) == COMPLETE
+    summary = summary_of(config)
+    assert (summary["rounds"], summary["final_accuracy"]) == (2, summary_of(whole)["final_accuracy"])
+    assert summary["weights_sha256"] == summary_of(whole)["weights_sha256"]
+    assert summary["privacy"]["epsilon"] == spent
+
+
+def test_what_cannot_be_accounted_for_leaves_no_file(tmp_path):
+    config = make_config(tmp_path, {**USER, "name": "sample", "dp_delta": 1e-300})
+    with pytest.raises(ConfigError, match=r"privacy\.dp_delta"):
+        run_federation(config, make_runtime())
+    assert not directory_of(config).path.exists()
+
+
+def test_a_clipping_norm_that_moves_is_told(tmp_path):
+    config = make_config(tmp_path, {**USER, "adaptive": {"lr": 0.5}}, rounds=3)
+    run_federation(config, make_runtime())
+    told = [row["clip_norm"] for row in read_metrics(directory_of(config).metrics_file)]
+    assert told[0] == 0.5
+    assert len({*told, summary_of(config)["privacy"]["clip_norm"]}) == 4
 
 
 def test_a_longer_run_keeps_its_noise_seed(tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedpeft_dist.lanes.random import fold_in
+from fedpeft_dist.privacy import mechanisms
 from fedpeft_dist.privacy.mechanisms import (
     NOISE_RANGE,
     clip_factors,
@@ -20,7 +21,6 @@ from fedpeft_dist.privacy.mechanisms import (
     noise_on_grid,
     row_norms,
     secure_bits,
-    secure_normal,
     truncate,
 )
 from fedpeft_dist.training.private_training import clipped_sums
@@ -125,6 +125,18 @@ def test_noise_is_a_function_of_its_key_alone():
     assert len({float(value) for value in together[:, 0]}) == 4
 
 
+def test_blocks_make_no_difference(monkeypatch):
+    keys, deviations = torch.tensor([3, 4]), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    rows = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    whole = noise_on_grid(keys, 1000, deviations, 40, False), keyed_normal(keys, 1000), row_norms(rows)
+    monkeypatch.setitem(mechanisms._BLOCK_ELEMENTS, "cpu", 128)
+    assert len(list(mechanisms.column_blocks(rows))) == 16
+    parts = noise_on_grid(keys, 1000, deviations, 40, False), keyed_normal(keys, 1000), row_norms(rows)
+    assert torch.equal(parts[0], whole[0])
+    assert torch.equal(parts[1], whole[1])
+    torch.testing.assert_close(parts[2], whole[2], rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_noise_on_the_grid_has_the_deviation_asked_for(secure):
     deviations = torch.tensor([0.5, 3.0], dtype=torch.float64)
@@ -137,7 +149,8 @@ def test_noise_on_the_grid_has_the_deviation_asked_for(secure):
 
 
 def test_secure_noise_is_normal_and_never_the_same():
-    draws = secure_normal((200_000,), torch.device("cpu"))
+    draws = noise_on_grid(torch.zeros(1, dtype=torch.int64), 200_000, torch.ones(1).double(), 40, secure=True)[0]
+    draws = draws.double() * 2.0**-40
     assert stats.kstest(draws.numpy(), "norm").pvalue > 1e-6
     assert not torch.equal(secure_bits((4,)), secure_bits((4,)))
     assert secure_bits((0,)).shape == (0,)
