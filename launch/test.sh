@@ -10,5 +10,5 @@ export OMP_NUM_THREADS=1
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$(dirname "$PYTHON")/lint-imports"
-# Two at a time: half of the tests mostly wait, for Slurm, for a browser, or for processes to start.
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+# Three at a time: half of the tests mostly wait, for Slurm, for a browser, or for processes to start.
+exec "$PYTHON" -m pytest -n 3 --dist loadfile --durations=15 "$@"

@@ -28,7 +28,7 @@ CONFIG = {
         "clients": 4,
         "partition": {"name": "iid"},
     },
-    "federation": {"rounds": 12, "cohort": 2},
+    "federation": {"rounds": 20, "cohort": 2},
     "client": {"epochs": 10, "batch_size": 32},
     "runtime": {"device": "cpu", "lanes": 1},
     "output": {"root": "runs", "name": "run"},
