@@ -134,6 +134,7 @@ def test_a_signal_to_torchrun_interrupts_its_ranks(config: Path, whole: RunDirec
     assert not differences(run, whole)
 
 
+@pytest.mark.slow
 def test_torchrun_that_is_killed_while_its_ranks_start_leaves_none_behind(config: Path, whole: RunDirectory) -> None:
     """They may first look for the group's store, which has gone with it."""
     with start(config, ranks=2) as launched:
@@ -176,7 +177,9 @@ def lose(ranks: Sequence[Launched], run: RunDirectory, lost: int, number: signal
 
 
 @pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 15), (signal.SIGSTOP, 60)])
+@pytest.mark.parametrize(
+    ("number", "limit"), [(signal.SIGKILL, 15), pytest.param(signal.SIGSTOP, 60, marks=pytest.mark.slow)]
+)
 def test_a_lost_rank_ends_the_others(
     config: Path, whole: RunDirectory, lost: int, number: signal.Signals, limit: float
 ) -> None:

@@ -145,6 +145,7 @@ def begun(cluster: Cluster, folder: Path, whole: Whole) -> Begun:
     return Begun(lost, limited, cancelled, *disturbances)
 
 
+@pytest.mark.slow
 def test_a_lost_node_s_process_is_relieved_by_the_next_attempt(cluster: Cluster, begun: Begun, whole: Whole) -> None:
     job, process = begun.lost.job, begun.lost_process.result()
     node = job.show()["NodeList"]
@@ -189,6 +190,7 @@ def test_a_requeued_task_of_a_sweep_s_array_goes_on(cluster: Cluster, folder: Pa
     assert again == "nothing to submit: 2 complete in cells\n"
 
 
+@pytest.mark.slow
 def test_a_job_at_its_time_limit_goes_on(begun: Begun, whole: Whole) -> None:
     begun.limited_warned.result()
     begun.limited.finish(whole.run())
