@@ -9,6 +9,6 @@ import pytest
 from tests.multiprocess.random_kills import MODES, run_trials
 
 
-@pytest.mark.parametrize("mode", [*MODES[:-1], pytest.param(MODES[-1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", [MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 def test_killed_at_random_moments(tmp_path: Path, mode: str) -> None:
     assert run_trials(mode, count=1, seed=7, folder=tmp_path) == 1
