@@ -13,7 +13,7 @@ from tests.real_runs import complete, differences, run_of, send, start, wait_for
 __all__ = ["whole"]
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_from_one_rank_to_two_and_back(tmp_path: Path, whole: RunDirectory, every: int) -> None:
     config = write_config(tmp_path, "stopped", checkpoint_every=every)
     run, rounds_done = run_of(config), 0
