@@ -206,11 +206,7 @@ def check_same_backbone(expected: str, actual: str, path: Path) -> None:
     Raises:
         ConfigError: the two digests differ.
     """
-    if expected != actual:
-        raise ConfigError(
-            f"{path} was trained on a backbone of other weights (sha256 {expected[:12]} there, {actual[:12]} here); "
-            "give back the weights it had, or train again under another output.name"
-        )
+    _check_same(expected, actual, f"{path} was trained on a backbone of other weights", "weights")
 
 
 def check_same_data(expected: str, actual: str, path: Path) -> None:
@@ -219,11 +215,7 @@ def check_same_data(expected: str, actual: str, path: Path) -> None:
     Raises:
         ConfigError: the two digests differ.
     """
-    if expected != actual:
-        raise ConfigError(
-            f"{path} was begun on other data (sha256 {expected[:12]} there, {actual[:12]} here); give back the "
-            "below data.root that it had, or train again under another output.name"
-        )
+    _check_same(expected, actual, f"{path} was begun on other data", "files below data.root")
 
 
 def check_same_traces(expected: str, actual: str, path: Path) -> None:
@@ -232,10 +224,14 @@ def check_same_traces(expected: str, actual: str, path: Path) -> None:
     Raises:
         ConfigError: the two digests differ.
     """
+    _check_same(expected, actual, f"{path} was begun with other traces", "files of federation.participation")
+
+
+def _check_same(expected: str, actual: str, complaint: str, things: str) -> None:
     if expected != actual:
         raise ConfigError(
-            f"{path} was begun with other traces (sha256 {expected[:12]} there, {actual[:12]} here); give back the "
-            "files that federation.participation named, or train again under another output.name"
+            f"{complaint} (sha256 {expected[:12]} there, {actual[:12]} here); give back the {things} that it had, or "
+            "train again under another output.name"
         )
 
 
