@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -207,5 +208,11 @@ def _with_labels(bare: list[Group]) -> Grouping:
         return ", ".join([group.method, *(v if axis in SPEAKING else f"{names[axis]} {v}" for axis, v in values)])
 
     groups = [replace(group, label=label(group)) for group in groups]
-    groups.sort(key=lambda group: (group.mib_total, group.label))
+    groups.sort(key=lambda group: (group.mib_total, _in_order_of_numbers(group.label)))
     return Grouping(tuple(groups), axes.settings, axes.options, tuple(distinguishing), axes.told)
+
+
+def _in_order_of_numbers(label: str) -> list[str | float]:
+    """To sort by: 2 before 5 before 20, where texts alone would have 20 before 5."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", label)
+    return [float(part) if place % 2 else part for place, part in enumerate(parts)]

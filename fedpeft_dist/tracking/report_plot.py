@@ -26,6 +26,7 @@ def plot_accuracy(grouping: Grouping, unfinished: Sequence[Run], path: Path) -> 
 
     Beside it stands the same against simulated hours, of those runs that have them.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     lines = [(group.label, group.method, group.curve()) for group in grouping.groups]
@@ -40,6 +41,7 @@ def plot_accuracy(grouping: Grouping, unfinished: Sequence[Run], path: Path) -> 
         across.append(("hours", {"xlabel": "simulated hours"}))
     size = (1 + 6 * len(across) + 0.09 * longest, 5)  # room for the legend beside the lines
     figure = Figure(figsize=size, layout="constrained")
+    colours = colormaps["tab20" if one_each and len(lines) > len(colormaps["tab10"].colors) else "tab10"].colors
     named: set[str] = set()
     for axes, (place, settings) in zip(figure.subplots(1, len(across), squeeze=False)[0], across):
         for number, (label, method, curve) in enumerate(lines):
@@ -48,7 +50,7 @@ def plot_accuracy(grouping: Grouping, unfinished: Sequence[Run], path: Path) -> 
                 continue
             name = label if one_each else method
             where, mean = [getattr(point, place) for point, _ in curve], [found.mean for _, found in curve]
-            colour = f"C{(number if one_each else methods.index(method)) % 10}"
+            colour = colours[(number if one_each else methods.index(method)) % len(colours)]
             axes.plot(where, mean, marker="." if one_each else "", color=colour, label=_legend(name, named))
             if one_each:
                 low = [found.mean - (found.std or 0.0) for _, found in curve]
