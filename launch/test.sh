@@ -11,4 +11,4 @@ export OMP_NUM_THREADS=1
 "$PYTHON" -m ruff format --check .
 "$(dirname "$PYTHON")/lint-imports"
 # Three at a time: half of the tests mostly wait, for Slurm, for a browser, or for processes to start.
-exec "$PYTHON" -m pytest -n 3 --dist loadfile --durations=15 "$@"
+exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=15 "$@"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +12,20 @@ import pytest
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
+LONG = ("slurm/test_train", "multiprocess/test_signals", "slurm", "multiprocess", "cli")
+"""What takes longest comes first, so that of several workers none is left alone with it at the end."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow variants of tests, too")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def order(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((number for number, start in enumerate(LONG) if path.startswith(start)), len(LONG))
+
+    items.sort(key=order)
     if config.getoption("--slow"):
         return
     for item in items:

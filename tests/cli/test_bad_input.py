@@ -6,13 +6,10 @@ Most cases call the console script's function in this process; a few start the r
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from fedpeft_dist import cli
 from fedpeft_dist.config.load import load_config
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.tracking.run_directory import INTERRUPTED, RunDirectory
+
+from .conftest import Fedpeft, Refuse, assert_tells, only_error_line, snapshot
 
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 CONFIG = {
@@ -45,46 +43,12 @@ SWIN = {
     "model_args": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4},
 }
 
-Refuse = Callable[..., str]
-
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(folder: Path) -> Path:
     """The folder that the command runs in: it holds config.yaml, which would run."""
-    monkeypatch.chdir(tmp_path)
-    write_config(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def refuse(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> Refuse:
-    """refuse("train", "config.yaml", ...): runs the command, checks what all refusals share, returns the line."""
-
-    def run(*arguments: str) -> str:
-        before = snapshot(folder)
-        monkeypatch.setattr(sys, "argv", ["fedpeft", *arguments])
-        capsys.readouterr()
-        # Inside pytest neither a warning nor a logged one reaches stderr: they are told here as a user would see them.
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("default")
-            for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-                warnings.simplefilter("ignore", hidden)
-            with pytest.raises(SystemExit) as caught:
-                cli.main()
-        output = capsys.readouterr()
-        logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-        told = [*output.err.splitlines(), *logged, *(str(warning.message) for warning in warned)]
-        assert caught.value.code == 2
-        assert output.out == ""
-        assert snapshot(folder) == before, "the command left something behind"
-        return only_error_line(told)
-
-    return run
+    write_config(folder)
+    return folder
 
 
 def write_config(folder: Path, **sections: Any) -> None:
@@ -92,27 +56,9 @@ def write_config(folder: Path, **sections: Any) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | sections))
 
 
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file with its content, and every folder."""
-    paths = sorted(folder.rglob("*"))
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
-
-
-def only_error_line(told: list[str]) -> str:
-    assert len(told) == 1, "not one line:\n" + "\n".join(told)
-    assert told[0].startswith("error: ")
-    assert "Traceback" not in told[0]
-    return told[0]
-
-
 def first(case: Any) -> str | None:
     """Names a test after the first of its arguments or words."""
     return case[0] if isinstance(case, list) else None
-
-
-def assert_tells(line: str, *words: str) -> None:
-    for word in words:
-        assert word in line
 
 
 # --- the configuration -------------------------------------------------------------------------------------------
@@ -474,14 +420,11 @@ def test_arguments(refuse: Refuse, arguments: list[str], words: list[str]) -> No
     assert_tells(refuse(*arguments), *words)
 
 
-def test_no_arguments_print_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["fedpeft"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    output = capsys.readouterr()
-    assert caught.value.code in (0, 2)
-    assert "train" in output.out + output.err
-    assert "error: \n" not in output.err
+def test_no_arguments_print_the_help(fedpeft: Fedpeft) -> None:
+    code, out, err = fedpeft()
+    assert code in (0, 2)
+    assert "train" in out + err
+    assert "error: \n" not in err
 
 
 @pytest.mark.parametrize("picture", ["picture.nosuch", "config.yaml/picture.png"])
@@ -517,7 +460,7 @@ def test_process(folder: Path, overrides: list[str], words: list[str]) -> None:
     result = run_command(folder, "-m", "fedpeft_dist", "train", "config.yaml", *overrides)
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
-    assert_tells(only_error_line(result.stderr.splitlines()), *words)
+    assert_tells(only_error_line(result.stderr), *words)
     assert snapshot(folder) == before
 
 
@@ -529,7 +472,7 @@ def test_two_ranks_tell_it_once(folder: Path) -> None:
     overrides = ["data.partition={name: shards, classes_per_client: 325}"]
     result = run_command(folder, *TORCHRUN, "-m", "fedpeft_dist", "train", "config.yaml", *overrides)
     assert result.returncode != 0
-    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    told = "".join(line for line in result.stderr.splitlines(keepends=True) if line.startswith("error: "))
     assert_tells(only_error_line(told), "data.partition.classes_per_client: 325", "the 10 classes")
     assert "fedpeft_dist/" not in result.stderr, "a traceback"
     assert snapshot(folder) == before
@@ -541,5 +484,5 @@ def test_two_ranks_tell_it_though_the_first_is_late(folder: Path) -> None:
     (folder / "late.py").write_text(late)
     result = run_command(folder, *TORCHRUN, "late.py", "train", "config.yaml", "federation.rounds=ten")
     assert result.returncode != 0
-    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    told = "".join(line for line in result.stderr.splitlines(keepends=True) if line.startswith("error: "))
     assert_tells(only_error_line(told), "federation.rounds", "'ten'")

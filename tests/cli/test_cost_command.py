@@ -10,23 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import Fedpeft
+
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run_cost(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs it from the repository's root, forbidden to download."""
-    return subprocess.run(
-        [sys.executable, "-m", "fedpeft_dist", "cost", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_prints_one_json_object() -> None:
-    result = run_cost("configs/paper/cifar100/bias.yaml", "--json")
+    """The real command, forbidden to download."""
+    command = [sys.executable, "-m", "fedpeft_dist", "cost", "configs/paper/cifar100/bias.yaml", "--json"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     cost = json.loads(result.stdout)
@@ -37,9 +30,9 @@ def test_prints_one_json_object() -> None:
     assert cost["share_of_full"] == pytest.approx(179_812 / 85_875_556)
 
 
-def test_prints_a_table_for_people() -> None:
-    result = run_cost("configs/paper/cifar100/full.yaml", "federation.cohort=4")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+def test_prints_a_table_for_people(fedpeft: Fedpeft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    code, out, err = fedpeft("cost", "configs/paper/cifar100/full.yaml", "federation.cohort=4")
+    assert (code, err) == (0, "")
     for words in ("configs/paper/cifar100/full.yaml: full", "85,875,556", "327.589 MiB", "a round of 4 clients"):
-        assert words in result.stdout
+        assert words in out

@@ -13,11 +13,13 @@ from PIL import Image
 
 from tests.data_fixtures import run_tree, write_cifar100, write_image_folder
 
+from .conftest import Fedpeft, Refuse, assert_tells, only_error_line
+
 ROOT = Path(__file__).parents[2]
 
 
-def fedpeft(folder: Path, *arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a folder; `limit` is the largest file that it may write, in bytes."""
+def run_command(folder: Path, *arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the real command in a folder; `limit` is the largest file that it may write, in bytes."""
     command = [sys.executable, "-m", "fedpeft_dist", *arguments]
     if limit is not None:
         command = ["prlimit", f"--fsize={limit}", *command]
@@ -28,32 +30,31 @@ def write_config(folder: Path, **data: object) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(run_tree(folder / "runs", **data)))
 
 
-def test_train_evaluate_and_partition_over_one_store(tmp_path: Path) -> None:
-    write_cifar100(tmp_path / "data")
-    write_config(tmp_path, name="cifar100", augment="crop_flip", max_train=120)
-    trained = fedpeft(tmp_path, "train", "config.yaml")
+def test_train_evaluate_and_partition_over_one_store(folder: Path, fedpeft: Fedpeft) -> None:
+    write_cifar100(folder / "data")
+    write_config(folder, name="cifar100", augment="crop_flip", max_train=120)
+    trained = run_command(folder, "train", "config.yaml")
     assert trained.returncode == 0, trained.stderr
     assert trained.stderr == ""
-    evaluated = fedpeft(tmp_path, "evaluate", "runs/run", "--json")
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert evaluated.stderr == ""
-    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
-    assert json.loads(evaluated.stdout)["accuracy"] == pytest.approx(summary["final_accuracy"])
-    divided = fedpeft(tmp_path, "partition", "config.yaml")
-    assert divided.returncode == 0, divided.stderr
-    stores = [path for path in (tmp_path / "data" / ".store").iterdir() if path.is_dir()]
+    code, out, err = fedpeft("evaluate", "runs/run", "--json")
+    assert (code, err) == (0, "")
+    summary = json.loads((folder / "runs" / "run" / "summary.json").read_text())
+    assert json.loads(out)["accuracy"] == pytest.approx(summary["final_accuracy"])
+    code, _, err = fedpeft("partition", "config.yaml")
+    assert code == 0, err
+    stores = [path for path in (folder / "data" / ".store").iterdir() if path.is_dir()]
     assert len(stores) == 1
 
 
-def test_prefetch_builds_the_store_and_says_where(tmp_path: Path) -> None:
-    write_cifar100(tmp_path / "data")
-    write_config(tmp_path, name="cifar100")
-    done = fedpeft(tmp_path, "prefetch", "config.yaml", "data.store=elsewhere")
-    assert done.returncode == 0, done.stderr
-    weights, data = done.stdout.splitlines()
+def test_prefetch_builds_the_store_and_says_where(folder: Path, fedpeft: Fedpeft) -> None:
+    write_cifar100(folder / "data")
+    write_config(folder, name="cifar100")
+    code, out, err = fedpeft("prefetch", "config.yaml", "data.store=elsewhere")
+    assert code == 0, err
+    weights, data = out.splitlines()
     assert weights.endswith("nothing to download")
-    assert (tmp_path / data.split()[-1] / "meta.json").is_file()
-    assert not (tmp_path / "data" / ".store").exists()
+    assert (folder / data.split()[-1] / "meta.json").is_file()
+    assert not (folder / "data" / ".store").exists()
 
 
 def break_nothing(folder: Path) -> None:
@@ -104,46 +105,43 @@ def make_folders(folder: Path) -> None:
         (break_nothing, {"name": "huggingface", "path": "a/b"}, ["data.path: 'a/b'", "neither a folder", "prefetch"]),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path: Path, prepare, data: dict, words: list[str]) -> None:
-    write_cifar100(tmp_path / "data")
-    prepare(tmp_path)
-    write_config(tmp_path, **{"name": "cifar100"} | data)
-    assert_refused(fedpeft(tmp_path, "train", "config.yaml"), words)
-    assert not list(tmp_path.rglob("*.building"))
+def test_a_mistake_is_one_line(fedpeft: Fedpeft, folder: Path, prepare, data: dict, words: list[str]) -> None:
+    write_cifar100(folder / "data")
+    prepare(folder)
+    write_config(folder, **{"name": "cifar100"} | data)
+    code, _, err = fedpeft("train", "config.yaml")
+    assert code == 2
+    assert_tells(only_error_line(err), *words)
+    assert not list(folder.rglob("*.building"))
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_works(tmp_path: Path) -> None:
     write_cifar100(tmp_path / "data")
     write_config(tmp_path, name="cifar100")
-    words = ["data.store: 'data/.store'", "770,000 bytes are needed", "were free"]
-    assert_refused(fedpeft(tmp_path, "train", "config.yaml", limit=300_000), words)
+    refused = run_command(tmp_path, "train", "config.yaml", limit=300_000)
+    assert refused.returncode == 2, refused.stderr
+    words = ("data.store: 'data/.store'", "770,000 bytes are needed", "were free")
+    assert_tells(only_error_line(refused.stderr), *words)
     assert not list(tmp_path.rglob("*.building"))
-    done = fedpeft(tmp_path, "train", "config.yaml")
+    done = run_command(tmp_path, "train", "config.yaml")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
+def test_a_failed_download_is_one_line(fedpeft: Fedpeft, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The address is looked up by a proxy that is not there."""
-    write_config(tmp_path, name="cifar10")
-    command = ["env", "https_proxy=http://127.0.0.1:9", "http_proxy=http://127.0.0.1:9", sys.executable]
-    command += ["-m", "fedpeft_dist", "prefetch", "config.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert_refused(done, ["data.name: 'cifar10'", "cannot be downloaded", "data.root: 'data'"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+    for name in ("https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    write_config(folder, name="cifar10")
+    code, _, err = fedpeft("prefetch", "config.yaml")
+    assert code == 2
+    assert_tells(only_error_line(err), "data.name: 'cifar10'", "cannot be downloaded", "data.root: 'data'")
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
-def test_cost_of_folders_needs_their_names_only(tmp_path: Path) -> None:
+def test_cost_of_folders_needs_their_names_only(refuse: Refuse, folder: Path, fedpeft: Fedpeft) -> None:
     for name in ("a", "b", "c"):
-        (tmp_path / "data" / "train" / name).mkdir(parents=True)
-    write_config(tmp_path, name="image_folder")
-    done = fedpeft(tmp_path, "cost", "config.yaml", "--json")
-    assert done.returncode == 0, done.stderr
-    assert_refused(fedpeft(tmp_path, "cost", "config.yaml", "data.root=absent"), ["data.root", "absent/train"])
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
-    assert done.returncode == 2, done.stderr
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    for word in words:
-        assert word in line
+        (folder / "data" / "train" / name).mkdir(parents=True)
+    write_config(folder, name="image_folder")
+    code, _, err = fedpeft("cost", "config.yaml", "--json")
+    assert code == 0, err
+    assert_tells(refuse("cost", "config.yaml", "data.root=absent"), "data.root", "absent/train")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from fedpeft_dist.cli import main
+from .conftest import Fedpeft, Finished, assert_tells, only_error_line
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART, PAPER = "configs/quickstart/bias.yaml", "configs/paper/cifar100/bias.yaml"
@@ -16,21 +15,13 @@ POISSON = "federation.participation.name=poisson"
 
 
 class Command:
-    """The console script, in this process and from the repository's root: a new one takes seconds to import."""
+    """`fedpeft privacy`, from the repository's root."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        monkeypatch.chdir(REPOSITORY)
-        self.monkeypatch, self.capsys = monkeypatch, capsys
+    def __init__(self, fedpeft: Fedpeft):
+        self.fedpeft = fedpeft
 
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """The exit code, and what went to stdout and stderr."""
-        self.monkeypatch.setattr(sys, "argv", ["fedpeft", "privacy", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *self.capsys.readouterr()
+    def __call__(self, *arguments: str) -> Finished:
+        return self.fedpeft("privacy", *arguments)
 
     def plan(self, *arguments: str) -> dict:
         code, out, err = self(*arguments, "--json")
@@ -39,8 +30,9 @@ class Command:
 
 
 @pytest.fixture
-def privacy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
+def privacy(fedpeft: Fedpeft, monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.chdir(REPOSITORY)
+    return Command(fedpeft)
 
 
 def test_noise_for_epsilon_and_epsilon_for_noise(privacy: Command) -> None:
@@ -109,7 +101,4 @@ def test_paper_noise_has_no_epsilon(privacy: Command) -> None:
 def test_a_mistake_is_one_line(privacy: Command, arguments: list[str], words: list[str]) -> None:
     code, _, err = privacy(*arguments)
     assert code == 2, err
-    [line] = err.splitlines()
-    assert line.startswith("error: ")
-    for word in words:
-        assert word in line
+    assert_tells(only_error_line(err), *words)

@@ -23,8 +23,6 @@ from tests.multiprocess.test_sweep_workers import BASE
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sweep.py"
 TWO_WORKERS = ("--workers", "2", "--cores-per-worker", "1")
-# Noise in place of digits: importing what they come from takes each process two seconds.
-DATA = {"name": "synthetic", "num_train": 512, "num_test": 64, "classes": 10, "clients": 4, "image_size": 16}
 ROUNDS = 60
 """Long enough to be caught in."""
 
@@ -32,7 +30,7 @@ ROUNDS = 60
 @pytest.fixture
 def make_sweep(tmp_path: Path) -> Callable[..., Path]:
     def make(**cells: dict[str, Any]) -> Path:
-        (tmp_path / "base.yaml").write_text(yaml.safe_dump({**BASE, "data": DATA}), encoding="utf-8")
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE), encoding="utf-8")
         path = tmp_path / "sweep.yaml"
         tree = {"base": "base.yaml", "output": "out", "cells": cells}
         path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

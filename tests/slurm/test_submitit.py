@@ -1,7 +1,4 @@
-"""launch/submit.py: its jobs end as if nothing had befallen them, without anybody's help.
-
-Jobs mostly wait, for Slurm or for Python to start, so those of several tests are in work at the same time.
-"""
+"""launch/submit.py: its jobs end as if nothing had befallen them, without anybody's help."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -79,10 +75,6 @@ class Submitted:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGCONT)
 
-    def cancel(self) -> None:
-        self.wait_for_rounds()
-        self.job.cluster.run("scancel", str(self.job.number))
-
     def finish(self, whole: Path) -> None:
         assert self.job.wait() == "COMPLETED", self.job.read_log()
         assert_same_run(self.run, whole)
@@ -121,51 +113,26 @@ def whole(folder: Path) -> Iterator[Whole]:
         process.kill()
 
 
-@dataclass
-class Begun:
-    """Two jobs on different nodes, each held once it is in a round, and one that is cancelled there."""
-
-    lost: Submitted
-    limited: Submitted
-    cancelled: Submitted
-    lost_process: Future[int]
-    limited_warned: Future[None]
-    cancellation: Future[None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def begun(cluster: Cluster, folder: Path, whole: Whole) -> Begun:
-    lost = submit(cluster, folder, "lost")
-    wait_until(lambda: lost.job.state == "RUNNING", 60, "the start of a job")
-    elsewhere = f"--slurm=nodelist={OTHER[lost.job.show()['NodeList']]}"
-    limited = submit(cluster, folder, "limited", "--time=1", f"--signal-delay={SIGNAL_DELAY}", elsewhere)
-    cancelled = submit(cluster, folder, "cancelled", elsewhere)
-    call = ThreadPoolExecutor().submit
-    disturbances = (call(lost.hold), call(limited.hold_until_warned), call(cancelled.cancel))
-    return Begun(lost, limited, cancelled, *disturbances)
-
-
 @pytest.mark.slow
-def test_a_lost_node_s_process_is_relieved_by_the_next_attempt(cluster: Cluster, begun: Begun, whole: Whole) -> None:
-    job, process = begun.lost.job, begun.lost_process.result()
-    node = job.show()["NodeList"]
+def test_a_lost_node_s_process_is_relieved_by_the_next_attempt(cluster: Cluster, folder: Path, whole: Whole) -> None:
+    lost = submit(cluster, folder, "lost")
+    process = lost.hold()
+    node = lost.job.show()["NodeList"]
     cluster.stop_daemon(node)
     try:
-        wait_until(lambda: "waiting until it lets go" in job.read_log(), 120, "the second attempt")
-        assert job.show()["NodeList"] == OTHER[node]
+        wait_until(lambda: "waiting until it lets go" in lost.job.read_log(), 120, "the second attempt")
+        assert lost.job.show()["NodeList"] == OTHER[node]
         os.kill(process, signal.SIGCONT)
     finally:
         cluster.start_daemon(node)
-    begun.lost.finish(whole.run())
-    assert job.show()["Restarts"] == "1"  # not 2: the old process requeues no job that is no longer its own
+    lost.finish(whole.run())
+    assert lost.job.show()["Restarts"] == "1"  # not 2: the old process requeues no job that is no longer its own
 
 
-def test_a_preempted_job_goes_on(cluster: Cluster, folder: Path, begun: Begun, whole: Whole) -> None:
+def test_a_preempted_job_goes_on(cluster: Cluster, folder: Path, whole: Whole) -> None:
     preempted = submit(cluster, folder, "preempted", "--nodes=2")
     preempted.wait_for_rounds()
-    node = OTHER[begun.limited.job.show()["NodeList"]]
-    urgent = ("sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=true")
-    cluster.run(*urgent)
+    cluster.run("sbatch", "--partition=urgent", "--nodes=1", "--exclusive", "--output=/dev/null", "--wrap=true")
     preempted.finish(whole.run())
     assert preempted.job.show()["Restarts"] == "1"
     assert "this job is preempted" in preempted.job.read_log()
@@ -191,16 +158,19 @@ def test_a_requeued_task_of_a_sweep_s_array_goes_on(cluster: Cluster, folder: Pa
 
 
 @pytest.mark.slow
-def test_a_job_at_its_time_limit_goes_on(begun: Begun, whole: Whole) -> None:
-    begun.limited_warned.result()
-    begun.limited.finish(whole.run())
-    assert int(begun.limited.job.show()["Restarts"]) >= 1
-    assert "this job is timed-out" in begun.limited.job.read_log()
+def test_a_job_at_its_time_limit_goes_on(cluster: Cluster, folder: Path, whole: Whole) -> None:
+    limited = submit(cluster, folder, "limited", "--time=1", f"--signal-delay={SIGNAL_DELAY}")
+    limited.hold_until_warned()
+    limited.finish(whole.run())
+    assert int(limited.job.show()["Restarts"]) >= 1
+    assert "this job is timed-out" in limited.job.read_log()
 
 
-def test_a_cancelled_job_stays_away(begun: Begun) -> None:
-    begun.cancellation.result()
-    assert begun.cancelled.job.wait() == "CANCELLED"
-    assert begun.cancelled.job.show()["Restarts"] == "0"
-    wait_until(lambda: "submit it again to go on" in begun.cancelled.job.read_log(), 60, "its last words")
-    assert RunDirectory(begun.cancelled.run).read_state()["state"] == INTERRUPTED
+def test_a_cancelled_job_stays_away(cluster: Cluster, folder: Path) -> None:
+    cancelled = submit(cluster, folder, "cancelled")
+    cancelled.wait_for_rounds()
+    cluster.run("scancel", str(cancelled.job.number))
+    assert cancelled.job.wait() == "CANCELLED"
+    assert cancelled.job.show()["Restarts"] == "0"
+    wait_until(lambda: "submit it again to go on" in cancelled.job.read_log(), 60, "its last words")
+    assert RunDirectory(cancelled.run).read_state()["state"] == INTERRUPTED
