@@ -7,7 +7,7 @@ def main() -> None:
     try:
         from fedpeft_dist.cli import main as run_command
     except KeyboardInterrupt:  # nothing has begun that it could interrupt
-        raise SystemExit(130) from None
+        raise SystemExit(1) from None
     run_command()
 
 

@@ -152,7 +152,9 @@ def evaluate(
     directory = RunDirectory(run)
     if not directory.config_file.exists():
         raise ConfigError(f"{run}: no run's directory, it has no config.yaml")
-    config = load_config(directory.config_file, ["runtime.device=auto", *(overrides or ())])
+    here = process.fit_to_machine(load_config(directory.config_file).runtime)
+    own = [f"runtime.device={here.device}", f"runtime.precision={here.precision}"]
+    config = load_config(directory.config_file, [*own, *(overrides or ())])
     with process.start(config.runtime) as runtime:
         metrics = evaluate_run(config, directory, runtime)
     if runtime.is_main:

@@ -179,33 +179,48 @@ def merge_trees(parent: Mapping[str, Any], child: Mapping[str, Any], prefix: str
 
 def _names_another(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether a section is a choice (of a method, a data set, ...) and its new value chooses something else."""
-    choices = _choices()
-    if key not in choices:
+    if key not in _choices():
         return False
-    old_name = old.get("name", choices[key])
+    old_name = old.get("name", _default_choice(key))
     return new.get("name", old_name) != old_name
 
 
-def _name_choices(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The tree with the default name in every choice that is given without one."""
-    named = {k: _name_choices(v, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in tree.items()}
-    default = _choices().get(prefix.removesuffix("."))
-    return named if default is None else {"name": default, **named}
+def _name_choices(tree: Mapping[str, Any], key: str = "", parent: Any = None) -> dict[str, Any]:
+    """The tree with the default name in every choice that is given without one; `parent` is its parent's name."""
+    if key in _choices():
+        tree = {"name": _default_choice(key, parent), **tree}
+    prefix = f"{key}." if key else ""
+    return {
+        name: _name_choices(value, prefix + name, tree.get("name")) if isinstance(value, dict) else value
+        for name, value in tree.items()
+    }
+
+
+def _default_choice(key: str, parent: Any = None) -> str:
+    defaults = _choices()[key]
+    return dict(defaults).get(parent, defaults[0][1])
 
 
 @cache
-def _choices() -> dict[str, str]:
-    """Dotted keys of the sections whose `name` chooses their fields, and the names that they have by default."""
+def _choices() -> dict[str, list[tuple[Any, str]]]:
+    """Dotted keys of the sections whose `name` chooses their fields.
 
-    def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    With each come the names that it has by default: where the parent is a choice, too, one for each of its names.
+    """
+    found: dict[str, list[tuple[Any, str]]] = {}
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        parent = model.model_fields.get("name")
         for name, field in model.model_fields.items():
             for section in _sections(field):
                 tag = section.model_fields.get("name")
                 if tag is not None and get_origin(tag.annotation) is Literal and len(get_args(tag.annotation)) == 1:
-                    yield prefix + name, field.default.name
-                yield from walk(section, f"{prefix}{name}.")
+                    own = get_args(parent.annotation)[0] if parent is not None and get_args(parent.annotation) else None
+                    found.setdefault(prefix + name, []).append((own, field.default.name))
+                walk(section, f"{prefix}{name}.")
 
-    return dict(walk(RunConfig, ""))
+    walk(RunConfig, "")
+    return found
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -257,6 +257,7 @@ class SyntheticConfig(DataSection):
     num_test: Count = 512
     classes: Count = 100
     channels: Count = 3
+    partition: PartitionConfig = PoolPartition(name="pool")
 
 
 DataConfig = Annotated[

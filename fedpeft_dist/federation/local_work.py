@@ -9,7 +9,7 @@ from functools import cached_property
 @dataclass(frozen=True)
 class LocalWork:
     num_samples: int
-    """That the client holds."""
+    """Of an epoch."""
     batch_size: int
     """The last batch of an epoch may be short."""
     num_steps: int

@@ -1,8 +1,9 @@
-"""What the noise of a private run follows from.
+"""What the noise of a private run follows from, and where cohorts are secret, too, these.
 
 Two releases must never have the same noise, or their difference would have none. So the noise does not follow from the
-config's seed alone, but from that and all else that makes a run's releases what they are: its config, data, backbone
-and noise multipliers. A run keeps its noise seed in its checkpoints, which are as secret as the config's seed.
+config's seed alone, but from that and all else that makes a run's releases what they are: its config, noise multipliers,
+traces and backbone, every image of its training split, and what it is computed with. A run keeps its noise seed in its
+checkpoints, which are as secret as the config's seed.
 """
 
 from __future__ import annotations
@@ -11,37 +12,57 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from fedpeft_dist.checkpoint import library_versions
 from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.runtime.collectives import sum_over_ranks
 from fedpeft_dist.runtime.process import Runtime
 
 
-def derive_noise_seed(config: RunConfig, digests: Iterable[str], noise_multipliers: torch.Tensor) -> int:
-    """The same for runs that release the same, be it for fewer or more rounds.
+def derive_noise_seed(
+    config: RunConfig, digests: Iterable[str], train: ImageSet, noise_multipliers: torch.Tensor, runtime: Runtime
+) -> int:
+    """The same for runs that release the same, be it for fewer or more rounds; every rank must call it.
 
     Args:
         config: with what `auto` stood for.
-        digests: of the data, the backbone and the traces.
+        digests: of the data set, the backbone and the traces.
+        train: what clients train on; read as a whole, by rank 0.
         noise_multipliers: float64, on the CPU.
     """
+    if not runtime.is_main:
+        return _from_main(0, runtime)
     keys = result_keys(config) | {"runtime.compile": config.runtime.compile}
     keys.pop("privacy.stop_at_epsilon")
     if config.client.schedule.name != "cosine":  # whose rates depend on how many rounds there will be
         keys.pop("federation.rounds")
     # The target says nothing that the multipliers do not; where these are given, clients of later rounds join them.
     is_calibrated = keys.pop("privacy.epsilon") is not None
-    content = hashlib.sha256(json.dumps([keys, *digests], sort_keys=True).encode())
+    content = hashlib.sha256(json.dumps([keys, *digests, *_rounding(runtime)], sort_keys=True).encode())
+    content.update(train.digest())
     if is_calibrated:
         content.update(noise_multipliers.numpy())
-    return derive_seed(config.seed, "noise", int.from_bytes(content.digest(), "big"))
+    return _from_main(derive_seed(config.seed, "noise", int.from_bytes(content.digest(), "big")), runtime)
 
 
 def draw_noise_seed(runtime: Runtime) -> int:
     """One from the operating system, the same on all ranks; every rank must call it."""
-    own = secrets.randbits(62) if runtime.is_main else 0
-    return int(sum_over_ranks(torch.tensor([own], device=runtime.device), runtime))
+    return _from_main(secrets.randbits(62) if runtime.is_main else 0, runtime)
+
+
+def _rounding(runtime: Runtime) -> list[Any]:
+    """What gradients are rounded by: two runs that differ only in this release different things."""
+    if runtime.device.type != "cuda":
+        return [library_versions()]
+    return [library_versions(), torch.cuda.get_device_name(runtime.device), runtime.world_size]
+
+
+def _from_main(value: int, runtime: Runtime) -> int:
+    """Rank 0's; the others give 0."""
+    return int(sum_over_ranks(torch.tensor([value], device=runtime.device), runtime))

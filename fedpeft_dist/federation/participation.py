@@ -103,7 +103,7 @@ class Participation:
         self.bytes = num_parameters * BYTES_PER_PARAMETER
         self._work = cache(self._work_of)
         self.available = cache(self.available)  # costs O(N) a round, and is asked for again
-        self.is_user_level = config.privacy.name == "user"
+        self.is_user_level, self.is_sample_level = config.privacy.name == "user", config.privacy.name == "sample"
         self.availability = make_availability(self.config, self.population, self.seed)
         self.dropout = make_dropout(self.config.dropout, self.population, self.seed)
         self.devices = make_devices(self.config.devices, self.population, self.seed)
@@ -170,7 +170,7 @@ class Participation:
         return f"{mean:,.4g} of {self.population:,} clients are available on average"
 
     def draw_cohorts_from(self, secret: int) -> None:
-        """From now on cohorts do not follow from the config's seed, which others may know."""
+        """From now on cohorts do not follow from the config's seed, which others may know and other runs may have."""
         self._cohort_seed = secret
 
     def available(self, round_number: int) -> int:
@@ -253,4 +253,8 @@ class Participation:
         return _Course(client, work, speed, received, work.num_steps, self.deadline, reports=False)
 
     def _work_of(self, num_samples: int) -> LocalWork:
-        return LocalWork(num_samples, self.client_config.batch_size, self.client_config.num_steps(num_samples))
+        batch_size, num_steps = self.client_config.batch_size, self.client_config.num_steps(num_samples)
+        if self.is_sample_level:  # batches are drawn anew for every step, and are of one size on average
+            batch_size = min(batch_size, num_samples)
+            num_samples = batch_size * -(-num_samples // batch_size)
+        return LocalWork(num_samples, batch_size, num_steps)

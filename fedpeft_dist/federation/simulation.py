@@ -123,8 +123,9 @@ class Simulation:
             self.noise_seed = draw_noise_seed(self.runtime)
         else:
             digests = (self.data_sha256, self.model.backbone.sha256, self.participation.sha256)
-            self.noise_seed = derive_noise_seed(config, digests, self.privacy_plan.noise_multipliers)
-        if config.privacy.name == "user" and config.privacy.secure_noise:
+            noise = self.privacy_plan.noise_multipliers
+            self.noise_seed = derive_noise_seed(config, digests, self.dataset.train, noise, self.runtime)
+        if config.privacy.name == "user":  # whose cohorts are secret, and no other run's
             self.participation.draw_cohorts_from(derive_seed(self.noise_seed, "cohorts"))
 
     def make_aggregator(self) -> Aggregator:

@@ -6,7 +6,16 @@ from typing import Any
 
 from fedpeft_dist.config.schema import PaperNoise, PrivacyConfig, SamplePrivacy, UserPrivacy
 
-_FROM_DATA = ("train_loss", "rejected", "accuracy", "samples", "samples_per_second", "partition")
+_FROM_DATA = (
+    "train_loss",
+    "rejected",
+    "accuracy",
+    "samples",
+    "samples_per_second",
+    "seconds",
+    "peak_memory_bytes",
+    "partition",
+)
 _FROM_COHORT = (
     "cohort",
     "uplink_bytes",
@@ -17,6 +26,10 @@ _FROM_COHORT = (
     "partial",
     "wasted_samples",
     "simulated_seconds",
+    "uplink_bytes_total",
+    "downlink_bytes_total",
+    "participation",
+    "simulated_hours",
 )
 
 
@@ -30,12 +43,15 @@ def guarantee(privacy: PrivacyConfig) -> str:
     """What is protected from whom; `none` where nothing is."""
     if isinstance(privacy, SamplePrivacy):
         return (
-            "any one training sample of a client, set to zero, against the server and whoever sees what clients send; "
-            "clients' sizes, the schedule and the partition are public"
+            "any one training sample of a client, set to zero, against the server and whoever sees what clients send, "
+            "of which the lost and the late send nothing; clients' sizes, the schedule and the partition are public"
         )
     if isinstance(privacy, UserPrivacy):
         neighbours = "replaced" if privacy.sampling == "without_replacement" else "added or removed"
-        return f"any one client, {neighbours}, against whoever sees the global parameters; the server is trusted"
+        return (
+            f"any one client's contribution, {neighbours}, against whoever sees the global parameters; the server is "
+            "trusted, and how many clients there are and could be reached is public"
+        )
     return "none"
 
 

@@ -92,6 +92,16 @@ def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device,
     return device, precision
 
 
+def fit_to_machine(config: RuntimeConfig) -> RuntimeConfig:
+    """For what was trained elsewhere: the device that is here, and the precision, too, where this one lacks it."""
+    config = config.model_copy(update={"device": "auto"})
+    try:
+        resolve_device(config, find_launch())
+    except ConfigError:
+        return config.model_copy(update={"precision": "auto"})
+    return config
+
+
 @contextmanager
 def start(config: RuntimeConfig) -> Iterator[Runtime]:
     """Sets this process up (device, threads, determinism, process group) and tears the group down at the end."""

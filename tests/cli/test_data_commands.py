@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -40,6 +41,12 @@ def test_train_evaluate_and_partition_over_one_store(folder: Path, fedpeft: Fedp
     assert (code, err) == (0, "")
     summary = json.loads((folder / "runs" / "run" / "summary.json").read_text())
     assert json.loads(out)["accuracy"] == pytest.approx(summary["final_accuracy"])
+    written = folder / "runs" / "run" / "config.yaml"
+    written.write_text(written.read_text().replace("precision: fp32", "precision: fp16"))
+    assert fedpeft("evaluate", "runs/run", "runtime.precision=fp16", "runtime.device=cpu").code == 2
+    assert fedpeft("evaluate", "runs/run", "runtime.device=cpu", "runtime.precision=fp32", "--json").out == out
+    if not torch.cuda.is_available():  # as if it had been trained where there is a GPU
+        assert fedpeft("evaluate", "runs/run", "--json").out == out
     code, _, err = fedpeft("partition", "config.yaml")
     assert code == 0, err
     stores = [path for path in (folder / "data" / ".store").iterdir() if path.is_dir()]

@@ -15,8 +15,11 @@ from fedpeft_dist.checkpoint import load_newest_checkpoint
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import load_config, parse_config, with_values
 from fedpeft_dist.config.schema import CosineSchedule, RunConfig
-from fedpeft_dist.federation import rounds
+from fedpeft_dist.data.datasets import Dataset, ImageSet
+from fedpeft_dist.federation import noise_seed, rounds
+from fedpeft_dist.federation.noise_seed import derive_noise_seed
 from fedpeft_dist.federation.rounds import run_federation
+from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.lanes.random import derive_seed, fold_in
 from fedpeft_dist.privacy.mechanisms import keyed_normal
 from fedpeft_dist.runtime.interrupts import StopRequest
@@ -267,6 +270,46 @@ def test_only_runs_with_the_same_releases_share_their_noise(tmp_path):
     seeds = {name: noise_seed_of(with_values(changed, "output", name=name)) for name, changed in (same | other).items()}
     assert len({seeds[name] for name in same}) == 1
     assert len(set(seeds.values())) == 1 + len(other)
+
+
+def test_no_image_may_change_without_another_noise_seed(tmp_path, monkeypatch):
+    """Nor the libraries; what a run knows its data by looks at some images only."""
+    images = torch.zeros(700, 1, 4, 4, dtype=torch.uint8)
+    labels = torch.arange(700) % 10
+
+    def make_dataset(images: torch.Tensor) -> Dataset:
+        train = ImageSet(images, labels[100:], rows=torch.arange(100, 700))
+        return Dataset(train, ImageSet(images, labels), tuple("0123456789"))
+
+    def seed_of(dataset: Dataset) -> int:
+        digests, noise = (dataset.fingerprint(), "backbone", ""), torch.ones(4, dtype=torch.float64)
+        return derive_noise_seed(make_config(tmp_path, SAMPLE), digests, dataset.train, noise, make_runtime())
+
+    seen, unseen, unused = (images.clone() for _ in range(3))
+    seen[100], unseen[101], unused[1] = 9, 9, 9
+    base = make_dataset(images)
+    assert make_dataset(seen).fingerprint() != base.fingerprint() == make_dataset(unseen).fingerprint()
+    assert seed_of(make_dataset(unused)) == seed_of(base)
+    seeds = {seed_of(base), seed_of(make_dataset(seen)), seed_of(make_dataset(unseen))}
+    monkeypatch.setattr(noise_seed, "library_versions", lambda: {"torch": "9.9"})
+    assert len(seeds | {seed_of(base)}) == 4
+
+
+def test_runs_of_one_seed_have_cohorts_of_their_own_where_these_are_secret(tmp_path):
+    """Of two runs that drew the same cohorts, the second would be accounted for as if it had drawn its own."""
+    configs = [make_config(tmp_path, {**USER, "clip_norm": norm}, str(norm), rounds=12) for norm in (0.5, 0.4)]
+    cohorts = [
+        [simulation.participation.plan(number).steps for number in range(12)]
+        for simulation in map(make_private_simulation, configs)
+    ]
+    assert cohorts[0] != cohorts[1]
+
+
+def make_private_simulation(config: RunConfig) -> Simulation:
+    simulation = Simulation(config, make_runtime())
+    simulation.plan_privacy()
+    simulation.seed_noise(config)
+    return simulation
 
 
 def test_a_run_may_end_where_it_was_interrupted(tmp_path, monkeypatch):

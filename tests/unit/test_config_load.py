@@ -361,6 +361,16 @@ def test_privacy_that_cannot_be(load: Load, privacy: str, other: str, words: lis
         assert word in message
 
 
+def test_synthetic_clients_share_a_pool_unless_told_otherwise(load: Load) -> None:
+    def partition(text: str) -> str:
+        return load(f"data: {text}\n").data.partition.name
+
+    assert load("data: {name: synthetic, clients: 1000000}\n").data.partition.name == "pool"
+    assert load("data: {name: synthetic, partition: {samples: 3}}\n").data.partition.samples == 3
+    assert partition("{name: synthetic, partition: {name: iid}}") == "iid"
+    assert partition("{partition: {alpha: 2.0}}") == partition("{name: digits, partition: {alpha: 2.0}}") == "dirichlet"
+
+
 def test_integers_are_numbers_too(load: Load) -> None:
     assert load("client: {optimizer: {lr: 1}}\n").client.optimizer.lr == 1.0
 
