@@ -1,9 +1,9 @@
 """What the noise of a private run follows from, and where cohorts are secret, too, these.
 
 Two releases must never have the same noise, or their difference would have none. So the noise does not follow from the
-config's seed alone, but from that and all else that makes a run's releases what they are: its config, noise multipliers,
-traces and backbone, every image of its training split, and what it is computed with. A run keeps its noise seed in its
-checkpoints, which are as secret as the config's seed.
+config's seed alone, but from that and all else that makes a run's releases what they are: its config, noise
+multipliers, traces and backbone, every image of its training split, and what it is computed with. A run keeps its noise
+seed in its checkpoints, which are as secret as the config's seed.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.server_optimizers import ServerOptimizer, make_server_optimizer
 from fedpeft_dist.federation.simulation import Simulation
-from fedpeft_dist.runtime.collectives import assert_same_on_all_ranks, barrier, failing_together
-from fedpeft_dist.runtime.interrupts import StopRequest
+from fedpeft_dist.runtime.collectives import any_rank, assert_same_on_all_ranks, barrier, failing_together
+from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import (
     INTERRUPTED,
@@ -116,7 +117,8 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
     """The run of a config, at its newest checkpoint where it has one.
 
     Args:
-        stop: ends the waiting for an earlier attempt of the same Slurm job that still writes the run.
+        stop: ends the reading of data, and the waiting for an earlier attempt of the same Slurm job that still writes
+            the run.
 
     Returns:
         None where nothing is to be done: the run is complete, or it was interrupted under this very launch and only the
@@ -124,16 +126,18 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
 
     Raises:
         ConfigError: on every rank, where any of them finds something that it cannot use.
+        StoppedEarlyError: on every rank, where any of them was asked to stop and would not be ready in time.
     """
-    directory = RunDirectory(Path(config.output.root) / config.output.name)
+    directory, stop = RunDirectory(Path(config.output.root) / config.output.name), stop or StopRequest()
     config, state = _look(config, directory, runtime)
     if _is_over(state, config, directory, runtime):
         return None
     with failing_together(runtime):
-        simulation = Simulation(config, runtime)
-        traces = simulation.participation.sha256.encode()
-        if state is None:  # else what a checkpoint says of the noise comes first
-            simulation.plan_privacy()
+        # Data may be decoded first, by this process or another one.
+        simulation = stop.within_grace(partial(_build, config, runtime, is_new=state is None))
+    if any_rank(simulation is None, runtime):
+        raise StoppedEarlyError
+    traces = simulation.participation.sha256.encode()
     assert_same_on_all_ranks(traces, "the traces of participation", runtime)
     # Only now, so that a config that cannot be run leaves no file.
     owner = Owner.this_process(runtime.launch.slurm_job, runtime.launch.requeues)
@@ -146,6 +150,14 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
         if run is None and lock is not None:
             lock.release()
     return run
+
+
+def _build(config: RunConfig, runtime: Runtime, is_new: bool) -> Simulation:
+    simulation = Simulation(config, runtime)
+    simulation.participation  # reads traces  # noqa: B018
+    if is_new:  # else what a checkpoint says of the noise comes first
+        simulation.plan_privacy()
+    return simulation
 
 
 def _look(config: RunConfig, directory: RunDirectory, runtime: Runtime) -> tuple[RunConfig, dict | None]:

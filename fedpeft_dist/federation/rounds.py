@@ -20,7 +20,7 @@ from fedpeft_dist.privacy.statements import summarize
 from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.collectives import any_rank, barrier
 from fedpeft_dist.runtime.files import DISK_FULL
-from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
+from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest, listen_for_stop
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING
@@ -50,7 +50,8 @@ def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None
     """Runs a config, from its newest checkpoint where it has one, and leaves its directory complete.
 
     Returns:
-        `complete`, or `interrupted` where a signal stopped it at a round boundary, with a checkpoint written.
+        `complete`, or `interrupted` where a signal stopped it: at a round boundary, with a checkpoint written, or
+        before there was anything to write.
 
     Raises:
         ConfigError: a config that cannot be run, a directory that holds another run, a full disk.
@@ -63,6 +64,8 @@ def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None
         try:
             run = open_run(config, runtime, stop)
             return COMPLETE if run is None else run_rounds(run, runtime, stop)
+        except StoppedEarlyError:
+            return INTERRUPTED
         except RunInUseError:
             if stop.received:  # while it waited for an earlier attempt
                 return INTERRUPTED
@@ -177,7 +180,8 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
     if _is_due(run.next_round, config.output.checkpoint_every, run.num_rounds):
         log.flush()
         run.save()
-    return total.stop_requested
+    # An evaluation may take long: who was asked during it begins no other round.
+    return total.stop_requested or (evaluate and any_rank(stop.received, runtime))
 
 
 def _is_due(rounds_done: int, every: int, num_rounds: int) -> bool:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 10.0
-"""How long a round may still go on once it has noticed the request; it is dropped then."""
+"""How long a round, or what comes before the first, may still go on once it has noticed the request; it is dropped
+then."""
 _PR_SET_PDEATHSIG = 1
+T = TypeVar("T")
+
+
+class StoppedEarlyError(BaseException):
+    """Asked to stop, and there is nothing to save yet. Like KeyboardInterrupt, it is for no `except Exception`."""
 
 
 @dataclass
@@ -21,7 +30,11 @@ class StopRequest:
     """Whether this process was asked to stop."""
 
     received: bool = False
+    is_heard: bool = field(default=False, init=False)
+    """Whether signals come here."""
     _noticed: float | None = field(default=None, init=False)
+    _timer: threading.Timer | None = field(default=None, init=False)
+    _is_limited: bool = field(default=False, init=False)
 
     def is_overdue(self) -> bool:
         """Whether the round in work is to be dropped: the first call after the request starts the grace period."""
@@ -31,16 +44,48 @@ class StopRequest:
             self._noticed = time.monotonic()
         return time.monotonic() - self._noticed > GRACE_SECONDS
 
+    def within_grace(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None where a request comes and it then takes too long. It must have nothing to lose."""
+        self._noticed = None
+        try:
+            self._is_limited = True
+            if self.received:
+                self.notice()
+            return work()
+        except StoppedEarlyError:
+            return None
+        finally:
+            self._is_limited = False
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer.join()
+                self._timer = self._noticed = None
+
+    def notice(self) -> None:
+        """A signal has come: from outside, or, when the grace period is over, from this process itself."""
+        self.received = True
+        if not self._is_limited:
+            return
+        if self.is_overdue():
+            self._is_limited = False
+            raise StoppedEarlyError
+        if self._timer is None and self.is_heard:
+            # A real signal, for it alone ends the waiting for a lock or a disk.
+            self._timer = threading.Timer(GRACE_SECONDS + 0.1, os.kill, (os.getpid(), signal.SIGTERM))
+            self._timer.daemon = True
+            self._timer.start()
+
 
 @contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
     """Turns the stop signals into a flag for as long as the context lasts; a second SIGINT interrupts at once."""
     request = StopRequest()
+    request.is_heard = True
 
     def remember(number: int, frame: object) -> None:
         if request.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.received = True
+        request.notice()
 
     previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
     try:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from fedpeft_dist.checkpoint import load_newest_checkpoint
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config, with_values
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.federation import opening, rounds
+from fedpeft_dist.federation import opening, rounds, simulation
 from fedpeft_dist.federation.opening import open_run
+from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.runtime import interrupts
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.launch import Launch, find_launch
@@ -280,6 +284,48 @@ def test_a_run_that_is_stopped_before_its_first_round(config: RunConfig) -> None
     assert rounds.run_federation(config, make_runtime(), StopRequest(received=True)) == INTERRUPTED
     assert directory_of(config).read_state() == {"state": INTERRUPTED, "next_round": 0, "launch": ""}
     assert rounds.run_federation(config, make_runtime()) == COMPLETE
+
+
+def test_what_takes_long_before_the_first_round_is_broken_off(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            time.sleep(60)
+        except Exception:  # not what a library may catch
+            pytest.fail("caught")
+
+    def decode_quickly(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(*arguments)
+
+    load = simulation.load_dataset
+    monkeypatch.setattr(interrupts, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(simulation, "load_dataset", decode)
+    assert rounds.run_federation(config, make_runtime()) == INTERRUPTED
+    assert not directory_of(config).path.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(simulation, "load_dataset", decode_quickly)
+    assert rounds.run_federation(config, make_runtime()) == INTERRUPTED
+    assert directory_of(config).read_state()["state"] == INTERRUPTED
+    monkeypatch.undo()
+    assert rounds.run_federation(config, make_runtime()) == COMPLETE
+
+
+def test_no_round_begins_after_a_request_that_came_during_an_evaluation(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, stop = Simulation.evaluate, StopRequest()
+
+    def evaluate_long(*arguments: object) -> dict[str, float]:
+        stop.received = True
+        return evaluate(*arguments)
+
+    longer = with_values(config, "federation", rounds=5)
+    monkeypatch.setattr(Simulation, "evaluate", evaluate_long)
+    assert rounds.run_federation(longer, make_runtime(), stop) == INTERRUPTED
+    assert directory_of(config).read_state()["next_round"] == 1
 
 
 def test_a_run_that_another_attempt_takes_over_writes_nothing_more(
