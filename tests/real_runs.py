@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 from tests.multiprocess.exactness_worker import METHODS, make_config
+from tests.warm_process import run_fedpeft
 
 ROUNDS = 40
 TRACE = "fedpeft_dist/federation"
@@ -170,6 +171,10 @@ def rounds_logged(run: RunDirectory) -> int:
 
 def complete(config: Path, ranks: int = 1) -> str:
     """Runs a config to its end; returns what it printed."""
+    if ranks == 1:
+        done = run_fedpeft(config.parent, "train", str(config), timeout=PATIENCE)
+        assert done.returncode == 0, done
+        return done.stdout + done.stderr
     with start(config, ranks) as launched:
         assert launched.wait() == 0, launched.output
         return launched.output

@@ -13,18 +13,11 @@ import yaml
 from PIL import Image
 
 from tests.data_fixtures import run_tree, write_cifar100, write_image_folder
+from tests.warm_process import run_fedpeft
 
 from .conftest import Fedpeft, Refuse, assert_tells, only_error_line
 
 ROOT = Path(__file__).parents[2]
-
-
-def run_command(folder: Path, *arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the real command in a folder; `limit` is the largest file that it may write, in bytes."""
-    command = [sys.executable, "-m", "fedpeft_dist", *arguments]
-    if limit is not None:
-        command = ["prlimit", f"--fsize={limit}", *command]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
 def write_config(folder: Path, **data: object) -> None:
@@ -34,7 +27,7 @@ def write_config(folder: Path, **data: object) -> None:
 def test_train_evaluate_and_partition_over_one_store(folder: Path, fedpeft: Fedpeft) -> None:
     write_cifar100(folder / "data")
     write_config(folder, name="cifar100", augment="crop_flip", max_train=120)
-    trained = run_command(folder, "train", "config.yaml")
+    trained = run_fedpeft(folder, "train", "config.yaml")
     assert trained.returncode == 0, trained.stderr
     assert trained.stderr == ""
     code, out, err = fedpeft("evaluate", "runs/run", "--json")
@@ -125,12 +118,13 @@ def test_a_mistake_is_one_line(fedpeft: Fedpeft, folder: Path, prepare, data: di
 def test_a_full_disk_is_one_line_and_the_next_run_works(tmp_path: Path) -> None:
     write_cifar100(tmp_path / "data")
     write_config(tmp_path, name="cifar100")
-    refused = run_command(tmp_path, "train", "config.yaml", limit=300_000)
+    command = ["prlimit", "--fsize=300000", sys.executable, "-m", "fedpeft_dist", "train", "config.yaml"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert refused.returncode == 2, refused.stderr
     words = ("data.store: 'data/.store'", "770,000 bytes are needed", "were free")
     assert_tells(only_error_line(refused.stderr), *words)
     assert not list(tmp_path.rglob("*.building"))
-    done = run_command(tmp_path, "train", "config.yaml")
+    done = run_fedpeft(tmp_path, "train", "config.yaml")
     assert done.returncode == 0, done.stderr
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RunDirectory
+from tests.warm_process import Finished, run_fedpeft
 
 BASE = {
     "backbone": {"name": "vit_tiny_patch16_224", "pretrained": False},
@@ -62,6 +63,10 @@ def finish(worker: subprocess.Popen) -> tuple[int, str, str]:
     return worker.returncode, output, errors
 
 
+def run_sweep(sweep: Path, *arguments: str) -> Finished:
+    return run_fedpeft(sweep.parent, "sweep", "run", str(sweep), *arguments)
+
+
 def runs(sweep: Path) -> dict[str, RunDirectory]:
     return {path.parent.name: RunDirectory(path.parent) for path in sorted((sweep.parent / "out").glob("*/state.json"))}
 
@@ -89,30 +94,27 @@ def test_two_workers_share_the_cells_and_a_failure_stops_nobody(sweep: Path) -> 
     completed = [int(output.splitlines()[-1].split(" complete")[0]) for _, output, _ in results if "complete" in output]
     assert sum(completed) - sum(output.count("already complete") for _, output, _ in results) == 6
 
-    code, output, _ = finish(start(sweep))
+    code, output, _ = run_sweep(sweep)
     assert code == 1
     assert output.splitlines()[-1] == "6 skipped, 2 failed"
 
 
 def test_one_cell_by_its_index_is_the_same_run_as_train(sweep: Path) -> None:
-    assert finish(start(sweep, "--index", "3"))[0] == 0
+    assert run_sweep(sweep, "--index", "3")[0] == 0
     found = runs(sweep)
     assert list(found) == ["lr0.1-seed2"]
     digest = json.loads(found["lr0.1-seed2"].summary_file.read_text())["weights_sha256"]
-    command = [
-        *(sys.executable, "-m", "fedpeft_dist", "train", "base.yaml", "client.optimizer.lr=0.1", "seed=2"),
-        *("output.root=alone", "output.name=run"),
-    ]
-    subprocess.run(command, cwd=sweep.parent, check=True, capture_output=True, timeout=300)
+    keys = ("client.optimizer.lr=0.1", "seed=2", "output.root=alone", "output.name=run")
+    assert run_fedpeft(sweep.parent, "train", "base.yaml", *keys).returncode == 0
     assert json.loads((sweep.parent / "alone" / "run" / "summary.json").read_text())["weights_sha256"] == digest
 
-    code, output, _ = finish(start(sweep, "--index", "3"))
+    code, output, _ = run_sweep(sweep, "--index", "3")
     assert code == 0
     assert "already complete" in output
-    code, _, errors = finish(start(sweep, "--index", "4"))
+    code, _, errors = run_sweep(sweep, "--index", "4")
     assert code == 2
     assert errors.startswith("error: data.clients: 5000")
-    code, _, errors = finish(start(sweep, "--index", "8"))
+    code, _, errors = run_sweep(sweep, "--index", "8")
     assert (code, errors) == (2, f"error: --index: 8 is no cell of {sweep}; give 0 to 7\n")
 
 
@@ -124,10 +126,10 @@ def test_a_cell_in_work_is_left_alone_and_a_killed_worker_leaves_it_free(sweep: 
         assert time.monotonic() < deadline
         assert slow.poll() is None
         time.sleep(0.1)
-    code, _, errors = finish(start(sweep, "--index", "0", "federation.rounds=100000"))
+    code, _, errors = run_sweep(sweep, "--index", "0", "federation.rounds=100000")
     assert code == 2
     assert "another process is writing this run" in errors
-    code, output, _ = finish(start(sweep, "federation.rounds=1"))
+    code, output, _ = run_sweep(sweep, "federation.rounds=1")
     assert code == 1
     assert output.splitlines()[-1] == "5 complete, 1 taken, 2 failed"
     slow.kill()
@@ -137,19 +139,19 @@ def test_a_cell_in_work_is_left_alone_and_a_killed_worker_leaves_it_free(sweep: 
 
 def test_a_cell_is_the_same_on_two_ranks_with_augmentation(sweep: Path) -> None:
     augmented = ("--index", "2", "data.augment=resized_crop_flip", "federation.cohort=3")
-    digests = []
-    for launcher in ((), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
-        root = sweep.parent / f"ranks{1 + bool(launcher)}"
-        command = [sys.executable, *launcher, "-m", "fedpeft_dist", "sweep", "run", str(sweep), *augmented]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(
-            [*command, f"output.root={root}"], cwd=sweep.parent, env=environment, capture_output=True, timeout=300
-        )
-        assert finished.returncode == 0, finished.stderr
-        summary = json.loads((root / "lr0.1-seed1" / "summary.json").read_text())
-        digests.append((summary["world_size"], summary["weights_sha256"]))
-    assert [ranks for ranks, _ in digests] == [1, 2]
-    assert digests[0][1] == digests[1][1]
+    assert run_sweep(sweep, *augmented, "output.root=ranks1").returncode == 0
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = [sys.executable, *launcher, "-m", "fedpeft_dist", "sweep", "run", str(sweep), *augmented]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*command, "output.root=ranks2"], cwd=sweep.parent, env=environment, capture_output=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    one, two = (
+        json.loads((sweep.parent / name / "lr0.1-seed1" / "summary.json").read_text()) for name in ("ranks1", "ranks2")
+    )
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["weights_sha256"] == two["weights_sha256"]
 
 
 def test_several_ranks_need_to_be_told_which_cell(sweep: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, read_metrics
+from tests.warm_process import run_fedpeft
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
@@ -29,10 +30,11 @@ ENVIRONMENT = {
 }
 
 
-def run_plainly(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command of fedpeft in one process of its own, without Slurm."""
-    command = [sys.executable, "-m", "fedpeft_dist", *arguments]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+def run_plainly(folder: Path, *arguments: str) -> str:
+    """A command of fedpeft in one process of its own, without Slurm; returns what it printed."""
+    done = run_fedpeft(folder, *arguments)
+    assert done.returncode == 0, done
+    return done.stdout
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:

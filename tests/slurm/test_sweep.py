@@ -45,7 +45,7 @@ def test_every_cell_is_run_over_two_nodes(cluster: Cluster, folder: Path) -> Non
     for cell in cells:
         assert_same_run(folder / "out" / cell, folder / "plain" / cell)
         assert json.loads((folder / "out" / cell / "summary.json").read_text())["world_size"] == 4
-    report = json.loads(run_plainly(folder, "report", "out", "--json").stdout)
+    report = json.loads(run_plainly(folder, "report", "out", "--json"))
     assert len(report["runs"]) == 6
 
 
