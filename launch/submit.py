@@ -80,7 +80,7 @@ class Job:
             except ConfigError as error:
                 fail(error)
         if outcome.interrupted and here.global_rank == 0:
-            if callable(requeue) and (_is_running(here.raw_job_id) if here.cluster == "slurm" else was_warned):
+            if callable(requeue) and (_is_running(here.job_id) if here.cluster == "slurm" else was_warned):
                 requeue(warning, None)  # submitit's handler: it calls `checkpoint`, requeues, and ends this process
             print("interrupted; submit it again to go on", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED)
@@ -97,6 +97,8 @@ def _is_running(job: str) -> bool:
 
     It does ahead of the time limit and of a preemption. It does not once it is ending the job itself, to cancel it or
     to requeue it, or has already started it anew, which the processes on a node that was lost do not notice.
+
+    A task of an array is ARRAY_TASK: one of them has the array's own number, which would mean all.
     """
     command = ["squeue", "--noheader", "--jobs", job, "--Format", "State,RestartCnt"]
     try:

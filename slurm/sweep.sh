@@ -14,6 +14,10 @@
 #   FEDPEFT_CELLS_PER_TASK   how many cells a task runs, one after another (1)
 #   FEDPEFT_MAX_TASKS        how many tasks may run at once (all)
 #
+# A warning of the time limit that comes between two cells finds nobody, so none is begun within the last two and a half
+# minutes. For another time than the two minutes of --signal, set SBATCH_SIGNAL=USR1@SECONDS: it counts for every task, and
+# unlike an option, the job can see it.
+#
 #SBATCH --job-name=fedpeft-sweep
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -90,8 +94,24 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ] && [ $tasks -gt 1 ]; then
     submit_others "$@"
 fi
 
+# Whether the warning of the time limit may have come since the last cell ended. Slurm looks at limits every 30 s, with
+# the next look in mind; 5 s are for a step to start. Half the time is used in any case, so that a short limit, too, gets
+# beyond the cells that are complete.
+is_late() {
+    local end left margin=155
+    [[ ! ${SBATCH_SIGNAL:-} =~ @([0-9]+)$ ]] || margin=$((10#${BASH_REMATCH[1]} + 35))
+    end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$job" --format=%e) || return 1
+    [[ $end =~ ^[0-9]+$ ]] || return 1  # there is no limit
+    left=$((end - $(date +%s)))
+    [ $left -lt $margin ] && [ $left -lt $SECONDS ]
+}
+
 worst=0
 for ((cell = first; cell < first + per_task && cell < cells; cell++)); do
+    if [ $cell -gt $first ] && is_late; then
+        echo "cell $cell is left to the next attempt: the time limit is near" >&2
+        finish 75
+    fi
     code=0
     step sweep run "$@" --index $cell || code=$?
     case $code in

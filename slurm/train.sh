@@ -16,6 +16,7 @@
 #   FEDPEFT_VENV         a virtual environment; without it the one active at sbatch, else .venv in the repository, else
 #                        the `python` there is
 #   FEDPEFT_RUN          what to put before python: "apptainer exec --nv image.sif"; then python is the image's own
+#   FEDPEFT_MAX_REQUEUES how often a job goes back into the queue (100), whatever for; then it ends, with code 75
 #   FEDPEFT_REPOSITORY   this repository, where Slurm cannot tell which script was submitted
 #   OMP_NUM_THREADS      by default the CPUs of a task
 #

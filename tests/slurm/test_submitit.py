@@ -138,9 +138,8 @@ def test_a_preempted_job_goes_on(cluster: Cluster, folder: Path, whole: Whole) -
     assert "this job is preempted" in preempted.job.read_log()
 
 
-def test_a_requeued_task_of_a_sweep_s_array_goes_on(cluster: Cluster, folder: Path, whole: Whole) -> None:
-    options = ("--nodes=2", "--tasks-per-node=2", "--array-parallelism=1")
-    number, log = call_submit(cluster, folder, "sweep.yaml", *options)
+def test_requeued_tasks_of_a_sweep_s_array_go_on(cluster: Cluster, folder: Path, whole: Whole) -> None:
+    number, log = call_submit(cluster, folder, "sweep.yaml", "--nodes=2")
     cells = [
         Submitted(
             Job(f"{number}_{i}", log, cluster), folder / "cells" / name
@@ -149,10 +148,14 @@ def test_a_requeued_task_of_a_sweep_s_array_goes_on(cluster: Cluster, folder: Pa
     ]
     cells[0].wait_for_rounds()
     cluster.run("scontrol", "requeue", cells[0].job.number)
+    cells[1].wait_for_rounds()
+    # The last task, which bears the array's own number, has to requeue itself, and itself alone.
+    assert cells[1].job.show()["JobId"] == number
+    cluster.run("scancel", "--signal=USR2", cells[1].job.number)
     for i, cell in enumerate(cells):
         cell.finish(whole.run(i))
-        assert json.loads((cell.run / "summary.json").read_text())["world_size"] == 4
-    assert [cell.job.show()["Restarts"] for cell in cells] == ["1", "0"]
+        assert json.loads((cell.run / "summary.json").read_text())["world_size"] == 2
+    assert [cell.job.show()["Restarts"] for cell in cells] == ["1", "1"]
     again = cluster.run(sys.executable, str(SUBMIT), "sweep.yaml", cwd=folder)
     assert again == "nothing to submit: 2 complete in cells\n"
 

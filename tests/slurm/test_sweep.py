@@ -74,6 +74,25 @@ def test_a_signal_concerns_its_own_task_and_the_array_is_submitted_once(cluster:
     assert (first.show()["Restarts"], restarts) == ("1", {"1": "0", "2": "1"})
 
 
+UNWARNED = """#!/bin/bash
+case "$*" in *"sweep list"*) echo '[{"index": 0}, {"index": 1}]'; exit ;; esac
+trap "" USR1
+[ -n "${SLURM_RESTART_COUNT:-}" ] || sleep $((35 + 65 * ${!#}))
+"""
+
+
+@pytest.mark.slow
+def test_a_warning_between_two_cells_is_not_missed(cluster: Cluster, folder: Path) -> None:
+    program = folder / "program"  # at first, its first cell leaves 25 s of the job's minute, and its second needs more
+    program.write_text(UNWARNED)
+    program.chmod(0o755)
+    variables = {"FEDPEFT_RUN": str(program), "FEDPEFT_CELLS_PER_TASK": "2", "SBATCH_SIGNAL": "USR1@5"}
+    job = cluster.submit("sweep.sh", "sweep.yaml", cwd=folder, options="--time=1", **variables)
+    assert job.wait() == "COMPLETED", job.read_log()
+    assert job.show()["Restarts"] == "1"
+    assert "cell 1 is left to the next attempt" in job.read_log()
+
+
 def test_a_failed_cell_does_not_stop_the_next(cluster: Cluster, folder: Path) -> None:
     write_sweep(folder, cells={"impossible": {"data.clients": 5000}, "possible": {"method": {"name": "head"}}})
     job = cluster.submit("sweep.sh", "sweep.yaml", cwd=folder, options="--array=0", FEDPEFT_CELLS_PER_TASK="2")

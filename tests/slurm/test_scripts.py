@@ -1,0 +1,105 @@
+"""When the scripts in slurm/ go back into the queue, with stand-ins for Slurm's programs and for Python."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .conftest import ENVIRONMENT, SCRIPTS
+
+PROGRAMS = {
+    "scontrol": """case $1 in
+    requeue) echo "$*" >>calls ;;
+    *) echo "JobId=5 JobState=RUNNING Requeue=1 Restarts=$SLURM_RESTART_COUNT " ;;
+    esac""",
+    "squeue": """case "$END" in "") echo NONE ;; *) echo $(($(date +%s) + END)) ;; esac""",
+    "srun": """while [[ $1 == --* ]]; do shift; done; exec "$@" """,
+    "program": """case "$*" in
+    *"sweep list"*) echo '[{"index": 0}, {"index": 1}, {"index": 2}]' ;;
+    *) echo "$*" >>calls; exit $CODE ;;
+    esac""",
+}
+CELLS = [f"python -m fedpeft_dist sweep run sweep.yaml --index {i}" for i in range(3)]
+REQUEUED = "requeue 5_0"
+
+
+@dataclass
+class Slurm:
+    folder: Path
+
+    def run(self, script: str, **variables: str) -> tuple[int, list[str], str]:
+        """A script as the task 5_0 of an array: its exit code, its steps and requeues, and what it says."""
+        here = {
+            "PATH": f"{self.folder}:{ENVIRONMENT['PATH']}",
+            "FEDPEFT_RUN": "program",
+            "FEDPEFT_VENV": "",
+            "FEDPEFT_CELLS_PER_TASK": "3",
+            "FEDPEFT_REPOSITORY": str(SCRIPTS.parent),
+            "SLURM_JOB_ID": "5",
+            "SLURM_ARRAY_JOB_ID": "5",
+            "SLURM_ARRAY_TASK_ID": "0",
+            "SLURM_RESTART_COUNT": "0",
+            "CODE": "0",
+            "END": "",
+        }
+        command = ["bash", str(SCRIPTS / script), "sweep.yaml"]
+        environment = ENVIRONMENT | here | variables
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60)
+        calls = self.folder / "calls"
+        return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stderr
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Slurm:
+    for name, text in PROGRAMS.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/bash\n{text}\n")
+        program.chmod(0o755)
+    return Slurm(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_late"),
+    [
+        ({}, False),  # no time limit
+        ({"END": "200"}, False),
+        ({"END": "140"}, True),  # the warning for 120 s may have come
+        ({"END": "140", "SBATCH_SIGNAL": "USR1@60"}, False),
+        ({"END": "200", "SBATCH_SIGNAL": "B:USR1@0300"}, True),
+        ({"END": "140", "SECONDS": "10"}, False),  # the limit is too short to wait for the next attempt
+    ],
+)
+def test_no_cell_begins_where_the_warning_may_have_come(slurm: Slurm, variables: dict[str, str], is_late: bool) -> None:
+    code, calls, said = slurm.run("sweep.sh", **{"SECONDS": "1000", **variables})
+    assert (code, calls) == ((75, [CELLS[0], REQUEUED]) if is_late else (0, CELLS)), said
+    assert said == ("cell 1 is left to the next attempt: the time limit is near\n" if is_late else "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_requeued"),
+    [
+        ({"SLURM_RESTART_COUNT": "99"}, True),
+        ({"SLURM_RESTART_COUNT": "100"}, False),
+        ({"SLURM_RESTART_COUNT": "100", "FEDPEFT_MAX_REQUEUES": "101"}, True),
+        ({"FEDPEFT_MAX_REQUEUES": "0"}, False),
+    ],
+)
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
+    slurm: Slurm, variables: dict[str, str], is_requeued: bool
+) -> None:
+    code, calls, said = slurm.run("train.sh", CODE="75", **variables)
+    assert (code, calls[1:]) == (75, [REQUEUED] if is_requeued else []), said
+    if is_requeued:
+        assert said == ""
+    else:
+        (line,) = said.splitlines()
+        assert line.startswith("error: job 5_0 was requeued ")
+        assert "FEDPEFT_MAX_REQUEUES" in line
+
+
+def test_a_number_that_is_none_is_told_in_a_line(slurm: Slurm) -> None:
+    code, calls, said = slurm.run("train.sh", FEDPEFT_MAX_REQUEUES="many")
+    assert (code, calls, said) == (2, [], "error: FEDPEFT_MAX_REQUEUES: 'many' is no number\n")
