@@ -154,6 +154,8 @@ def _meet_peers(launch: Launch) -> tuple[Launch, Peers, dist.Store]:
     here = dist.PrefixStore(f"fedpeft/{launch.slurm_job}", store)
     meeting = meet(here, rank, world_size, launch.restart, ARRIVAL_SECONDS)
     launch = replace(launch, restart=meeting.restart)
+    if launch.agent_store:  # torchrun calls most launches "none"; the first group's token lives as long as the agent
+        launch = replace(launch, job=here.compare_set("launch", "", meeting.token).decode())
 
     def connect() -> dist.Store:
         return dist.PrefixStore(f"fedpeft/{meeting.token}", _connect(launch, is_server=False, seconds=30))

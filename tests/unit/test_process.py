@@ -230,6 +230,19 @@ def follow(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+def test_a_launch_is_named_as_long_as_its_agent_lives(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun calls every launch "none" that it is given no name for."""
+    jobs = []
+    later = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for store in (agent, agent, later):
+        follow(store, monkeypatch)
+        with start(RuntimeConfig(device="cpu")) as runtime:
+            jobs.append(runtime.launch.job)
+    first, restarted, other = jobs
+    assert first == restarted
+    assert other not in (first, "none")
+
+
 def test_a_group_that_is_not_formed_says_why_to_the_others_too(
     agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
