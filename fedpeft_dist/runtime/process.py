@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -122,7 +122,11 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
             _form_group(launch, device, store)
         yield Runtime(launch, device, precision, config.threads, peers)
     except BaseException as error:
-        peers.leave(error)  # and the group stays as it is: taking it down may wait for a rank that is gone
+        peers.leave(error)
+        # A group of several stays as it is: taking it down may wait for a rank that is gone.
+        if launch.world_size == 1 and dist.is_initialized():  # another may come in this process
+            with suppress(RuntimeError):  # as the first error may bring along
+                dist.destroy_process_group()
         raise
     peers.leave()
     dist.destroy_process_group()

@@ -243,6 +243,23 @@ def test_a_launch_is_named_as_long_as_its_agent_lives(agent: dist.TCPStore, monk
     assert other not in (first, "none")
 
 
+def test_a_group_of_one_that_has_failed_leaves_room_for_the_next(
+    agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_agents in ("True", "False"):
+        if is_agents == "False":
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", is_agents)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), start(RuntimeConfig(device="cpu")):
+                raise ZeroDivisionError
+            assert not dist.is_initialized()
+        with start(RuntimeConfig(device="cpu")):
+            assert dist.is_initialized()
+
+
 def test_a_group_that_is_not_formed_says_why_to_the_others_too(
     agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
