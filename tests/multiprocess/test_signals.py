@@ -248,7 +248,7 @@ with process.start(RuntimeConfig(device="cpu")):
 @pytest.mark.parametrize(
     ("fault", "lost", "what"),
     [
-        ("dies", 0, "has died"),
+        ("dies", 1, "has died"),
         pytest.param("fails", 1, "has failed, its own error says why", marks=pytest.mark.slow),
     ],
 )
