@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -80,16 +80,5 @@ def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp, runtime: Runtime
                 torch.cuda.current_stream().synchronize()
 
 
-@contextmanager
-def _naming_the_lost(runtime: Runtime) -> Iterator[None]:
-    """
-    Raises:
-        PeerLostError: the collective failed because a rank was lost.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        loss = None if runtime.peers is None else runtime.peers.loss()
-        if loss is None:
-            raise
-        raise loss from error
+def _naming_the_lost(runtime: Runtime) -> AbstractContextManager[None]:
+    return nullcontext() if runtime.peers is None else runtime.peers.naming_the_lost()

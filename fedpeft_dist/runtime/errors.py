@@ -14,7 +14,7 @@ class ToldElsewhereError(ConfigError):
 
 
 class PeerLostError(RuntimeError):
-    """Another rank has died, failed or fallen silent, so that this one cannot go on.
+    """Another rank, or the store of all of them, has died, failed or fallen silent, so that this one cannot go on.
 
     Args:
         is_told: whether this rank is the one to tell it; the others end without a word.

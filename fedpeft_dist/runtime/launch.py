@@ -31,7 +31,8 @@ class Launch:
     restart: int = 0
     """How often torchrun has restarted the group."""
     job: str = ""
-    """torchrun's name for this launch; it outlives a restart."""
+    """The name of torchrun's launch, the same after a restart; a group that meets in the agent's store has one of its
+    own, since torchrun calls most launches alike."""
     agent_store: bool = False
     """Whether torchrun's agent already serves the store at that address."""
     slurm_job: str = ""

@@ -3,7 +3,8 @@
 Each rank has a thread that sets its beat in the group's store once in a while and reads the others'. A rank is lost
 when it says that it failed, when its process has ended (seen at once on the same machine), or when its beat stands
 still for SILENT_BEATS beats. A collective that fails asks who it was; where the main thread hangs in one, this thread
-ends the process. One rank, the lowest that is left, tells which rank was lost.
+ends the process. One rank, the lowest that is left, tells which rank was lost. So it is when the machine whose agent of
+torchrun holds the store has gone: agents of other machines may never notice.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from fedpeft_dist.runtime.errors import PeerLostError
 from fedpeft_dist.runtime.interrupts import StopRequest
+from fedpeft_dist.runtime.launch import Launch
 
 BEAT_SECONDS = 1.0
 RANKS_PER_SECOND = 32
@@ -73,14 +75,13 @@ class Peers:
     """The other ranks, watched from a thread from `start` to `leave`.
 
     Args:
-        store: of this object alone; a call on it must end within some seconds.
-        is_agents: whether the store outlives the ranks, in the hands of torchrun's agent.
+        connect: makes a connection to the group's store, whose calls end within some seconds.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, is_agents: bool):
-        self.store, self.rank, self.is_agents = store, rank, is_agents
-        self.ranks = range(world_size)
-        self.beat_seconds = max(BEAT_SECONDS, world_size / RANKS_PER_SECOND)
+    def __init__(self, connect: Callable[[], dist.Store], launch: Launch):
+        self.connect, self.launch, self.rank = connect, launch, launch.rank
+        self.ranks = range(launch.world_size)
+        self.beat_seconds = max(BEAT_SECONDS, launch.world_size / RANKS_PER_SECOND)
         self.stop = StopRequest()
         """Of this rank's; what one rank is asked, the others learn from its beat."""
         self.last_will: Callable[[str], None] = lambda reason: None
@@ -89,30 +90,62 @@ class Peers:
         self._loss: PeerLostError | None = None
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._looked = time.monotonic()
-        self.this = Member.this_process(rank)
-        self.store.set(f"member/{rank}", json.dumps(asdict(self.this)))
+        self.this = Member.this_process(self.rank)
+        self.store = connect()
+        self.store.set(f"member/{self.rank}", json.dumps(asdict(self.this)))
         self._beat("0")
 
     def start(self) -> None:
-        """Begins to watch; every rank has been made by now."""
-        found = self.store.multi_get([f"member/{rank}" for rank in self.ranks])
+        """Begins to watch, once every rank has been made.
+
+        Raises:
+            PeerLostError: some rank has not been made in the time that a call on the store may take.
+        """
+        keys = [f"member/{rank}" for rank in self.ranks]
+        try:
+            found = self.store.multi_get(keys)
+        except RuntimeError as error:
+            missing = [rank for rank in self.ranks if not self.store.check([keys[rank]])]
+            if not missing:
+                raise
+            message = f"rank {', '.join(map(str, missing))} was lost while the group was formed"
+            raise PeerLostError(message, self.rank == min(set(self.ranks) - set(missing))) from error
         self.members = [Member(**json.loads(member)) for member in found]
         self._looked = time.monotonic()
         self._thread.start()
-        if not self.is_agents and self.rank:
+        if len(self.ranks) > 1 and (self.launch.agent_store or self.rank):  # else nobody's store matters, or it is ours
             threading.Thread(target=self._watch_store, name="store", daemon=True).start()
 
     def leave(self, failure: BaseException | None = None) -> None:
         """Tells the others that this rank has ended, well or with a failure of its own."""
         self._left.set()
-        self._thread.join(timeout=LAST_SECONDS)
+        if self._thread.is_alive():
+            self._thread.join(timeout=LAST_SECONDS)
+        if self._thread.is_alive():  # it hangs in a store that does not answer
+            return
         with suppress(RuntimeError):  # whoever held the store may have left before
             self._beat(_DONE if failure is None else _FAILED)
 
     def loss(self) -> PeerLostError | None:
         """Which rank was lost, after a collective has failed; None where all of them are still there after a while."""
+        if len(self.ranks) == 1:
+            return None
         self._loss_found.wait((SILENT_BEATS + 2) * self.beat_seconds)
         return self._loss
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """
+        Raises:
+            PeerLostError: a collective inside failed because a rank was lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            loss = self.loss()
+            if loss is None:
+                raise
+            raise loss from error
 
     def _beat(self, value: str) -> None:
         self.store.set(f"beat/{self.rank}", value)
@@ -128,8 +161,11 @@ class Peers:
                 self._beat(f"{count} {_STOP}" if self.stop.received else str(count))
                 found = self.store.multi_get([f"beat/{rank}" for rank in self.ranks])
             except RuntimeError:
-                if self.is_agents or self._left.wait(LAST_SECONDS):
-                    return  # the launcher's end is not a rank's, and it tells its ranks by a signal
+                if self.launch.agent_store:  # a connection may break; `_watch_store` tells when it is more than that
+                    self._reconnect()
+                    continue
+                if self._left.wait(LAST_SECONDS):
+                    return
                 lost[0] = "has died, and with it the store that the group meets in"
                 break
             now = time.monotonic()
@@ -150,7 +186,13 @@ class Peers:
                 elif now - changed[rank] > SILENT_BEATS * self.beat_seconds:
                     lost[rank] = f"has given no sign of life for {now - changed[rank]:.0f} s"
         if lost:
-            self._end(lost)
+            self._end_for(lost)
+
+    def _reconnect(self) -> None:
+        with suppress(OSError, RuntimeError):
+            # A store that cannot connect waits, and prints pages about it.
+            socket.create_connection((self.launch.address, self.launch.port), timeout=LAST_SECONDS).close()
+            self.store = self.connect()
 
     def _watch_store(self) -> None:
         """The process that holds the store may hang, and with it whoever asks it for something."""
@@ -162,14 +204,21 @@ class Peers:
                 self._looked = now
             before = now
             if now - self._looked > silent:
-                self._end({0: f"has given no sign of life for {now - self._looked:.0f} s"})
+                silence = f"has given no sign of life for {now - self._looked:.0f} s"
+                if self.launch.agent_store:  # which ranks are left, nobody knows: one of every agent's tells
+                    place = f"{self.launch.address}:{self.launch.port}"
+                    self._end(f"the store of torchrun's agent ({place}) {silence}", self.launch.local_rank == 0)
+                else:
+                    self._end_for({0: silence})
                 return
 
-    def _end(self, lost: dict[int, str]) -> None:
-        """Lets the main thread fail by itself, and ends this process if it does not."""
+    def _end_for(self, lost: dict[int, str]) -> None:
         told = "; ".join(f"{self.members[rank]} {what}" for rank, what in lost.items())
-        teller = min(rank for rank in self.ranks if rank not in lost)
-        self._loss = PeerLostError(told, is_told=self.rank == teller)
+        self._end(told, self.rank == min(rank for rank in self.ranks if rank not in lost))
+
+    def _end(self, told: str, is_told: bool) -> None:
+        """Lets the main thread fail by itself, and ends this process if it does not."""
+        self._loss = PeerLostError(told, is_told)
         self._loss_found.set()
         if self._left.wait(LAST_SECONDS):
             return
@@ -178,7 +227,7 @@ class Peers:
         resort.daemon = True
         resort.start()
         self.last_will(told)
-        if self._loss.is_told:
+        if is_told:
             print(f"error: {told}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

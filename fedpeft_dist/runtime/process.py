@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -111,19 +111,25 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     _be_deterministic(device)
     # Gradients accumulate into views of one matrix on purpose; PyTorch warns that their strides are unusual.
     warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+    if not launch.address:
+        yield Runtime(launch, device, precision, config.threads)
+        return
     # Also in a group of one, so that torchrun on one GPU runs what it runs on many.
-    peers = None
-    if launch.address:
-        launch, peers = _join_group(launch, device)
+    launch, peers, store = _meet_peers(launch)
     try:
+        peers.start()  # first of all: a rank that dies while the group is formed would be waited for, too
+        with peers.naming_the_lost():
+            _form_group(launch, device, store)
         yield Runtime(launch, device, precision, config.threads, peers)
     except BaseException as error:
-        if peers is not None:
-            peers.leave(error)  # and the group stays as it is: taking it down may wait for a rank that is gone
+        peers.leave(error)
+        # A group of several stays as it is: taking it down may wait for a rank that is gone.
+        if launch.world_size == 1 and dist.is_initialized():  # another may come in this process
+            with suppress(RuntimeError):  # as the first error may bring along
+                dist.destroy_process_group()
         raise
-    if peers is not None:
-        peers.leave()
-        dist.destroy_process_group()
+    peers.leave()
+    dist.destroy_process_group()
 
 
 def _be_deterministic(device: torch.device) -> None:
@@ -138,8 +144,8 @@ def _be_deterministic(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _join_group(launch: Launch, device: torch.device) -> tuple[Launch, Peers]:
-    """Returns the launch as all ranks see it, too."""
+def _meet_peers(launch: Launch) -> tuple[Launch, Peers, dist.Store]:
+    """Returns the launch as all ranks see it, and the store that their group is formed in, too."""
     if launch.local_world_size < launch.world_size:
         interface = interface_towards(launch.address)
         if interface == "lo":  # which a machine's own name often means to itself, and which is no way to the others
@@ -151,18 +157,25 @@ def _join_group(launch: Launch, device: torch.device) -> tuple[Launch, Peers]:
     # Another job's ranks that take this store for theirs meet nobody here.
     here = dist.PrefixStore(f"fedpeft/{launch.slurm_job}", store)
     meeting = meet(here, rank, world_size, launch.restart, ARRIVAL_SECONDS)
-    watched = dist.PrefixStore(f"fedpeft/{meeting.token}", _connect(launch, is_server=False, seconds=30))
-    peers = Peers(watched, rank, world_size, launch.agent_store)
+    launch = replace(launch, restart=meeting.restart)
+    if launch.agent_store:  # torchrun calls most launches "none"; the first group's token lives as long as the agent
+        launch = replace(launch, job=here.compare_set("launch", "", meeting.token).decode())
+
+    def connect() -> dist.Store:
+        return dist.PrefixStore(f"fedpeft/{meeting.token}", _connect(launch, is_server=False, seconds=30))
+
+    return launch, Peers(connect, launch), dist.PrefixStore(f"fedpeft/{meeting.token}", store)
+
+
+def _form_group(launch: Launch, device: torch.device, store: dist.Store) -> None:
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"fedpeft/{meeting.token}", store),
-        rank=rank,
-        world_size=world_size,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
         timeout=timedelta(hours=LONGEST_WAIT_HOURS),
         device_id=device if device.type == "cuda" else None,
     )
-    peers.start()
-    return replace(launch, restart=meeting.restart), peers
 
 
 def _connect(launch: Launch, is_server: bool, seconds: float) -> dist.Store:

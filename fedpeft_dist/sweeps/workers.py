@@ -55,7 +55,8 @@ def count_states(rows: Iterable[Mapping[str, Any]]) -> str:
 def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outcome:
     """Runs the cells one after another in this process, but those that are complete or that another worker is at.
 
-    A cell that fails is reported and does not stop the others; a signal that asks a run to stop does.
+    A cell that fails is reported and does not stop the others, unless it takes the GPU along; a signal that asks a run
+    to stop does.
 
     Args:
         stop: of a caller that listens for signals itself; None listens here.
@@ -97,11 +98,27 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
                     raise
                 _report_failure(cell, error)
                 outcome.failed.append(cell.name)
+                if _gpu_is_lost():
+                    print("this process cannot use its GPU any more; the same command goes on", file=sys.stderr)
+                    break
             gc.collect()  # a model and its parameters refer to each other, and the next cell needs the memory
     if launch.rank == 0:
         parts = ("complete", "skipped", "taken", "failed")
         print(", ".join(f"{len(getattr(outcome, part))} {part}" for part in parts if getattr(outcome, part)))
     return outcome
+
+
+def _gpu_is_lost() -> bool:
+    """Whether whatever this process asks of its GPU will fail: some errors last as long as the process."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _report_failure(cell: Cell, error: Exception) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -223,3 +225,47 @@ def test_an_error_on_one_rank_ends_the_others(config: Path, whole: RunDirectory)
     assert run.read_state()["state"] == FAILED
     complete(config)
     assert not differences(run, whole)
+
+
+JOIN = """
+import os, sys
+import torch.distributed as dist
+from fedpeft_dist.config.schema import RuntimeConfig
+from fedpeft_dist.runtime import process
+
+def fail(*_, **__):
+    if sys.argv[1] == "dies":
+        os._exit(9)
+    raise ValueError("a fault that a test has planted")
+
+if os.environ["RANK"] == sys.argv[2]:
+    dist.init_process_group = fail
+with process.start(RuntimeConfig(device="cpu")):
+    print("formed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "lost", "what"),
+    [
+        ("dies", 1, "has died"),
+        pytest.param("fails", 1, "has failed, its own error says why", marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_rank_while_the_group_is_formed(tmp_path: Path, fault: str, lost: int, what: str) -> None:
+    """The others wait for it inside of torch.distributed, in hours."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", JOIN, fault, str(lost)]
+    first, second = (
+        Launched(command, tmp_path, group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+    )
+    with first, second:
+        codes = [first.wait(timeout=60), second.wait(timeout=60)]
+        outputs = [first.output, second.output]
+    assert codes[1 - lost] == 1, outputs
+    assert_named_once(outputs, lost)
+    assert f") {what}" in outputs[1 - lost]
+    assert "formed" not in "".join(outputs)

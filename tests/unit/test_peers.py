@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -16,6 +20,8 @@ import pytest
 import torch.distributed as dist
 
 from fedpeft_dist.runtime import peers
+from fedpeft_dist.runtime.errors import PeerLostError
+from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.peers import Member, Peers
 
 BEAT = 0.05
@@ -72,14 +78,18 @@ def member_of(process: subprocess.Popen, rank: int, place: str | None = None) ->
     return Member(rank, "n1", process.pid, peers._start_time(process.pid), this.place if place is None else place)
 
 
-def start(store: dist.Store, rank: int, world_size: int, is_agents: bool = False) -> Peers:
-    found = Peers(store, rank, world_size, is_agents)
+def make(store: dist.Store, rank: int, world_size: int) -> Peers:
+    return Peers(lambda: store, Launch(rank, world_size))
+
+
+def start(store: dist.Store, rank: int, world_size: int) -> Peers:
+    found = make(store, rank, world_size)
     found.start()
     return found
 
 
 def test_ranks_that_live_and_leave_lose_nobody(store: dist.Store, exits: Exits) -> None:
-    made = [Peers(store, rank, 3, False) for rank in range(3)]
+    made = [make(store, rank, 3) for rank in range(3)]
     for one in made:
         one.start()
     time.sleep(30 * BEAT)
@@ -95,7 +105,7 @@ def test_a_process_that_has_ended_is_lost_at_once(
     store: dist.Store, exits: Exits, process: subprocess.Popen, capsys: pytest.CaptureFixture[str]
 ) -> None:
     introduce(store, member_of(process, 1))
-    watcher, told = Peers(store, 0, 2, False), []
+    watcher, told = make(store, 0, 2), []
     watcher.last_will = told.append
     watcher.start()
     time.sleep(3 * BEAT)
@@ -133,7 +143,7 @@ def test_a_silent_rank_is_lost_after_a_while(store: dist.Store, exits: Exits, pr
 
 
 def test_a_rank_that_has_failed_says_so(store: dist.Store, exits: Exits) -> None:
-    first, second = Peers(store, 0, 2, False), Peers(store, 1, 2, False)
+    first, second = make(store, 0, 2), make(store, 1, 2)
     first.start()
     second.start()
     first.leave(ValueError("no such thing"))
@@ -145,7 +155,7 @@ def test_a_rank_that_has_failed_says_so(store: dist.Store, exits: Exits) -> None
 
 def test_one_rank_tells(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
     introduce(store, member_of(process, 0))
-    made = [Peers(store, rank, 4, False) for rank in (1, 2, 3)]
+    made = [make(store, rank, 4) for rank in (1, 2, 3)]
     for one in made:
         one.start()
     process.kill()
@@ -169,18 +179,92 @@ def test_a_number_that_another_process_has_now(process: subprocess.Popen) -> Non
 
 
 def test_the_end_of_the_store(exits: Exits) -> None:
-    """Rank 0's store ends with rank 0; the agent's is no sign of anything."""
-    for is_agents in (True, False):
-        server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
-        first = Peers(server, 0, 2, is_agents)
-        client = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
-        second = Peers(client, 1, 2, is_agents)
-        second.start()
-        del first, server
-        gc.collect()
-        if is_agents:
-            time.sleep(10 * BEAT)
-            assert not second._loss_found.is_set()
-        else:
-            assert "has died, and with it the store" in str(second.loss())
-        second.leave()
+    """Rank 0's store ends with rank 0."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+    first = make(server, 0, 2)
+    second = start(client_of(server), 1, 2)
+    del first, server
+    gc.collect()
+    assert "has died, and with it the store" in str(second.loss())
+    second.leave()
+
+
+def client_of(server: dist.TCPStore) -> dist.Store:
+    return dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
+
+
+class Agent:
+    """Of torchrun, in a process of its own, with the store of two ranks."""
+
+    def __init__(self) -> None:
+        serve = (
+            "import time, torch.distributed as dist\n"
+            "store = dist.TCPStore('127.0.0.1', 0, is_master=True)\n"
+            "print(store.port, flush=True)\n"
+            "time.sleep(300)"
+        )
+        self.process = subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE, text=True)
+        self.port = int(self.process.stdout.readline())
+
+    def connect(self) -> dist.Store:
+        return dist.TCPStore("127.0.0.1", self.port, is_master=False, timeout=timedelta(seconds=1))
+
+    def break_connections(self) -> int:
+        """Of this process; returns how many there were."""
+        count = 0
+        for descriptor in os.listdir("/proc/self/fd"):
+            with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as found:
+                if found.getpeername()[1] == self.port:
+                    found.shutdown(socket.SHUT_RDWR)
+                    count += 1
+        return count
+
+    def start_ranks(self) -> list[Peers]:
+        where = {"address": "127.0.0.1", "port": self.port, "agent_store": True}
+        ranks = [Peers(self.connect, Launch(rank, 2, local_rank=rank, **where)) for rank in range(2)]
+        for one in ranks:
+            one.start()
+        return ranks
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    found = Agent()
+    yield found
+    found.process.kill()
+    found.process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_end_of_an_agents_store(agent: Agent, exits: Exits, number: signal.Signals) -> None:
+    """Also where it is the end of another machine's agent, of which nobody tells this one's ranks."""
+    ranks = agent.start_ranks()
+    time.sleep(5 * BEAT)
+    agent.process.send_signal(number)
+    losses = [one.loss() for one in ranks]
+    told = f"the store of torchrun's agent (127.0.0.1:{agent.port}) has given no sign of life for 1 s"
+    assert [str(loss) for loss in losses] == [told] * 2
+    assert [loss.is_told for loss in losses] == [True, False]
+    started = time.monotonic()
+    for one, loss in zip(ranks, losses):
+        one.leave(loss)
+    assert time.monotonic() - started < 5
+
+
+def test_a_store_that_an_agent_serves_may_hiccup(agent: Agent, exits: Exits) -> None:
+    ranks = agent.start_ranks()
+    time.sleep(5 * BEAT)
+    assert agent.break_connections() == 2
+    time.sleep(30 * BEAT)
+    ranks[0].leave(ValueError("no such thing"))
+    assert "has failed, its own error says why" in str(ranks[1].loss())
+    ranks[1].leave()
+
+
+def test_a_rank_that_is_lost_before_it_is_made(exits: Exits) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=1))
+    first = make(server, 0, 2)
+    with pytest.raises(PeerLostError, match="rank 1 was lost while the group was formed") as caught:
+        first.start()
+    assert caught.value.is_told
+    first.leave(caught.value)

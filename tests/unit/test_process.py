@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.runtime.launch import Launch, find_launch
-from fedpeft_dist.runtime.process import Runtime, resolve_device
+from fedpeft_dist.runtime.peers import Peers
+from fedpeft_dist.runtime.process import Runtime, resolve_device, start
 
 TORCHRUN = {
     "RANK": "5",
@@ -211,3 +214,65 @@ def test_a_task_that_is_bound_to_a_gpu_takes_the_one_that_it_sees(monkeypatch: p
     assert resolve_device(RuntimeConfig(), bound)[0] == torch.device("cuda", 0)
     with pytest.raises(ConfigError, match=r"4 ranks on a machine with 1 CUDA device"):
         resolve_device(RuntimeConfig(), replace(bound, is_step=False))
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
+    """torchrun's, with a store that outlives its one rank."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    follow(store, monkeypatch)
+    return store
+
+
+def follow(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**TORCHRUN, **alone, "MASTER_PORT": str(agent.port), "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_launch_is_named_as_long_as_its_agent_lives(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun calls every launch "none" that it is given no name for."""
+    jobs = []
+    later = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for store in (agent, agent, later):
+        follow(store, monkeypatch)
+        with start(RuntimeConfig(device="cpu")) as runtime:
+            jobs.append(runtime.launch.job)
+    first, restarted, other = jobs
+    assert first == restarted
+    assert other not in (first, "none")
+
+
+def test_a_group_of_one_that_has_failed_leaves_room_for_the_next(
+    agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_agents in ("True", "False"):
+        if is_agents == "False":
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", is_agents)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), start(RuntimeConfig(device="cpu")):
+                raise ZeroDivisionError
+            assert not dist.is_initialized()
+        with start(RuntimeConfig(device="cpu")):
+            assert dist.is_initialized()
+
+
+def test_a_group_that_is_not_formed_says_why_to_the_others_too(
+    agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure, told = RuntimeError("no such backend"), []
+
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    leave = Peers.leave
+    monkeypatch.setattr(Peers, "leave", lambda peers, error=None: (told.append(error), leave(peers, error)))
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="no such backend"), start(RuntimeConfig(device="cpu")):
+        pass
+    assert told == [failure]
+    assert time.monotonic() - started < 10
