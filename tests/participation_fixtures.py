@@ -22,6 +22,7 @@ def make_participation(
     seed: int = 1,
     client: dict[str, Any] | None = None,
     parameters: int = PARAMETERS,
+    privacy: dict[str, Any] | None = None,
     **participation: Any,
 ) -> Participation:
     """
@@ -34,9 +35,11 @@ def make_participation(
     else:
         samples = torch.zeros(1, dtype=torch.int64).expand(sum(population))  # one in memory
         partition = IndexPartition(np.cumsum([0, *population]), samples)
-    data = {"name": "synthetic", "clients": partition.num_clients, "partition": {"name": "pool"}}
+    name = "pool" if privacy is None else "iid"  # sample-level privacy refuses a pool
+    data = {"name": "synthetic", "clients": partition.num_clients, "partition": {"name": name}}
     federation = {"cohort": cohort, "participation": participation}
     tree = {"seed": seed, "data": data, "federation": federation, "client": client or {}}
+    tree["privacy"] = privacy or {"name": "none"}
     return Participation(parse_config(tree, "test"), partition, parameters)
 
 

@@ -58,11 +58,10 @@ class Aggregator:
 
     def __init__(self, num_parameters: int, largest_total_weight: int, runtime: Runtime):
         self.runtime = runtime
-        self.loss_bits = fraction_bits(largest_total_weight)
         self.total = torch.zeros(num_parameters + TAIL, dtype=torch.int64, device=runtime.device)
         self.accepted: list[tuple[int, torch.Tensor]] = []
-        self.state: dict[str, torch.Tensor] = {}
-        """What rounds leave to the next ones; a checkpoint keeps it."""
+        self.state = {"largest_total_weight": torch.tensor(largest_total_weight)}
+        """W, and what rounds leave to the next ones; a checkpoint keeps it."""
 
     def add(self, update: ClientUpdate) -> None:
         """Adds an update, or counts it as rejected; decided on the device, without waiting for it."""
@@ -109,6 +108,10 @@ class Aggregator:
     def figures(self) -> dict[str, float]:
         """What moves from round to round, for a log."""
         return {}
+
+    @property
+    def loss_bits(self) -> int:
+        return fraction_bits(int(self.state["largest_total_weight"]))
 
     @property
     def bits(self) -> int:

@@ -50,7 +50,7 @@ class UserAggregator(Aggregator):
         self.largest_cohort, self.expected_cohort = largest_cohort, expected_cohort
         self.privacy, self.noise_multiplier, self.count_noise = privacy, noise_multiplier, count_noise
         self.noise_seed = noise_seed
-        self.state = {"clip_norm": torch.tensor(privacy.clip_norm, dtype=torch.float64)}
+        self.state["clip_norm"] = torch.tensor(privacy.clip_norm, dtype=torch.float64)
 
     @property
     def clip_norm(self) -> float:

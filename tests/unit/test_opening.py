@@ -228,6 +228,13 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     assert rows == [1, 2, 3, 4, 5]
 
 
+def test_a_checkpoint_has_what_bounds_the_weights(config: RunConfig) -> None:
+    rounds.run_federation(config, make_runtime())
+    checkpoint, _ = load_newest_checkpoint(directory_of(config).checkpoints)
+    largest = Simulation(config, make_runtime()).partition.sizes().sort().values[-2:].sum()
+    assert checkpoint.aggregator_state == {"largest_total_weight": largest}
+
+
 def test_a_checkpoint_of_another_config_is_refused(config: RunConfig) -> None:
     """Also where config.yaml has been edited to match."""
     run_some_rounds(config, 1)

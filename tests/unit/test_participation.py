@@ -298,6 +298,16 @@ def test_a_round_lasts_as_long_as_its_slowest(devices: dict[str, str]) -> None:
     assert (plan.seconds, plan.wasted_samples, plan.late) == (7.0, 0, 0)
 
 
+def test_random_batches_take_the_time_that_they_take_on_average(tmp_path: Path) -> None:
+    """Under sample-level privacy every step draws 8 of the 20 samples on average: there is no short batch."""
+    trace = write_trace(tmp_path / "devices.csv", DEVICES, [(client, 16, 1000, 1000) for client in range(3)])
+    settings = {"client": CLIENT, "parameters": PARAMETERS, "devices": {"name": "trace", "path": trace}}
+    private = {"privacy": {"name": "sample", "noise_multiplier": 1.0}}
+    plans = [make_participation([20, 3, 0], 3, **settings, **own).plan(0) for own in ({}, private)]
+    assert plans[0].steps == plans[1].steps == {0: 3, 1: 1, 2: 0}
+    assert [plan.seconds for plan in plans] == [2 + 20 / 16, 2 + 24 / 16]
+
+
 def test_late_clients_are_dropped_at_the_deadline(devices: dict[str, str]) -> None:
     plan = make_slow(devices, deadline=4.0).plan(0)
     assert plan.steps == {0: 3, 1: 3, 2: 3}
