@@ -254,9 +254,7 @@ class Participation:
 
     def _work_of(self, num_samples: int) -> LocalWork:
         batch_size, num_steps = self.client_config.batch_size, self.client_config.num_steps(num_samples)
-        if (
-            self.is_sample_level and num_samples
-        ):  # batches are drawn anew for every step, and are of one size on average
+        if self.is_sample_level and num_samples:  # every step draws its batch, of one size on average
             batch_size = min(batch_size, num_samples)
             num_samples = batch_size * -(-num_samples // batch_size)
         return LocalWork(num_samples, batch_size, num_steps)
