@@ -44,7 +44,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from fedpeft_dist.runtime.interrupts import listen_for_stop
     from fedpeft_dist.runtime.launch import follow_agent
 
-    with listen_for_stop() as stop:  # before the imports, which take seconds
+    with listen_for_stop(is_last=True) as stop:  # before the imports, which take seconds
         follow_agent()
         run_config = load_config(config, overrides or ())
         if run_config.output.name is None:
@@ -289,7 +289,7 @@ def sweep_run(
     from fedpeft_dist.runtime.launch import follow_agent
     from fedpeft_dist.sweeps import load_sweep, pick_cell, work_through
 
-    with listen_for_stop() as stop:
+    with listen_for_stop(is_last=True) as stop:
         follow_agent()
         cells = load_sweep(sweep, overrides or ())
         outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)], stop)

@@ -68,7 +68,7 @@ class Job:
         warning = signal.Signals[f"SIG{here.USR_SIG}"]
         requeue = signal.getsignal(warning)
         was_warned = False
-        with listen_for_stop() as stop:
+        with listen_for_stop(is_last=True) as stop:
 
             def remember(*_: Any) -> None:
                 nonlocal was_warned
@@ -79,6 +79,7 @@ class Job:
                 outcome = work_through(self.cells, stop)
             except ConfigError as error:
                 fail(error)
+        signal.signal(warning, signal.SIG_IGN)  # there is nothing left to stop, and it would end this process as failed
         if outcome.interrupted and here.global_rank == 0:
             if callable(requeue) and (_is_running(here.job_id) if here.cluster == "slurm" else was_warned):
                 requeue(warning, None)  # submitit's handler: it calls `checkpoint`, requeues, and ends this process

@@ -30,6 +30,18 @@ TRACE = "fedpeft_dist/federation"
 PATIENCE = 300
 """Seconds that a process may take on a busy machine."""
 FAULTY_WORKER = str(Path(__file__).parent / "multiprocess" / "faulty_worker.py")
+LATE_SIGNALS = """
+import os, signal
+
+class Late:
+    def __del__(self, kill=os.kill, getpid=os.getpid, numbers=(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)):
+        for number in numbers:
+            kill(getpid(), number)
+
+late = Late()
+"""
+"""As a folder's sitecustomize.py, for PYTHONPATH: the process gets these signals when its interpreter has already taken
+down the handlers that are written in Python, which it does ahead of what modules hold."""
 _TOKEN = "FEDPEFT_TEST_TOKEN"
 _numbers = itertools.count()
 

@@ -77,8 +77,13 @@ class StopRequest:
 
 
 @contextmanager
-def listen_for_stop() -> Iterator[StopRequest]:
-    """Turns the stop signals into a flag for as long as the context lasts; a second SIGINT interrupts at once."""
+def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
+    """Turns the stop signals into a flag for as long as the context lasts; a second SIGINT interrupts at once.
+
+    Args:
+        is_last: this process ends after it. Where all went well, it is then deaf to what launchers and Slurm send: that
+            would turn the exit code of a complete run into that of a signal.
+    """
     request = StopRequest()
     request.is_heard = True
 
@@ -90,6 +95,8 @@ def listen_for_stop() -> Iterator[StopRequest]:
     previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
     try:
         yield request
+        if is_last:
+            previous |= {signal.SIGTERM: signal.SIG_IGN, signal.SIGUSR1: signal.SIG_IGN}
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RunDirectory
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RunDirectory
 from tests.real_runs import (
+    LATE_SIGNALS,
     ROUNDS,
     TRACE,
     Launched,
@@ -157,6 +158,13 @@ def test_a_restart_under_the_same_launch_leaves_an_interrupted_run_interrupted(c
         assert launched.wait() == 0
         assert "a restart does not undo it" in launched.output
         assert_interrupted(run, 75, launched.output)
+
+
+def test_what_comes_after_the_last_round_changes_no_exit_code(config: Path) -> None:
+    (config.parent / "sitecustomize.py").write_text(LATE_SIGNALS.replace("signal.SIGUSR2, ", ""))
+    with start(config, PYTHONPATH=str(config.parent)) as launched:
+        assert launched.wait() == 0, launched.output
+    assert run_of(config).read_state()["state"] == COMPLETE
 
 
 # --- a rank is lost ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import yaml
 
 from fedpeft_dist.tracking.report_runs import read_runs
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
+from tests.real_runs import LATE_SIGNALS
 
 SUBMIT = Path(__file__).parents[2] / "launch" / "submit.py"
 BASE = {
@@ -184,6 +185,21 @@ def test_a_local_job_of_two_ranks_goes_on_when_it_is_warned(folder: Path) -> Non
     assert json.loads(found.summary_file.read_text())["world_size"] == 2
     assert call(folder, "base.yaml") == "nothing to submit: 1 complete in runs/run\n"
     assert [r.name for r in read_runs(folder / "runs")] == ["run"]
+
+
+def test_a_warning_after_the_end_of_the_work_fails_no_job(
+    folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Slurm sends it whenever the limit is near, and Python takes its handlers down some time before it ends."""
+    call(folder, "base.yaml", "federation.rounds=1", environment=environment)
+    (jobs,) = (folder / "runs" / "run" / "jobs").iterdir()
+    late = tmp_path / "late"
+    late.mkdir()
+    (late / "sitecustomize.py").write_text(LATE_SIGNALS)
+    variables = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7", "PYTHONPATH": str(late)}
+    done = run(folder, os.environ | variables, "-m", "submitit.core._submit", str(jobs), check=False)
+    assert done.returncode == 0, done.stderr
+    assert RunDirectory(folder / "runs" / "run").read_state()["state"] == COMPLETE
 
 
 def test_without_squeue_a_job_ends_as_interrupted(tmp_path: Path) -> None:
