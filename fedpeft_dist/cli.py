@@ -52,8 +52,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
         from fedpeft_dist.federation.rounds import start_and_run
 
-        if start_and_run(run_config, stop) == "interrupted":
-            _leave_interrupted()
+        outcome = start_and_run(run_config, stop)
+    if outcome == "interrupted":
+        _leave_interrupted()
 
 
 @app.command()
@@ -293,8 +294,8 @@ def sweep_run(
         follow_agent()
         cells = load_sweep(sweep, overrides or ())
         outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)], stop)
-        if outcome.interrupted:
-            _leave_interrupted()
+    if outcome.interrupted:
+        _leave_interrupted()
     if outcome.failed:
         raise SystemExit(1)
 

@@ -139,10 +139,12 @@ class Runner:
                 self.display.show(self)
                 time.sleep(LOOK_SECONDS)
         except BaseException as error:
+            number = signal.SIGKILL if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key that is held down sends more of them
             for attempt in self.attempts:
                 with suppress(ProcessLookupError):  # it has just ended by itself
-                    number = signal.SIGKILL if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
                     os.killpg(attempt.process.pid, number)
+            for attempt in self.attempts:
                 attempt.process.wait()
             raise
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fedpeft_dist.runtime.interrupts import STOP_SIGNALS
 
 # MKL rounds a small product by where its operands lie in memory, unless told otherwise before its first use.
 # numerics/test_exact_lanes.py asks a process of its own whether a run, too, is told.
@@ -14,6 +18,15 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 LONG = ("slurm/test_train", "multiprocess/test_signals", "slurm", "multiprocess", "cli")
 """What takes longest comes first, so that of several workers none is left alone with it at the end."""
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A command leaves them as its process's end needs them, also where that process is pytest's own."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -61,7 +61,8 @@ class Aggregator:
         self.total = torch.zeros(num_parameters + TAIL, dtype=torch.int64, device=runtime.device)
         self.accepted: list[tuple[int, torch.Tensor]] = []
         self.state = {"largest_total_weight": torch.tensor(largest_total_weight)}
-        """W, and what rounds leave to the next ones; a checkpoint keeps it."""
+        """W, and what rounds leave to the next ones; a checkpoint keeps it. A round that moves it puts another
+        in its place, so that it can be taken back."""
 
     def add(self, update: ClientUpdate) -> None:
         """Adds an update, or counts it as rejected; decided on the device, without waiting for it."""

@@ -8,6 +8,7 @@ Shapes: S samples evaluated, B batch, P trainable parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise, zip_longest
 
 import numpy as np
@@ -33,15 +34,26 @@ class Evaluator:
         self.samples, self.batch_size = samples, batch_size
         self.parameters = LaneParameters(model.layout, 1, runtime.device, with_grad=False)
 
-    def correct(self, vector: torch.Tensor) -> torch.Tensor:
-        """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU."""
+    def correct(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+        """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU.
+
+        Args:
+            is_dropped: asked ahead of each batch, whether to break off.
+
+        Returns:
+            None on every rank where any of them has broken off.
+        """
         self._bind(vector)
-        correct = torch.zeros(len(self.samples), dtype=torch.int64, device=self.runtime.device)
+        correct = torch.zeros(len(self.samples) + 1, dtype=torch.int64, device=self.runtime.device)
         own = range(0, len(self.samples), self.batch_size)[self.runtime.rank :: self.runtime.world_size]
         for start, upcoming in zip_longest(own, own[1:]):
+            if is_dropped():
+                correct[-1] = 1
+                break
             right = self._batch(start, upcoming)
             correct[start : start + len(right)] = right
-        return sum_over_ranks(correct, self.runtime).cpu()
+        correct = sum_over_ranks(correct, self.runtime).cpu()
+        return None if correct[-1] else correct[:-1]
 
     def try_batch(self, vector: torch.Tensor) -> None:
         """Computes the first batch on this rank alone, for whatever it may raise."""
@@ -72,10 +84,6 @@ class Evaluator:
         padded = torch.zeros(1, self.batch_size, dtype=torch.int64)
         padded[0, : len(own)] = own
         return padded
-
-    def accuracy(self, vector: torch.Tensor) -> float:
-        """Top-1 accuracy in 0 .. 1."""
-        return float(self.correct(vector).sum()) / len(self.samples)
 
 
 def client_accuracies(correct: torch.Tensor, offsets: np.ndarray) -> dict[str, float]:

@@ -126,7 +126,8 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
 
     Raises:
         ConfigError: on every rank, where any of them finds something that it cannot use.
-        StoppedEarlyError: on every rank, where any of them was asked to stop and would not be ready in time.
+        StoppedEarlyError: on every rank, where any of them was asked to stop and would not be ready in time, or waits
+            for an earlier attempt.
     """
     directory, stop = RunDirectory(Path(config.output.root) / config.output.name), stop or StopRequest()
     config, state = _look(config, directory, runtime)
@@ -141,8 +142,14 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
     assert_same_on_all_ranks(traces, "the traces of participation", runtime)
     # Only now, so that a config that cannot be run leaves no file.
     owner = Owner.this_process(runtime.launch.slurm_job, runtime.launch.requeues)
+    lock, is_stopped = None, False
     with failing_together(runtime):
-        lock = directory.lock(owner, stop) if runtime.is_main else None
+        try:
+            lock = directory.lock(owner, stop) if runtime.is_main else None
+        except StoppedEarlyError:
+            is_stopped = True
+    if any_rank(is_stopped, runtime):
+        raise StoppedEarlyError
     run = None
     try:
         run = _open_locked(config, directory, simulation, lock)

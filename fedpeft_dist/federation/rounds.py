@@ -24,7 +24,6 @@ from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest, list
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING
-from fedpeft_dist.tracking.run_lock import RunInUseError
 from fedpeft_dist.tracking.run_log import RunLog
 from fedpeft_dist.training.rates import rate_factor
 
@@ -66,10 +65,6 @@ def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None
             return COMPLETE if run is None else run_rounds(run, runtime, stop)
         except StoppedEarlyError:
             return INTERRUPTED
-        except RunInUseError:
-            if stop.received:  # while it waited for an earlier attempt
-                return INTERRUPTED
-            raise
         except BaseException as error:
             full = _no_room(error, config)
             if run is not None:  # else what stands there may be another process's
@@ -135,6 +130,7 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
     plan = simulation.participation.plan(round_number)
     tasks = simulation.tasks(assign(plan.steps, runtime.world_size)[runtime.rank], plan.steps)
     factor = rate_factor(config.client.schedule, round_number, federation.rounds)
+    before = run.vector, run.server.state, aggregator.state
 
     def is_dropped() -> bool:
         run.look_around(stop)
@@ -157,9 +153,12 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
         run.vector = run.server.step(run.vector, -total.mean_delta)
     trained = time.perf_counter()
 
+    evaluate = _is_due(round_number + 1, federation.evaluate_every, run.num_rounds)
+    evaluation = simulation.evaluate(run.vector, is_dropped) if evaluate else {}
+    if evaluation is None:
+        run.vector, run.server.state, aggregator.state = before
+        return True
     run.next_round = round_number + 1
-    evaluate = _is_due(run.next_round, federation.evaluate_every, run.num_rounds)
-    evaluation = simulation.evaluate(run.vector) if evaluate else {}
     spending = {}
     if simulation.privacy_plan is not None:
         spent = simulation.privacy_plan.epsilon(run.next_round) if evaluate and runtime.is_main else None
@@ -180,7 +179,7 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
     if _is_due(run.next_round, config.output.checkpoint_every, run.num_rounds):
         log.flush()
         run.save()
-    # An evaluation may take long: who was asked during it begins no other round.
+    # Who was asked during the evaluation begins no other round.
     return total.stop_requested or (evaluate and any_rank(stop.received, runtime))
 
 

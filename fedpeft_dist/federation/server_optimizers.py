@@ -18,7 +18,7 @@ from fedpeft_dist.config import schema
 
 class ServerOptimizer(Protocol):
     state: dict[str, torch.Tensor]
-    """What a checkpoint must hold: float32 [P] each."""
+    """What a checkpoint must hold: float32 [P] each. A step replaces them, so that it can be taken back."""
 
     def step(self, vector: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The next global vector; both are float32 [P]."""
@@ -31,7 +31,8 @@ class ServerSgd:
 
     def step(self, vector: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         if self.state:
-            gradient = self.state["momentum"].mul_(self.config.momentum).add_(gradient)
+            gradient = self.state["momentum"] * self.config.momentum + gradient
+            self.state = {"momentum": gradient}
         return vector - self.config.lr * gradient
 
 
@@ -47,16 +48,16 @@ class ServerAdaptive:
 
     def step(self, vector: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         config = self.config
-        mean, square = self.state["mean"], self.state["square"]
-        mean.mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
-        new = gradient.square()
+        mean = (self.state["mean"] * config.beta1).add_(gradient, alpha=1 - config.beta1)
+        square, new = self.state["square"], gradient.square()
         match config:
             case schema.ServerAdagradConfig():
-                square.add_(new)
+                square = square + new
             case schema.ServerYogiConfig():
-                square.sub_((1 - config.beta2) * new * torch.sign(square - new))
+                square = square - (1 - config.beta2) * new * torch.sign(square - new)
             case _:
-                square.mul_(config.beta2).add_(new, alpha=1 - config.beta2)
+                square = (square * config.beta2).add_(new, alpha=1 - config.beta2)
+        self.state = {"mean": mean, "square": square}
         return vector - config.lr * mean / (square.sqrt() + config.tau)
 
 

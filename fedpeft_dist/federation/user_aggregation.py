@@ -100,4 +100,5 @@ class UserAggregator(Aggregator):
         share = centred / self.expected_cohort + 0.5
         exponent = -adaptive.lr * (share - adaptive.quantile)
         clip_norm = self.clip_norm * math.exp(min(max(exponent, -_LARGEST_STEP), _LARGEST_STEP))
-        self.state["clip_norm"].fill_(min(max(clip_norm, 1 / CLIP_NORM_LIMIT), CLIP_NORM_LIMIT))
+        clip_norm = min(max(clip_norm, 1 / CLIP_NORM_LIMIT), CLIP_NORM_LIMIT)
+        self.state = self.state | {"clip_norm": torch.tensor(clip_norm, dtype=torch.float64)}

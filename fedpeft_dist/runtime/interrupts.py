@@ -61,6 +61,12 @@ class StopRequest:
                 self._timer.join()
                 self._timer = self._noticed = None
 
+    def pass_on(self) -> None:
+        """Another rank was asked; called from any thread."""
+        if self.is_heard and not self.received:
+            os.kill(os.getpid(), signal.SIGTERM)  # which breaks off what the main thread waits for
+        self.received = True
+
     def notice(self) -> None:
         """A signal has come: from outside, or, when the grace period is over, from this process itself."""
         self.received = True
@@ -81,8 +87,8 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
     """Turns the stop signals into a flag for as long as the context lasts; a second SIGINT interrupts at once.
 
     Args:
-        is_last: this process ends after it. Where all went well, it is then deaf to what launchers and Slurm send: that
-            would turn the exit code of a complete run into that of a signal.
+        is_last: this process ends after it. Where nothing was raised, it is then deaf to what launchers and Slurm send:
+            that would turn the exit code of a run that is complete, or interrupted, into that of a signal.
     """
     request = StopRequest()
     request.is_heard = True
@@ -99,7 +105,9 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
             previous |= {signal.SIGTERM: signal.SIG_IGN, signal.SIGUSR1: signal.SIG_IGN}
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is remember:  # what was set meanwhile stays
+                signal.signal(number, handler)
+        request.is_heard = False
 
 
 def stop_with_parent() -> None:

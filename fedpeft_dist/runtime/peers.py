@@ -178,7 +178,7 @@ class Peers:
                 if rank == self.rank or beat == _DONE:
                     continue
                 if beat.endswith(_STOP):
-                    self.stop.received = True
+                    self.stop.pass_on()
                 if beat == _FAILED:
                     lost[rank] = "has failed, its own error says why"
                 elif self.members[rank].has_ended(self.this.place):

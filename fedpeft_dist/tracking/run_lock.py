@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.files import write_text
-from fedpeft_dist.runtime.interrupts import StopRequest
+from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest
 
 LOCK_SECONDS = 1.0
 """`find_holder` holds the lock for a moment to see whether it can be had; who wants it in earnest waits that out."""
@@ -64,6 +64,7 @@ class RunLock:
 
     Raises:
         RunInUseError: another process is, and stays so for LOCK_SECONDS.
+        StoppedEarlyError: asked to stop while it waits for an earlier attempt of the same Slurm job.
         ConfigError: the directory cannot be made or locked.
     """
 
@@ -104,7 +105,7 @@ class RunLock:
                     continue
             self._write_owner(holder)  # it may go on
             if self.stop.received:
-                raise RunInUseError(f"{in_use}, and this one was asked to stop")
+                raise StoppedEarlyError
             raise RunInUseError(f"{in_use}, and has not let go in {TAKEOVER_SECONDS:.0f} s; end it")
 
     def _write_owner(self, owner: Owner) -> None:

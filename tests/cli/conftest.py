@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import NamedTuple
 import pytest
 
 from fedpeft_dist import cli
-from fedpeft_dist.runtime.interrupts import STOP_SIGNALS
 
 
 class Finished(NamedTuple):
@@ -45,7 +43,7 @@ def fedpeft(
         monkeypatch.setattr(sys, "argv", ["fedpeft", *arguments])
         capsys.readouterr()
         caplog.clear()
-        code, handlers = 0, {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        code = 0
         # Inside pytest neither a warning nor a logged one reaches stderr: they are told here as a user would see them.
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("default")
@@ -55,9 +53,6 @@ def fedpeft(
                 cli.main()
             except SystemExit as end:
                 code = end.code
-            finally:  # a command leaves signals as its process's end needs them
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
         output = capsys.readouterr()
         logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
         told = [f"{line}\n" for line in [*logged, *(str(warning.message) for warning in warned)]]

@@ -164,6 +164,7 @@ def test_what_comes_after_the_last_round_changes_no_exit_code(config: Path) -> N
     (config.parent / "sitecustomize.py").write_text(LATE_SIGNALS.replace("signal.SIGUSR2, ", ""))
     with start(config, PYTHONPATH=str(config.parent)) as launched:
         assert launched.wait() == 0, launched.output
+        assert launched.output.endswith("late signals\n")
     assert run_of(config).read_state()["state"] == COMPLETE
 
 

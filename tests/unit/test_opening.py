@@ -18,13 +18,21 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config, with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation import opening, rounds, simulation
+from fedpeft_dist.federation.evaluation import Evaluator
 from fedpeft_dist.federation.opening import open_run
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.runtime import interrupts
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.launch import Launch, find_launch
 from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING, RunDirectory
+from fedpeft_dist.tracking.run_directory import (
+    COMPLETE,
+    FAILED,
+    INTERRUPTED,
+    RUNNING,
+    RunDirectory,
+    read_metrics,
+)
 from fedpeft_dist.training.local_training import LocalTrainer
 from tests.numerics.cases import make_runtime
 
@@ -319,6 +327,37 @@ def test_what_takes_long_before_the_first_round_is_broken_off(
     assert directory_of(config).read_state()["state"] == INTERRUPTED
     monkeypatch.undo()
     assert rounds.run_federation(config, make_runtime()) == COMPLETE
+
+
+@pytest.mark.parametrize("privacy", [{}, {"name": "user", "clip_norm": 0.5, "noise_multiplier": 0.1, "adaptive": {}}])
+def test_a_round_whose_evaluation_takes_long_is_dropped_and_leaves_no_trace(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, privacy: dict[str, Any]
+) -> None:
+    """In the server's optimizer, in a clipping norm that adapts, in what is logged; with a checkpoint after each round
+    or none but the last."""
+    tree = config.model_dump(mode="json") | {"server": {"optimizer": {"name": "yogi"}}}
+    if privacy:
+        tree |= {"privacy": privacy}
+        tree["federation"] |= {"participation": {"name": "poisson"}}
+    whole = with_values(with_values(parse_config(tree, "test"), "federation", rounds=4), "runtime", evaluate_batch=100)
+    assert rounds.run_federation(whole, make_runtime()) == COMPLETE
+    for every in (1, 0):
+        other = with_values(whole, "output", name=f"every{every}", checkpoint_every=every)
+        stop, batch, starts = StopRequest(), Evaluator._batch, []
+
+        def evaluate_batch(evaluator: Any, start: int, *others: Any, stop=stop, batch=batch, starts=starts) -> Any:
+            starts.append(start)
+            stop.received = starts.count(100) == 3  # the second batch in the third round
+            return batch(evaluator, start, *others)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(interrupts, "GRACE_SECONDS", -1.0)
+            patch.setattr(Evaluator, "_batch", evaluate_batch)
+            assert rounds.run_federation(other, make_runtime(), stop) == INTERRUPTED
+        directory = directory_of(other)
+        assert (directory.read_state()["next_round"], len(read_metrics(directory.metrics_file))) == (2, 2)
+        assert rounds.run_federation(other, make_runtime()) == COMPLETE
+        assert digest_of(other) == digest_of(whole)
 
 
 def test_no_round_begins_after_a_request_that_came_during_an_evaluation(
