@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RunDirectory
+from fedpeft_dist.tracking.run_lock import Owner
 from tests.real_runs import (
     LATE_SIGNALS,
     ROUNDS,
@@ -158,6 +159,19 @@ def test_a_restart_under_the_same_launch_leaves_an_interrupted_run_interrupted(c
         assert launched.wait() == 0
         assert "a restart does not undo it" in launched.output
         assert_interrupted(run, 75, launched.output)
+
+
+def test_ranks_that_wait_for_an_earlier_attempt_are_interrupted_together(config: Path) -> None:
+    lock = run_of(config).lock(Owner.this_process("41", 0))
+    ranks = start_without_agent(config, SLURM_JOB_ID="41", SLURM_RESTART_COUNT="1")
+    with ranks[0], ranks[1]:
+        wait_until(lambda: "waiting until it lets go" in ranks[0].output)
+        for rank in ranks:
+            send(rank.process.pid, signal.SIGTERM)
+        codes = [rank.wait(timeout=60) for rank in ranks]
+        assert codes == [75, 75], [rank.output for rank in ranks]
+        assert "error:" not in "".join(rank.output for rank in ranks)
+    lock.release()
 
 
 def test_what_comes_after_the_last_round_changes_no_exit_code(config: Path) -> None:

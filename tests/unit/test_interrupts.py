@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def test_a_round_is_overdue_some_seconds_after_it_has_noticed(monkeypatch: pytes
     assert not stop.is_overdue()
     now[0] += 0.2
     assert stop.is_overdue()
+
+
+def test_what_another_rank_was_asked_breaks_off_what_has_nothing_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "GRACE_SECONDS", 0.1)
+    with listen_for_stop() as stop:
+        other = threading.Timer(0.1, stop.pass_on)
+        other.start()
+        started = time.monotonic()
+        assert stop.within_grace(lambda: time.sleep(60)) is None
+        assert time.monotonic() - started < 30
+        assert stop.received
+        other.join()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
