@@ -9,7 +9,8 @@ cells are left out. What a job runs is settled here: files that change afterward
 mistake in any cell submits none.
 
 Ahead of its time limit, and when Slurm preempts it, a job gets a signal: it finishes or drops its round, writes a
-checkpoint, goes back into the queue under its number, and later continues in the same files. `scancel` ends it.
+checkpoint, goes back into the queue under its number, and later continues in the same files. So does one that a node
+is lost of, from its last checkpoint. `scancel` ends it.
 
 Logs lie in `jobs/` in the run's directory, or in the folder of the sweep's cells: a folder for each submission, in it a
 file for each job and rank. Exit codes, here and of the jobs, are those of `fedpeft`.
@@ -25,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -36,7 +38,7 @@ from typing import Annotated, Any, NoReturn
 
 import submitit
 import typer
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from submitit.slurm.slurm import _make_sbatch_string
 
@@ -82,7 +84,10 @@ class Job:
         signal.signal(warning, signal.SIG_IGN)  # there is nothing left to stop, and it would end this process as failed
         if outcome.interrupted and here.global_rank == 0:
             if callable(requeue) and (_is_running(here.job_id) if here.cluster == "slurm" else was_warned):
-                requeue(warning, None)  # submitit's handler: it calls `checkpoint`, requeues, and ends this process
+                try:
+                    requeue(warning, None)  # submitit's handler: it calls `checkpoint`, requeues, and ends this process
+                except (UncompletedJobError, subprocess.SubprocessError) as error:  # --max-timeouts, or Slurm's refusal
+                    print(error, file=sys.stderr)
             print("interrupted; submit it again to go on", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED)
         if outcome.failed:
@@ -102,12 +107,18 @@ def _is_running(job: str) -> bool:
     A task of an array is ARRAY_TASK: one of them has the array's own number, which would mean all.
     """
     command = ["squeue", "--noheader", "--jobs", job, "--Format", "State,RestartCnt"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"squeue does not answer ({error}), so the job is not requeued", file=sys.stderr)
-        return False
-    return found.stdout.split() == ["RUNNING", os.environ.get("SLURM_RESTART_COUNT", "0")]
+    for seconds in (10, 10, 10, 10, 0):  # the controller may be busy, or about to be back
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+            return found.stdout.split() == ["RUNNING", os.environ.get("SLURM_RESTART_COUNT", "0")]
+        except OSError as error:
+            reason = str(error)
+            break
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            reason = error.stderr or str(error)
+            time.sleep(seconds)
+    print(f"squeue does not answer ({' '.join(reason.split())}), so the job is not requeued", file=sys.stderr)
+    return False
 
 
 def fail(error: Exception) -> NoReturn:
@@ -133,6 +144,12 @@ SETTLED = (
 """What sbatch is told by the command's other options, or by what it promises: a rank sees all GPUs that its job has on
 its node, and takes the one of its local rank."""
 
+LOCAL_STARTS = 6
+"""How often submitit starts a job on this machine at most."""
+
+REQUEUE = Path(__file__).parents[1] / "slurm" / "requeue.sh"
+"""What a job of several nodes asks when it ends: the loss of one leaves no rank that could requeue it."""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -144,7 +161,9 @@ def submit(
     tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on a node, one for each GPU.")] = 1,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Without it, a job is given no GPU.")] = None,
     cpus_per_task: Annotated[int, typer.Option(min=1, help="CPUs of a rank.")] = 1,
-    time: Annotated[int, typer.Option(metavar="MINUTES", min=1, help="How long a job may run in one go.")] = 60,
+    minutes: Annotated[
+        int, typer.Option("--time", metavar="MINUTES", min=1, help="How long a job may run in one go.")
+    ] = 60,
     partition: Annotated[str | None, typer.Option(help="This and the next three are Slurm's.")] = None,
     account: str | None = None,
     qos: str | None = None,
@@ -153,7 +172,9 @@ def submit(
     cells_per_task: Annotated[
         int | None, typer.Option(metavar="K", min=1, help="Cells that a job runs in turn; 1 on Slurm, else all.")
     ] = None,
-    max_timeouts: Annotated[int, typer.Option(min=0, help="How often a job goes on after its time limit.")] = 10,
+    max_timeouts: Annotated[
+        int, typer.Option(min=0, help="How often a job goes on after its time limit; at most 5 with local.")
+    ] = 10,
     signal_delay: Annotated[
         int, typer.Option(metavar="SECONDS", min=1, help="How long before its time limit a job is told to stop.")
     ] = 120,
@@ -184,15 +205,18 @@ def submit(
         raise ConfigError(f"--nodes: {nodes}, but --cluster {cluster.value} is this machine; give 1")
     if ranks > 1 and cluster is Cluster.debug:
         raise ConfigError(f"--tasks-per-node: {ranks}, but --cluster debug is this process; give 1")
-    if signal_delay >= 60 * time:
-        raise ConfigError(f"--signal-delay: {signal_delay} s of the {60 * time} s that a job has; give less")
+    if signal_delay >= 60 * minutes:
+        raise ConfigError(f"--signal-delay: {signal_delay} s of the {60 * minutes} s that a job has; give less")
 
     lines = [_setup_line(text) for text in setup or ()]
+    if nodes > 1:
+        lines += REQUEUE.read_text(encoding="utf-8").splitlines()
+        lines.append("trap 'code=$?; ! has_lost_node $code || scontrol requeue $job; exit $code' EXIT")
     common = {"signal_delay_s": signal_delay, "stderr_to_stdout": True, **({"setup": lines} if lines else {})}
     if cluster is Cluster.slurm:
         given = {
             "job_name": cells[0].name if len(cells) == 1 else config.stem,
-            "time": time,
+            "time": minutes,
             "nodes": nodes,
             "ntasks_per_node": tasks_per_node,
             "gpus_per_node": gpus_per_node,
@@ -210,7 +234,7 @@ def submit(
         parameters = common | {key: value for key, value in given.items() if value is not None}
     else:
         parameters = common | {
-            "timeout_min": time,
+            "timeout_min": minutes,
             "tasks_per_node": tasks_per_node,
             "gpus_per_node": gpus_per_node or 0,
         }
@@ -286,7 +310,7 @@ def hand_in(
         executor = submitit.SlurmExecutor(folder, max_num_timeout=max_timeouts, python=_python())
         output = redirect_stderr(io.StringIO())  # submitit prints there what it raises, too
     else:
-        executor = submitit.LocalExecutor(folder, max_num_timeout=max_timeouts)
+        executor = submitit.LocalExecutor(folder, max_num_timeout=min(max_timeouts, LOCAL_STARTS - 1))
         output = _output_to(folder / "setup.out")
     executor.update_parameters(**parameters)
     try:

@@ -3,9 +3,7 @@
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-# Slurm's name for this job. The last task of an array has the array's own number, which would mean all of its tasks.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
+source "$repository/slurm/requeue.sh"
 
 max_requeues=${FEDPEFT_MAX_REQUEUES:-100}
 [[ $max_requeues =~ ^[0-9]+$ ]] || fail "FEDPEFT_MAX_REQUEUES: '$max_requeues' is no number"
@@ -48,27 +46,22 @@ step() (
     exec srun --export=ALL --kill-on-bad-exit=0 --wait=60 "${python[@]}" -m fedpeft_dist "$@"
 )
 
-# Ends the job with its step's exit code, or, where the run was interrupted, has Slurm start it again: not for ever, as a
-# round that takes longer than an attempt may would never end. 138 and 143 are USR1 and TERM that come while Python still
-# starts. It is not for this attempt to say where the job was cancelled or
-# requeued already; then it is no longer RUNNING, or RUNNING on another node that took over from this one.
+# Ends the job with its step's exit code, or, where the run was interrupted or a node was lost, has Slurm start it again:
+# not for ever, as a round that takes longer than an attempt may would never end. 138 and 143 are USR1 and TERM that come
+# while Python still starts.
 finish() {
-    local now
+    local goes_on=
     case $1 in
-    75 | 138 | 143)
-        for _ in 1 2 3 4 5 6; do  # the controller may be busy, or about to be back
-            now=$(scontrol --oneliner show job "$job") && break || sleep 10
-        done
-        [ -n "$now" ] || echo "error: Slurm does not answer; submit job $job again to go on" >&2
-        if [[ $now == *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
-            if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_requeues" ]; then
-                echo "error: job $job was requeued $max_requeues times, which is all that FEDPEFT_MAX_REQUEUES allows;" \
-                    "if it gets nowhere, give it more --time or a later --signal; submit it again to go on" >&2
-                exit 75
-            fi
-            scontrol requeue "$job" || echo "error: job $job cannot be requeued; submit it again to go on" >&2
-        fi
-        ;;
+    75 | 138 | 143) is_in_charge && goes_on=yes ;;
+    *) has_lost_node "$1" && goes_on=yes ;;
     esac
+    if [ -n "$goes_on" ]; then
+        if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_requeues" ]; then
+            echo "error: job $job was requeued $max_requeues times, which is all that FEDPEFT_MAX_REQUEUES allows;" \
+                "if it gets nowhere, give it more --time or a later --signal; submit it again to go on" >&2
+            exit 75
+        fi
+        scontrol requeue "$job" || echo "error: job $job cannot be requeued; submit it again to go on" >&2
+    fi
     exit "$1"
 }

@@ -118,6 +118,7 @@ for ((cell = first; cell < first + per_task && cell < cells; cell++)); do
     0) ;;
     75 | 138 | 143) finish $code ;;
     *)
+        ! has_lost_node $code || finish 75
         echo "cell $cell ended with exit code $code" >&2
         worst=$code
         ;;

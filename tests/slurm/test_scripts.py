@@ -16,7 +16,8 @@ PROGRAMS = {
     *) echo "JobId=5 JobState=RUNNING Requeue=1 Restarts=$SLURM_RESTART_COUNT " ;;
     esac""",
     "squeue": """case "$END" in "") echo NONE ;; *) echo $(($(date +%s) + END)) ;; esac""",
-    "srun": """while [[ $1 == --* ]]; do shift; done; exec "$@" """,
+    "srun": """[ -z "$LOST" ] || [[ "$*" != *--overlap*"--nodes=$LOST "* ]] || exit 1
+    while [[ $1 == --* ]]; do shift; done; exec "$@" """,
     "program": """case "$*" in
     *"sweep list"*) echo '[{"index": 0}, {"index": 1}, {"index": 2}]' ;;
     *) echo "$*" >>calls; exit $CODE ;;
@@ -42,8 +43,11 @@ class Slurm:
             "SLURM_ARRAY_JOB_ID": "5",
             "SLURM_ARRAY_TASK_ID": "0",
             "SLURM_RESTART_COUNT": "0",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURMD_NODENAME": "n1",
             "CODE": "0",
             "END": "",
+            "LOST": "",
         }
         command = ["bash", str(SCRIPTS / script), "sweep.yaml"]
         environment = ENVIRONMENT | here | variables
@@ -98,6 +102,30 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
         (line,) = said.splitlines()
         assert line.startswith("error: job 5_0 was requeued ")
         assert "FEDPEFT_MAX_REQUEUES" in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_requeued"),
+    [
+        ({"LOST": "2"}, True),  # nothing starts on two nodes
+        ({}, False),
+        ({"LOST": "1"}, False),  # nor on this one: it is not the nodes that are at fault
+        ({"LOST": "2", "CODE": "2"}, False),
+        ({"LOST": "2", "SLURM_JOB_NUM_NODES": "1"}, False),
+    ],
+)
+def test_a_job_that_a_node_is_lost_of_is_requeued(slurm: Slurm, variables: dict[str, str], is_requeued: bool) -> None:
+    code, calls, said = slurm.run("train.sh", **{"CODE": "1", **variables})
+    assert (code, calls[1:]) == (int(variables.get("CODE", 1)), [REQUEUED] if is_requeued else []), said
+    assert said == ("a node of job 5_0 does not answer\n" if is_requeued else "")
+
+
+def test_no_cell_begins_after_the_loss_of_a_node(slurm: Slurm) -> None:
+    assert slurm.run("sweep.sh", CODE="1", LOST="2") == (
+        75,
+        [CELLS[0], REQUEUED],
+        "a node of job 5_0 does not answer\n",
+    )
 
 
 def test_a_number_that_is_none_is_told_in_a_line(slurm: Slurm) -> None:

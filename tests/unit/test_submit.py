@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from fedpeft_dist.tracking.report_runs import read_runs
-from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
+from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory
 from tests.real_runs import LATE_SIGNALS
 
 SUBMIT = Path(__file__).parents[2] / "launch" / "submit.py"
@@ -202,9 +202,33 @@ def test_a_warning_after_the_end_of_the_work_fails_no_job(
     assert RunDirectory(folder / "runs" / "run").read_state()["state"] == COMPLETE
 
 
-def test_without_squeue_a_job_ends_as_interrupted(tmp_path: Path) -> None:
-    code = f"import runpy; print(runpy.run_path({str(SUBMIT)!r})['_is_running']('17'))"
+def test_a_job_that_has_used_up_its_time_limits_ends_as_interrupted(folder: Path, environment: dict[str, str]) -> None:
+    options = ("federation.rounds=100000", "--time=1", "--signal-delay=20", "--max-timeouts=0")
+    call(folder, "base.yaml", *options, environment=environment)
+    found = RunDirectory(folder / "runs" / "run")
+    (jobs,) = (found.path / "jobs").iterdir()
+    variables = os.environ | {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7"}
+    command = [sys.executable, "-m", "submitit.core._submit", str(jobs)]
+    with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        while not found.metrics_file.exists():
+            assert job.poll() is None
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR2)
+        said = job.communicate(timeout=60)[1]
+    assert job.returncode == 75, said
+    assert "Traceback" not in said
+    told = "Job not requeued because: timed-out too many times.\ninterrupted; submit it again to go on\n"
+    assert said.endswith(told)
+    assert found.read_state()["state"] == INTERRUPTED
+
+
+@pytest.mark.parametrize("squeue", [None, "echo Socket timed out >&2; exit 1"])
+def test_without_squeue_a_job_ends_as_interrupted(tmp_path: Path, squeue: str | None) -> None:
+    if squeue:
+        (tmp_path / "squeue").touch(0o755)
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    code = f"import runpy, time; time.sleep = print; print(runpy.run_path({str(SUBMIT)!r})['_is_running']('17'))"
     environment = os.environ | {"PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
-    assert "squeue does not answer" in done.stderr
+    assert done.stdout.split() == (["10"] * 4 + ["0"] if squeue else []) + ["False"], done.stderr
+    assert "squeue does not answer (" + ("Socket timed out)" if squeue else "") in done.stderr
