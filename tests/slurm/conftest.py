@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,23 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
         time.sleep(0.1)
 
 
+def processes(**variables: str) -> list[int]:
+    """Those of fedpeft that have these variables in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            computes = "fedpeft_dist" in words[1:3] or "submitit.core._submit" in words[1:4]
+            if computes and {f"{name}={value}" for name, value in variables.items()} <= set(environment):
+                found.append(int(process.name))
+    return found
+
+
+def parent_of(process: int) -> int:
+    return int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+
+
 @dataclass(frozen=True)
 class Job:
     number: int
@@ -65,14 +82,7 @@ class Job:
 
     def tasks(self) -> list[int]:
         """The processes that compute for it, of all its attempts."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended
-                variables = (process / "environ").read_bytes().split(b"\0")
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                if b"SLURM_JOB_ID=%d" % self.number in variables and words[1:3] == [b"-m", b"fedpeft_dist"]:
-                    found.append(int(process.name))
-        return found
+        return processes(SLURM_JOB_ID=str(self.number))
 
     def send(self, number: signal.Signals, tasks: list[int]) -> None:
         for task in tasks:
@@ -113,6 +123,30 @@ class Cluster:
 
     def start_daemon(self, node: str) -> None:
         self.run("slurmd", "-N", node)
+
+    @contextmanager
+    def losing(self, node: str) -> Iterator[None]:
+        """The node falls silent, as when its power or its network is gone, and comes back empty in the end.
+
+        Meanwhile the controller is as slow to notice as Slurm's defaults have it.
+        """
+        config, timeout = self.folder / "slurm.conf", "\nSlurmdTimeout={}\n".format
+        quick = config.read_text()
+        config.write_text(quick.replace(timeout(6), timeout(300)))
+        self.run("scontrol", "reconfigure")
+        daemon = int((self.folder / f"{node}.pid").read_text())
+        silent = [daemon, *(process for task in processes(SLURMD_NODENAME=node) for process in (parent_of(task), task))]
+        for process in silent:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in silent:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            config.write_text(quick)
+            self.start_daemon(node)
+            self.run("scontrol", "reconfigure")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import yaml
 from fedpeft_dist.tracking.run_directory import INTERRUPTED, RunDirectory
 from tests.multiprocess.exactness_worker import METHODS, make_config
 
-from .conftest import ENVIRONMENT, Cluster, Job, assert_same_run, rounds, wait_until
+from .conftest import ENDED, ENVIRONMENT, Cluster, Job, assert_same_run, rounds, wait_until
 
 SUBMIT = Path(__file__).parents[2] / "launch" / "submit.py"
 SIGNAL_DELAY = 20
@@ -127,6 +127,17 @@ def test_a_lost_node_s_process_is_relieved_by_the_next_attempt(cluster: Cluster,
         cluster.start_daemon(node)
     lost.finish(whole.run())
     assert lost.job.show()["Restarts"] == "1"  # not 2: the old process requeues no job that is no longer its own
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_when_another_node_falls_silent(cluster: Cluster, folder: Path, whole: Whole) -> None:
+    silent = submit(cluster, folder, "silent", "--nodes=2")
+    silent.wait_for_rounds()
+    with cluster.losing(OTHER[silent.job.show()["BatchHost"]]):
+        wait_until(lambda: silent.job.show()["Restarts"] == "1" or silent.job.state in ENDED, 300, "the requeueing")
+    silent.finish(whole.run())
+    assert silent.job.show()["Restarts"] == "1"
+    assert "a node of job" in silent.job.read_log()
 
 
 def test_a_preempted_job_goes_on(cluster: Cluster, folder: Path, whole: Whole) -> None:

@@ -119,6 +119,18 @@ def test_a_job_goes_on_elsewhere_when_its_node_is_lost(cluster: Cluster, folder:
     assert_same_run(run, reference)
 
 
+@pytest.mark.slow
+def test_a_job_goes_on_when_another_node_falls_silent(cluster: Cluster, folder: Path, reference: Path) -> None:
+    job, run = submit(cluster, folder, TWO_NODES)
+    (other,) = {"n1", "n2"} - {job.show()["BatchHost"]}
+    with cluster.losing(other):
+        wait_until(lambda: job.show()["Restarts"] == "1" or job.state in ENDED, 300, "the requeueing")
+    assert job.wait() == "COMPLETED", job.read_log()
+    assert job.show()["Restarts"] == "1"
+    assert "a node of job" in job.read_log()
+    assert_same_run(run, reference)
+
+
 def test_a_cancelled_job_is_left_interrupted(cluster: Cluster, folder: Path) -> None:
     job, run = submit(cluster, folder, TWO_NODES)
     cluster.run("scancel", str(job.number))
