@@ -212,7 +212,7 @@ def test_a_million_pool_clients_cost_nothing() -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 2**17
+    assert peak < 2**19  # of this process, whose other threads may allocate; a byte for each client would be twice that
     assert isinstance(made, SharedPoolPartition)
     assert last.tolist() == [(999_999 * 30 + j) % 100 for j in range(30)]
     assert total == 30_000
