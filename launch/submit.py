@@ -9,8 +9,8 @@ cells are left out. What a job runs is settled here: files that change afterward
 mistake in any cell submits none.
 
 Ahead of its time limit, and when Slurm preempts it, a job gets a signal: it finishes or drops its round, writes a
-checkpoint, goes back into the queue under its number, and later continues in the same files. So does one that a node
-is lost of, from its last checkpoint. `scancel` ends it.
+checkpoint, goes back into the queue under its number, and later continues in the same files. A job that loses a node
+does so, too, from its last checkpoint. `scancel` ends it.
 
 Logs lie in `jobs/` in the run's directory, or in the folder of the sweep's cells: a folder for each submission, in it a
 file for each job and rank. Exit codes, here and of the jobs, are those of `fedpeft`.
@@ -150,6 +150,9 @@ LOCAL_STARTS = 6
 REQUEUE = Path(__file__).parents[1] / "slurm" / "requeue.sh"
 """What a job of several nodes asks when it ends: the loss of one leaves no rank that could requeue it."""
 
+MAX_REQUEUES = 100
+"""How often a job goes back into the queue for that."""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -208,10 +211,12 @@ def submit(
     if signal_delay >= 60 * minutes:
         raise ConfigError(f"--signal-delay: {signal_delay} s of the {60 * minutes} s that a job has; give less")
 
-    lines = [_setup_line(text) for text in setup or ()]
+    lines, after = [_setup_line(text) for text in setup or ()], []
     if nodes > 1:
-        lines += REQUEUE.read_text(encoding="utf-8").splitlines()
-        lines.append("trap 'code=$?; ! has_lost_node $code || scontrol requeue $job; exit $code' EXIT")
+        lines.append("set +e")  # whatever the lines before it say, what stands after srun is to be run
+        after = ["code=$?", *REQUEUE.read_text(encoding="utf-8").splitlines()]
+        after += [f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {MAX_REQUEUES} ] || ! has_lost_node $code ||']
+        after += ["    scontrol requeue $job", "exit $code"]
     common = {"signal_delay_s": signal_delay, "stderr_to_stdout": True, **({"setup": lines} if lines else {})}
     if cluster is Cluster.slurm:
         given = {
@@ -228,6 +233,7 @@ def submit(
             "array_parallelism": array_parallelism,
             # Since Slurm 22.05 srun no longer takes the CPUs from sbatch. Ranks left behind by another have a minute to
             # say why.
+            "teardown": after or None,
             "srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=60"],
             "additional_parameters": {"requeue": True, **_parse_directives(slurm or ())},
         }

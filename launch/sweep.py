@@ -139,8 +139,10 @@ class Runner:
                 self.display.show(self)
                 time.sleep(LOOK_SECONDS)
         except BaseException as error:
-            number = signal.SIGKILL if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key that is held down sends more of them
+            number = signal.SIGTERM
+            if isinstance(error, KeyboardInterrupt):
+                number = signal.SIGKILL
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key that is held down sends more of them
             for attempt in self.attempts:
                 with suppress(ProcessLookupError):  # it has just ended by itself
                     os.killpg(attempt.process.pid, number)

@@ -21,8 +21,9 @@ is_in_charge() {
 # would find the job failed and not requeue it.
 has_lost_node() {
     case $1 in 0 | 2 | 75) return 1 ;; esac
-    [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && is_in_charge &&
-        can_start --nodes=1 --nodelist="$SLURMD_NODENAME" && ! can_start --nodes="$SLURM_JOB_NUM_NODES" &&
+    # Cancelled meanwhile, nothing can be started either, so who is in charge is asked last.
+    [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && can_start --nodes=1 --nodelist="$SLURMD_NODENAME" &&
+        ! can_start --nodes="$SLURM_JOB_NUM_NODES" && is_in_charge &&
         echo "a node of job $job does not answer" >&2
 }
 

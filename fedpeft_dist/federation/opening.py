@@ -126,8 +126,8 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
 
     Raises:
         ConfigError: on every rank, where any of them finds something that it cannot use.
-        StoppedEarlyError: on every rank, where any of them was asked to stop and would not be ready in time, or waits
-            for an earlier attempt.
+        StoppedEarlyError: on every rank, where any of them was asked to stop and would not be ready in time, or rank 0
+            was while it waited for an earlier attempt.
     """
     directory, stop = RunDirectory(Path(config.output.root) / config.output.name), stop or StopRequest()
     config, state = _look(config, directory, runtime)

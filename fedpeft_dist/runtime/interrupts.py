@@ -104,10 +104,10 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
         if is_last:
             previous |= {signal.SIGTERM: signal.SIG_IGN, signal.SIGUSR1: signal.SIG_IGN}
     finally:
+        request.is_heard = False
         for number, handler in previous.items():
             if signal.getsignal(number) is remember:  # what was set meanwhile stays
                 signal.signal(number, handler)
-        request.is_heard = False
 
 
 def stop_with_parent() -> None:

@@ -1,29 +1,42 @@
 """The real command, with a fault in one round that the variable FAULT names as kind:round (counted from 0):rank.
 
-`endless` gives every client a million local steps, on all ranks if the rank is left empty; `raise` raises an error.
+`endless` gives every client a million local steps, on all ranks if the rank is left empty; `raise` raises an error;
+`evaluation` evaluates for ever.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import time
 from dataclasses import replace
 
+from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.training.local_training import LocalTrainer
 
 
 def main() -> None:
     kind, faulty_round, faulty_rank = os.environ["FAULT"].split(":")
-    train = LocalTrainer.train
+    train, evaluate = LocalTrainer.train, Simulation.evaluate
+    rounds = []
 
     def train_or_fail(self, tasks, global_vector, round_number, *rest, **options):
-        if round_number == int(faulty_round) and faulty_rank in ("", str(self.runtime.rank)):
+        rounds.append(round_number)
+        if round_number == int(faulty_round) and faulty_rank in ("", str(self.runtime.rank)) and kind != "evaluation":
             if kind == "raise":
                 raise RuntimeError("a fault that a test has planted")
             tasks = [replace(task, num_steps=10**6) for task in tasks]
         return train(self, tasks, global_vector, round_number, *rest, **options)
 
+    def evaluate_for_ever(self, vector, is_dropped):
+        if rounds[-1] == int(faulty_round) and faulty_rank in ("", str(self.runtime.rank)):
+            while not is_dropped():
+                time.sleep(0.1)
+        return evaluate(self, vector, is_dropped)
+
     LocalTrainer.train = train_or_fail
+    if kind == "evaluation":
+        Simulation.evaluate = evaluate_for_ever
     runpy.run_module("fedpeft_dist", run_name="__main__", alter_sys=True)
 
 

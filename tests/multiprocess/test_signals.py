@@ -83,11 +83,13 @@ def test_each_signal_at_any_time_interrupts_and_the_run_ends_all_the_same(config
     assert not differences(run, whole)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_round_that_would_last_for_days_is_dropped(tmp_path: Path, whole: RunDirectory, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "fault"), [(1, "endless:3:"), (2, "endless:3:"), (2, "evaluation:3:1")])
+def test_a_round_that_would_last_for_days_is_dropped(
+    tmp_path: Path, whole: RunDirectory, ranks: int, fault: str
+) -> None:
     config = write_config(tmp_path, "run", checkpoint_every=10)
     run = run_of(config)
-    with start(config, ranks, faulty=True, FAULT=f"endless:{ENDLESS}:") as launched:
+    with start(config, ranks, faulty=True, FAULT=fault) as launched:
         wait_for_rounds(launched, run, ENDLESS)
         time.sleep(1)
         send(launched.process.pid, signal.SIGTERM)

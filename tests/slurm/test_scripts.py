@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .conftest import ENVIRONMENT, SCRIPTS
+from .test_train import CONFIG
 
 PROGRAMS = {
     "scontrol": """case $1 in
@@ -17,7 +20,7 @@ PROGRAMS = {
     esac""",
     "squeue": """case "$END" in "") echo NONE ;; *) echo $(($(date +%s) + END)) ;; esac""",
     "srun": """[ -z "$LOST" ] || [[ "$*" != *--overlap*"--nodes=$LOST "* ]] || exit 1
-    while [[ $1 == --* ]]; do shift; done; exec "$@" """,
+    while [[ $1 == --* ]]; do [ "$1" != --output ] || shift; shift; done; exec "$@" """,
     "program": """case "$*" in
     *"sweep list"*) echo '[{"index": 0}, {"index": 1}, {"index": 2}]' ;;
     *) echo "$*" >>calls; exit $CODE ;;
@@ -118,6 +121,22 @@ def test_a_job_that_a_node_is_lost_of_is_requeued(slurm: Slurm, variables: dict[
     code, calls, said = slurm.run("train.sh", **{"CODE": "1", **variables})
     assert (code, calls[1:]) == (int(variables.get("CODE", 1)), [REQUEUED] if is_requeued else []), said
     assert said == ("a node of job 5_0 does not answer\n" if is_requeued else "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_requeued"),
+    [({"LOST": "2"}, True), ({}, False), ({"LOST": "2", "SLURM_RESTART_COUNT": "100"}, False)],
+)
+def test_a_job_of_submitit_s_that_a_node_is_lost_of_is_requeued(
+    slurm: Slurm, variables: dict[str, str], is_requeued: bool
+) -> None:
+    (slurm.folder / "run.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    submit = [sys.executable, str(SCRIPTS.parent / "launch" / "submit.py"), "run.yaml", "--nodes=2", "--dry-run"]
+    options = ("--setup=set -e", "--setup=trap 'echo cleaned up >>calls' EXIT")
+    script = subprocess.run([*submit, *options], cwd=slurm.folder, capture_output=True, text=True, check=True).stdout
+    (slurm.folder / "job").write_text(script.replace(sys.executable, "program"), encoding="utf-8")
+    code, calls, said = slurm.run(str(slurm.folder / "job"), CODE="1", **variables)
+    assert (code, calls[1:]) == (1, [REQUEUED] * is_requeued + ["cleaned up"]), said
 
 
 def test_no_cell_begins_after_the_loss_of_a_node(slurm: Slurm) -> None:
