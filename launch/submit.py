@@ -231,9 +231,9 @@ def submit(
             "qos": qos,
             "constraint": constraint,
             "array_parallelism": array_parallelism,
+            "teardown": after or None,
             # Since Slurm 22.05 srun no longer takes the CPUs from sbatch. Ranks left behind by another have a minute to
             # say why.
-            "teardown": after or None,
             "srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=60"],
             "additional_parameters": {"requeue": True, **_parse_directives(slurm or ())},
         }
