@@ -43,6 +43,13 @@ assert again == job
 print(again.folder, *(cell.name for cell in again.cells))
 """
 
+IS_RUNNING = """
+import runpy, sys, types
+is_running = runpy.run_path(sys.argv[1])["_is_running"]
+is_running.__globals__["time"] = types.SimpleNamespace(sleep=print)
+print(is_running("17"))
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -227,8 +234,9 @@ def test_without_squeue_a_job_ends_as_interrupted(tmp_path: Path, squeue: str | 
     if squeue:
         (tmp_path / "squeue").touch(0o755)
         (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
-    code = f"import runpy, time; time.sleep = print; print(runpy.run_path({str(SUBMIT)!r})['_is_running']('17'))"
     environment = os.environ | {"PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IS_RUNNING, str(SUBMIT)], env=environment, capture_output=True, text=True
+    )
     assert done.stdout.split() == (["10"] * 4 + ["0"] if squeue else []) + ["False"], done.stderr
     assert "squeue does not answer (" + ("Socket timed out)" if squeue else "") in done.stderr
