@@ -203,16 +203,17 @@ def test_natural_clients_are_the_groups() -> None:
 
 
 def test_a_million_pool_clients_cost_nothing() -> None:
-    train = balanced(2, 50)
-    tracemalloc.start()
-    try:
-        made = split(schema.PoolPartition(name="pool", samples=30), train, 1_000_000)
-        last = made.indices(999_999)
-        total = made.largest_total(1000)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 2**19  # of this process, whose other threads may allocate; a byte for each client would be twice that
+    train, peaks = balanced(2, 50), []
+    for _ in range(3):  # other threads of this process may allocate meanwhile, but hardly each time
+        tracemalloc.start()
+        try:
+            made = split(schema.PoolPartition(name="pool", samples=30), train, 1_000_000)
+            last = made.indices(999_999)
+            total = made.largest_total(1000)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert min(peaks) < 2**17
     assert isinstance(made, SharedPoolPartition)
     assert last.tolist() == [(999_999 * 30 + j) % 100 for j in range(30)]
     assert total == 30_000
