@@ -81,7 +81,7 @@ class Job:
                 outcome = work_through(self.cells, stop)
             except ConfigError as error:
                 fail(error)
-        signal.signal(warning, signal.SIG_IGN)  # there is nothing left to stop, and it would end this process as failed
+        signal.signal(warning, signal.SIG_IGN)  # all is done, and it would make a failure of that
         if outcome.interrupted and here.global_rank == 0:
             if callable(requeue) and (_is_running(here.job_id) if here.cluster == "slurm" else was_warned):
                 try:

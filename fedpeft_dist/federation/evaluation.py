@@ -18,6 +18,7 @@ from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.runtime.collectives import sum_over_ranks
+from fedpeft_dist.runtime.interrupts import StoppedEarlyError
 from fedpeft_dist.runtime.process import Runtime
 
 
@@ -34,14 +35,14 @@ class Evaluator:
         self.samples, self.batch_size = samples, batch_size
         self.parameters = LaneParameters(model.layout, 1, runtime.device, with_grad=False)
 
-    def correct(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+    def correct(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU.
 
         Args:
             is_dropped: asked ahead of each batch, whether to break off.
 
-        Returns:
-            None on every rank where any of them has broken off.
+        Raises:
+            StoppedEarlyError: on every rank, where any of them has broken off.
         """
         self._bind(vector)
         correct = torch.zeros(len(self.samples) + 1, dtype=torch.int64, device=self.runtime.device)
@@ -53,7 +54,9 @@ class Evaluator:
             right = self._batch(start, upcoming)
             correct[start : start + len(right)] = right
         correct = sum_over_ranks(correct, self.runtime).cpu()
-        return None if correct[-1] else correct[:-1]
+        if correct[-1]:
+            raise StoppedEarlyError
+        return correct[:-1]
 
     def try_batch(self, vector: torch.Tensor) -> None:
         """Computes the first batch on this rank alone, for whatever it may raise."""
@@ -84,6 +87,10 @@ class Evaluator:
         padded = torch.zeros(1, self.batch_size, dtype=torch.int64)
         padded[0, : len(own)] = own
         return padded
+
+    def accuracy(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> float:
+        """Top-1 accuracy in 0 .. 1; the rest is as in `correct`."""
+        return float(self.correct(vector, is_dropped).sum()) / len(self.samples)
 
 
 def client_accuracies(correct: torch.Tensor, offsets: np.ndarray) -> dict[str, float]:

@@ -154,8 +154,9 @@ def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> boo
     trained = time.perf_counter()
 
     evaluate = _is_due(round_number + 1, federation.evaluate_every, run.num_rounds)
-    evaluation = simulation.evaluate(run.vector, is_dropped) if evaluate else {}
-    if evaluation is None:
+    try:
+        evaluation = simulation.evaluate(run.vector, is_dropped) if evaluate else {}
+    except StoppedEarlyError:
         run.vector, run.server.state, aggregator.state = before
         return True
     run.next_round = round_number + 1

@@ -172,29 +172,24 @@ class Simulation:
         assert self.held_out is not None
         return self._evaluator(self.train_store, self.held_out.samples)
 
-    def evaluate(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+    def evaluate(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Accuracy of a global vector [P] on what `federation.evaluate_on` names, and the clients' own on request.
 
         Args:
             is_dropped: asked once in a while, whether to break off.
 
-        Returns:
-            None on every rank where any of them has broken off.
+        Raises:
+            StoppedEarlyError: on every rank, where any of them has broken off.
         """
         federation = self.config.federation
         metrics = {}
         if federation.evaluate_on == "validation" or federation.evaluate_clients:
             correct = self.validation_evaluator.correct(vector, is_dropped)
-            if correct is None:
-                return None
             metrics["accuracy"] = float(correct.sum()) / len(correct)
             if federation.evaluate_clients:
                 metrics |= client_accuracies(correct, self.held_out.offsets)
         if federation.evaluate_on == "test":
-            correct = self.test_evaluator.correct(vector, is_dropped)
-            if correct is None:
-                return None
-            metrics["accuracy"] = float(correct.sum()) / len(correct)
+            metrics["accuracy"] = self.test_evaluator.accuracy(vector, is_dropped)
         return metrics
 
     def tasks(self, clients: Sequence[int], steps: Mapping[int, int] | None = None) -> list[ClientTask]:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class StoppedEarlyError(BaseException):
-    """Asked to stop, and there is nothing to save yet. Like KeyboardInterrupt, it is for no `except Exception`."""
+    """Asked to stop amid work that leaves nothing to save. Like KeyboardInterrupt, it is for no `except Exception`."""
 
 
 @dataclass
