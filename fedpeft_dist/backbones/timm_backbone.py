@@ -37,6 +37,10 @@ class Backbone:
     """Of all its tensors, head included; empty on the meta device. What was trained goes with this backbone only."""
     interpolation: str = "bicubic"
     """How images are resized for it: as it was pre-trained, or bicubic where that is neither bicubic nor bilinear."""
+    plain: nn.Module | None = None
+    """The model as no method has changed it, over the same tensors: what plain PyTorch would train."""
+    shared_layers: frozenset[nn.Module] = frozenset()
+    """Layers that compute something all samples share. Their dropout stays off: no sample's key can decide it."""
 
     @property
     def channels(self) -> int:

@@ -44,7 +44,8 @@ class Evaluator:
         Raises:
             StoppedEarlyError: on every rank, where any of them has broken off.
         """
-        self._bind(vector)
+        self.parameters.load(0, self.model.layout.pad(vector))
+        self.model.bind(self.parameters)
         correct = torch.zeros(len(self.samples) + 1, dtype=torch.int64, device=self.runtime.device)
         own = range(0, len(self.samples), self.batch_size)[self.runtime.rank :: self.runtime.world_size]
         for start, upcoming in zip_longest(own, own[1:]):
@@ -57,15 +58,6 @@ class Evaluator:
         if correct[-1]:
             raise StoppedEarlyError
         return correct[:-1]
-
-    def try_batch(self, vector: torch.Tensor) -> None:
-        """Computes the first batch on this rank alone, for whatever it may raise."""
-        self._bind(vector)
-        self._batch(0)
-
-    def _bind(self, vector: torch.Tensor) -> None:
-        self.parameters.load(0, self.model.layout.pad(vector))
-        self.model.bind(self.parameters)
 
     @torch.no_grad()
     def _batch(self, start: int, upcoming: int | None = None) -> torch.Tensor:

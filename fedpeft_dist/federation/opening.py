@@ -45,6 +45,7 @@ from fedpeft_dist.tracking.run_directory import (
 )
 from fedpeft_dist.tracking.run_lock import Owner, RunLock
 from fedpeft_dist.tracking.run_log import NO_TOTALS, vector_bytes
+from fedpeft_dist.training.lane_check import check_lanes
 
 LOOK_SECONDS = 1.0
 
@@ -162,6 +163,7 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
 def _build(config: RunConfig, runtime: Runtime, is_new: bool) -> Simulation:
     simulation = Simulation(config, runtime)
     simulation.participation  # reads traces  # noqa: B018
+    check_lanes(simulation.model, config, runtime)
     if is_new:  # else what a checkpoint says of the noise comes first
         simulation.plan_privacy()
     return simulation

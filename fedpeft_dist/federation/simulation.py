@@ -61,18 +61,6 @@ class Simulation:
         self.train_store, self.test_store = self._make_stores()
         self.privacy_plan: PrivacyPlan | None = None
         self.noise_seed: int | None = None
-        self._try_one_image()
-
-    def _try_one_image(self) -> None:
-        """Fails now, and not after files have been written, where the images do not go through the backbone."""
-        one_image = self._evaluator(self.train_store, torch.zeros(1, dtype=torch.int64), batch_size=1)
-        try:
-            one_image.try_batch(self.initial_vector)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, AssertionError) as error:
-            size, name = self.config.data.image_size, self.config.backbone.name
-            raise ConfigError(f"data.image_size: {size} does not fit backbone.name: {name} ({error})") from error
 
     @cached_property
     def lanes(self) -> int:
@@ -208,9 +196,8 @@ class Simulation:
             for images, resident in zip(splits, choose_resident(splits, device))
         ]
 
-    def _evaluator(self, store: DeviceStore, samples: torch.Tensor, batch_size: int | None = None) -> Evaluator:
-        batch_size = batch_size or self.config.runtime.evaluate_batch
-        return Evaluator(self.model, store, samples, batch_size, self.runtime)
+    def _evaluator(self, store: DeviceStore, samples: torch.Tensor) -> Evaluator:
+        return Evaluator(self.model, store, samples, self.config.runtime.evaluate_batch, self.runtime)
 
 
 def make_clients(config: RunConfig, train: ImageSet) -> tuple[Partition, IndexPartition | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
@@ -15,6 +17,7 @@ from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.methods.lora import build_lora
 from fedpeft_dist.methods.norm import build_norm
 from fedpeft_dist.methods.prompt import build_prompt
+from fedpeft_dist.methods.structure import check_backbone, check_structure, find_shared_layers, twin
 
 METHODS = {
     schema.FullConfig: build_full,
@@ -36,13 +39,25 @@ def attach_method(backbone: Backbone, config: schema.MethodConfig, seed: int) ->
     Raises:
         ConfigError: the method does not fit the backbone.
     """
+    backbone = replace(backbone, plain=twin(backbone.model), shared_layers=find_shared_layers(backbone))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return METHODS[type(config)](backbone, config)
 
 
 def build_lane_model(config: schema.RunConfig, num_classes: int, device: str = "cpu") -> LaneModel:
-    """The run's backbone with its method on it, on the CPU (or, for shapes alone, on "meta"), in float32."""
-    seed = derive_seed(config.seed, "backbone")
-    backbone = build_backbone(config.backbone, num_classes, config.data.image_size, seed, device)
-    return attach_method(backbone, config.method, derive_seed(config.seed, "method"))
+    """The run's backbone with its method on it, on the CPU (or, for shapes alone, on "meta"), in float32.
+
+    Raises:
+        ConfigError: the backbone cannot be made, or the method does not fit it.
+    """
+    seed, own_seed = derive_seed(config.seed, "backbone"), derive_seed(config.seed, "method")
+
+    def build(device: str) -> Backbone:
+        return build_backbone(config.backbone, num_classes, config.data.image_size, seed, device)
+
+    outline = build("meta")
+    check_backbone(outline, config.backbone.name)
+    model = attach_method(outline, config.method, own_seed)
+    check_structure(model, config.method.name)
+    return model if device == "meta" else attach_method(build(device), config.method, own_seed)

@@ -20,6 +20,9 @@ from fedpeft_dist.lanes.ops import lane_aligned, lane_linear
 from fedpeft_dist.methods.head import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
 
+# What blocks mix tokens with, in front of their MLP: most transformers; ConvNeXt; CoaT; EfficientFormer; EdgeNeXt.
+MIXERS = ("attn", "conv_dw", "factoratt_crpe", "token_mixer", "xca")
+
 
 class LaneAdapter(LaneModule):
     """down D -> H, GELU, up H -> D, each lane its own; [R, T, D] to [R, T, D]."""
@@ -45,8 +48,8 @@ class AdaptedMlp(nn.Module):
         super().__init__()
         self.mlp, self.adapter = mlp, adapter
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.mlp(x)
+    def forward(self, x: torch.Tensor, *more: object) -> torch.Tensor:
+        y = self.mlp(x, *more)
         return y + self.adapter(y)
 
 
@@ -56,10 +59,10 @@ def build_adapter(backbone: Backbone, config: AdapterConfig) -> FoldedLaneModel:
         ConfigError: no transformer blocks, or widths that one shared adapter cannot serve.
     """
     model = backbone.model
-    mlps = find_transformer_mlps(model)
+    mlps = find_block_mlps(backbone)
     if not mlps:
         raise ConfigError(
-            f"method.name: 'adapter' finds no transformer blocks (attn and mlp) in {type(model).__name__}"
+            f"method.name: 'adapter' finds no blocks with an mlp beside {' or '.join(MIXERS)} in {type(model).__name__}"
         )
     widths = [mlp.fc2.out_features for _, mlp in mlps]
     if config.shared and len(set(widths)) > 1:
@@ -76,11 +79,11 @@ def build_adapter(backbone: Backbone, config: AdapterConfig) -> FoldedLaneModel:
     return FoldedLaneModel(backbone)
 
 
-def find_transformer_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The MLPs of blocks that also have an attention, in order: (name, module with a linear fc2)."""
+def find_block_mlps(backbone: Backbone) -> list[tuple[str, nn.Module]]:
+    """The MLPs of blocks that also mix tokens, in order: (name, module with a linear fc2)."""
     found = []
-    for name, module in model.named_modules():
+    for name, module in backbone.model.named_modules():
         mlp = getattr(module, "mlp", None)
-        if hasattr(module, "attn") and isinstance(getattr(mlp, "fc2", None), nn.Linear):
+        if any(hasattr(module, mixer) for mixer in MIXERS) and isinstance(getattr(mlp, "fc2", None), nn.Linear):
             found.append((f"{name}.mlp", mlp))
     return found

@@ -6,6 +6,8 @@ stays one product over all lanes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import LayerNorm, LayerNorm2d
 from torch import nn
@@ -37,6 +39,15 @@ class LaneBias(LaneModule):
         self.channel_dim = CHANNEL_DIM[type(layer)]
         layer.bias = None
         self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a model reads of the layer, such as a convolution's kernel size."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(self.layer, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return lane_bias(self.layer(x), self.bias, self.channel_dim)

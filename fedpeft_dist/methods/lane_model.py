@@ -57,6 +57,7 @@ class LaneModule(nn.Module):
         self.declared[attribute] = (name, initial.detach())
 
     def bind(self, views: Mapping[str, torch.Tensor]) -> None:
+        """Computes with these tensors [L, *shape], by their names on the wire, from now on."""
         for attribute, (name, _) in self.declared.items():
             setattr(self, attribute, views[name])
 
@@ -66,7 +67,7 @@ class FoldedLaneModel:
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
-        self.keys = make_randomness_keyed(backbone.model)
+        self.keys = make_randomness_keyed(backbone)
         self.initial = {name: value for module in self._modules() for name, value in module.declared.values()}
         self.layout = ParameterLayout({name: value.shape for name, value in self.initial.items()})
         self.num_lanes = 0
@@ -101,11 +102,15 @@ class _CastMatrixProducts(TorchFunctionMode):
 
 
 class VmapLaneModel:
-    """Every parameter is trained: the whole model is mapped over the lanes, any timm model as it is."""
+    """Every parameter is trained: the whole model is mapped over the lanes, any timm model as it is.
+
+    One lane after another runs where vmap has no rule: recurrent layers, and some convolutions on the meta device.
+    """
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
-        self.keys = make_randomness_keyed(backbone.model)
+        self.is_recurrent = any(isinstance(module, nn.RNNBase) for module in backbone.model.modules())
+        self.keys = make_randomness_keyed(backbone)
         self.layout = ParameterLayout({name: p.shape for name, p in backbone.model.named_parameters()})
         self.views: Mapping[str, torch.Tensor] = {}
         self.num_lanes = 0
@@ -117,9 +122,10 @@ class VmapLaneModel:
         self.num_lanes, self.views = parameters.num_lanes, parameters.views
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        if self.num_lanes == 1:
-            lane = {name: view[0] for name, view in self.views.items()}
-            return self._one_lane(lane, images[0], None if keys is None else keys[0]).unsqueeze(0)
+        if self.num_lanes == 1 or self.is_recurrent or images.is_meta:
+            lanes = [{name: view[lane] for name, view in self.views.items()} for lane in range(self.num_lanes)]
+            rows = [None] * self.num_lanes if keys is None else keys
+            return torch.stack([self._one_lane(*own) for own in zip(lanes, images, rows)])
         in_dims = (0, 0, None if keys is None else 0)
         device = images.device.type
         # vmap has no rule for the CPU's fused attention and would loop over the lanes, with a warning.
@@ -135,14 +141,18 @@ class VmapLaneModel:
         return torch.func.functional_call(self.backbone.model, views, (images,))
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one called `name`."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Puts a module in the place of the one called `name`; returns its parent."""
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    setattr(parent, leaf, module)
+    return parent
 
 
-def make_randomness_keyed(model: nn.Module) -> SampleKeys:
+def make_randomness_keyed(backbone: Backbone) -> SampleKeys:
     """Replaces the backbone's own dropout and drop-path layers by keyed ones, and drops those that never act.
+
+    Layers that all samples share have none: a mask there would be no single sample's.
 
     Returns:
         The keys that all keyed layers of the model, the method's included, read from now on.
@@ -150,6 +160,7 @@ def make_randomness_keyed(model: nn.Module) -> SampleKeys:
     Raises:
         ConfigError: a kind that cannot be keyed: inside the fused attention, of patches, or without a layer of its own.
     """
+    model, shared = backbone.model, backbone.shared_layers
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     if getattr(model, "drop_rate", 0.0) and not any(module.p for module in dropouts):
         raise ConfigError(f"backbone.model_args: drop_rate of {type(model).__name__} cannot be keyed; give 0.0")
@@ -162,12 +173,25 @@ def make_randomness_keyed(model: nn.Module) -> SampleKeys:
                     f"backbone.model_args: dropout {module.p} at {name} is inside the fused attention; "
                     "give attn_drop_rate: 0.0 (proj_drop_rate and drop_path_rate are supported)"
                 )
-            replace_module(model, name, make_dropout(module.p, name))
+            replace_module(model, name, make_dropout(0.0 if module in shared else module.p, name))
         elif isinstance(module, DropPath):
-            probability = module.drop_prob or 0.0
+            probability = 0.0 if module in shared else module.drop_prob or 0.0
             keyed = KeyedDropPath(probability, module.scale_by_keep, name) if probability else nn.Identity()
             replace_module(model, name, keyed)
     model.eval()  # the modules put in since it was made, too
+    stop_caching(model)
     keys = SampleKeys()
     share_keys(model, keys)
     return keys
+
+
+def stop_caching(model: nn.Module) -> None:
+    """Has timm's attention layers look their trained biases up at every call.
+
+    In eval mode they keep the first call's, so that nothing would train them. Their own flag decides; their children
+    stay in eval mode.
+    """
+    for module in model.modules():
+        if hasattr(module, "attention_bias_cache"):
+            module.attention_bias_cache = {}
+            module.training = True

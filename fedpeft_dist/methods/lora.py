@@ -22,8 +22,13 @@ from fedpeft_dist.lanes.ops import lane_linear
 from fedpeft_dist.methods.head import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
 
-# Where a target lies in a block: `proj` is the attention's, never the patch embedding's.
-TARGETS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+# Where a target may lie in a block: `proj` is the attention's, never the patch embedding's.
+TARGETS = {
+    "qkv": ("attn.qkv", "token_mixer.qkv", "xca.qkv"),
+    "proj": ("attn.proj", "token_mixer.proj", "xca.proj"),
+    "fc1": ("mlp.fc1",),
+    "fc2": ("mlp.fc2",),
+}
 
 
 class LaneLora(LaneModule):
@@ -51,17 +56,22 @@ def build_lora(backbone: Backbone, config: LoraConfig) -> FoldedLaneModel:
         ConfigError: a target that matches no linear layer.
     """
     model = backbone.model
-    endings = {target: TARGETS[target] for target in dict.fromkeys(config.targets)}
+    endings = {target: tuple(f".{place}" for place in TARGETS[target]) for target in dict.fromkeys(config.targets)}
     matched = dict.fromkeys(endings, 0)
     for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or module in backbone.shared_layers:
+            continue
         for target, ending in endings.items():
-            if f".{name}".endswith(f".{ending}") and isinstance(module, nn.Linear):
-                replace_module(model, name, LaneLora(name, module, config))
+            if f".{name}".endswith(ending):
+                attention = replace_module(model, name, LaneLora(name, module, config))
+                if target == "qkv" and hasattr(attention, "qkv_bias_separate"):
+                    attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 else read the weight and skip the module
                 matched[target] += 1
     for target, count in matched.items():
         if not count:
+            places = " or ".join(TARGETS[target])
             raise ConfigError(
-                f"method.targets: {target!r} matches no linear layer ({TARGETS[target]}) in {type(model).__name__}"
+                f"method.targets: {target!r} matches no linear layer ({places}) in {type(model).__name__}"
             )
     train_head(backbone)
     return FoldedLaneModel(backbone)

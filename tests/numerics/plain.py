@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+MIXERS = ("attn", "xca", "token_mixer", "factoratt_crpe", "conv_dw")
+"""What stands before the MLP in the blocks of timm's families."""
+
 
 @dataclass
 class Plain:
@@ -45,6 +48,12 @@ class PlainLora(nn.Module):
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
         self.scale = alpha / rank
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The merged weight, which some attentions read in place of calling the layer. It knows no dropout."""
+        assert not self.dropout.p
+        return self.linear.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
@@ -95,7 +104,7 @@ def make_plain(model: nn.Module, method: Mapping[str, Any], heads: Sequence[str]
     settings = dict(method)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     head = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in heads}
-    assert len(head) == 2 * len(heads)
+    assert {name.rpartition(".")[0] for name in head} == set(heads)
     outer, own = {
         "full": _full,
         "head": _head,
@@ -135,7 +144,7 @@ def _prompt(model: nn.Module, tokens: int, depth: str, dropout: float) -> tuple[
 
 
 def _adapter(model: nn.Module, bottleneck: int, shared: bool) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    mlps = [m.mlp for m in list(model.modules()) if hasattr(m, "attn") and hasattr(m, "mlp")]
+    mlps = [m.mlp for m in list(model.modules()) if hasattr(m, "mlp") and any(hasattr(m, name) for name in MIXERS)]
     assert mlps
     if shared:
         model.adapter = PlainAdapter(mlps[0].fc2.out_features, bottleneck)
@@ -150,11 +159,12 @@ def _adapter(model: nn.Module, bottleneck: int, shared: bool) -> tuple[nn.Module
 def _lora(
     model: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    blocks = [m for m in list(model.modules()) if hasattr(m, "attn") and hasattr(m, "mlp")]
-    assert blocks
-    for block in blocks:
-        for target in targets:
-            parent = block.attn if target in ("qkv", "proj") else block.mlp
+    for target in targets:
+        places = MIXERS if target in ("qkv", "proj") else ("mlp",)
+        parents = [getattr(block, place) for block in model.modules() for place in places if hasattr(block, place)]
+        parents = [parent for parent in parents if isinstance(getattr(parent, target, None), nn.Linear)]
+        assert parents
+        for parent in parents:
             setattr(parent, target, PlainLora(getattr(parent, target), rank, alpha, dropout))
     return model, {name: p for name, p in model.named_parameters() if "lora_" in name}
 

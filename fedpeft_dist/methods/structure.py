@@ -1,0 +1,169 @@
+"""What shapes alone tell of a backbone and a method: whether they fit, before any weight is read.
+
+Everything here runs on the meta device, in a fraction of a second for any size. `training/lane_check.py` does the same
+with values, at the start of a run.
+
+Shapes: L lanes, B batch, K classes, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fedpeft_dist.backbones.errors import one_line
+from fedpeft_dist.backbones.timm_backbone import Backbone
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.lanes.parameters import LaneParameters
+from fedpeft_dist.methods.lane_model import LaneModel, LaneModule, stop_caching
+
+FEW, MORE = 2, 3
+"""Two batch sizes. The leading size of a tensor that holds samples grows with them in proportion."""
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same modules anew, over the very same tensors."""
+    own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    stop_caching(own)
+    return own
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The same model without values, on the meta device."""
+    memo: dict[int, torch.Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def check_backbone(backbone: Backbone, name: str) -> None:
+    """
+    Args:
+        backbone: of the meta device, before a method changes it.
+        name: the backbone's, for messages.
+
+    Raises:
+        ConfigError: it does not take images of this size, gives something else than a score for each class, or
+            compares the samples of a batch with each other.
+    """
+    model, sizes = meta_copy(backbone.model), []
+    for batch in (FEW, MORE):
+        try:
+            with torch.no_grad(), _OutputSizes() as outputs:
+                scores = model(_images(backbone, batch))
+        except Exception as error:  # models refuse an image size in many ways
+            size = f"data.image_size: {backbone.image_size}"
+            raise ConfigError(f"{size} does not fit backbone.name: {name} ({one_line(error)})") from error
+        sizes.append(outputs.sizes)
+    if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
+        raise ConfigError(f"backbone.name: {name} gives no score for each class; give a model that classifies images")
+    if any(few * MORE**2 == more * FEW**2 for few, more in zip(*sizes) if few):
+        raise ConfigError(
+            f"backbone.name: {name} compares the samples of a batch with each other, so that clients would mix; "
+            "give another model"
+        )
+
+
+def find_shared_layers(backbone: Backbone) -> frozenset[nn.Module]:
+    """The layers whose input has no sample axis, such as an MLP that makes position biases from coordinates."""
+    model = meta_copy(backbone.model)
+    names = {layer: name for name, layer in model.named_modules()}
+    shared = _without_sample_axis(names, lambda batch: model(_images(backbone, batch)))
+    return frozenset(backbone.model.get_submodule(names[layer]) for layer in shared)
+
+
+def check_structure(model: LaneModel, method: str) -> None:
+    """Runs a model of the meta device as an evaluation does, then as local training does.
+
+    Args:
+        method: its name, for messages.
+
+    Raises:
+        ConfigError: the model does not run on several lanes, has a trained layer that all samples share, or a trained
+            tensor that the scores do not depend on.
+    """
+    misfit = f"method.name: {method!r} does not fit {type(model.backbone.model).__name__}"
+    try:
+        with torch.no_grad():
+            shared = _shared_lane_modules(model)
+        if shared:
+            raise ConfigError(f"{misfit}: {shared[0]} works on a table that all samples share")
+        with torch.enable_grad():
+            idle = _idle_tensors(model)
+    except ConfigError:
+        raise
+    except Exception as error:  # a backbone may stumble over a replaced layer in any way
+        raise ConfigError(f"{misfit}: it cannot run with several lanes ({one_line(error)})") from error
+    if idle:
+        raise ConfigError(f"{misfit}: the scores do not depend on {idle[0]}, one of {len(idle)} such tensors")
+
+
+def _shared_lane_modules(model: LaneModel) -> list[str]:
+    """Names on the wire of trained layers without a sample axis. The backbone's caches are full after this."""
+    model.bind(LaneParameters(model.layout, 1, "meta", with_grad=False))
+    layers = [m for m in model.backbone.model.modules() if isinstance(m, LaneModule)]
+    shared = _without_sample_axis(layers, lambda batch: model.logits(_images(model.backbone, batch).unsqueeze(0)))
+    return [name for layer in shared for name, _ in layer.declared.values()]
+
+
+def _idle_tensors(model: LaneModel) -> list[str]:
+    """Names on the wire of trained tensors that no gradient reaches."""
+    parameters = LaneParameters(model.layout, FEW, "meta")
+    model.bind(parameters)
+    images = _images(model.backbone, FEW * MORE).unflatten(0, (FEW, MORE))
+    keys = torch.zeros(FEW, MORE, dtype=torch.int64, device="meta")
+    scores = model.logits(images, keys).sum()
+    gradients = torch.autograd.grad(scores, list(parameters.views.values()), allow_unused=True)
+    return [name for name, gradient in zip(parameters.views, gradients) if gradient is None]
+
+
+class _OutputSizes(TorchDispatchMode):
+    """Notes the number of elements of whatever an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        output = function(*arguments, **(keywords or {}))
+        self.sizes += [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return output
+
+
+def _images(backbone: Backbone, batch: int) -> torch.Tensor:
+    size = backbone.image_size
+    return torch.empty(batch, backbone.channels, size, size, device="meta")
+
+
+def _without_sample_axis(layers: Iterable[nn.Module], run: Callable[[int], object]) -> list[nn.Module]:
+    """The layers that see a tensor whose leading size does not grow with the batch that `run` is given."""
+    few, more = (_input_shapes(layers, run, batch) for batch in (FEW, MORE))
+
+    def grows(layer: nn.Module) -> bool:
+        pairs = zip(few[layer], more[layer])
+        return all(a[1:] == b[1:] and a[0] * MORE == b[0] * FEW for a, b in pairs if a)
+
+    return [layer for layer in few if not grows(layer)]
+
+
+def _input_shapes(
+    layers: Iterable[nn.Module], run: Callable[[int], object], batch: int
+) -> dict[nn.Module, list[torch.Size]]:
+    shapes = defaultdict(list)
+
+    def note(layer: nn.Module, inputs: tuple[object, ...]) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            shapes[layer].append(inputs[0].shape)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        run(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes

@@ -1,0 +1,137 @@
+"""Proves at the start of a run that this backbone, method and device keep lanes apart.
+
+A client trains on a few random images beside one neighbour, in the other lane beside another neighbour, and alone.
+Where it trains nothing but tensors of the backbone, plain PyTorch trains it, too. A layer that mixes lanes shows here,
+whatever the reason, on backbones that no test has met.
+
+Shapes: L lanes, B batch, K classes, C channels, H x W pixels, W columns of the parameter matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
+from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.runtime.process import Runtime
+
+BATCH = 2
+"""Samples of a client; 1 under sample-level privacy, where every sample is a lane."""
+DISTANCE = 0.01
+"""Standard deviation of what the clients' parameters differ by from the initial ones, where LoRA has no gradient."""
+TOLERANCES = {"fp32": 0.001, "bf16": 0.2, "fp16": 0.05}
+"""Rounding, of a tensor's largest gradient, that other shapes and other kernels may cause."""
+NEGLIGIBLE = 0.01
+"""A gradient that is smaller than this share of the largest one may be nothing but rounding."""
+
+
+@dataclass(frozen=True)
+class _Client:
+    """What one client brings to a local step."""
+
+    row: torch.Tensor
+    """[W]."""
+    images: torch.Tensor
+    """[B, C, H, W]."""
+    labels: torch.Tensor
+    """int64 [B]."""
+    keys: torch.Tensor
+    """int64 [B]."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one client gets out of a local step."""
+
+    scores: torch.Tensor
+    """[B, K]."""
+    gradient: torch.Tensor
+    """[W]."""
+
+
+def check_lanes(model: LaneModel, config: RunConfig, runtime: Runtime) -> None:
+    """
+    Args:
+        model: on the run's device, frozen in the run's precision.
+
+    Raises:
+        ConfigError: a client's scores or gradients depend on its lane or its neighbour, or differ from those that it
+            has alone or in plain PyTorch.
+    """
+    private = config.privacy.name == "sample"
+    client, *neighbours = (_make_client(model, 1 if private else BATCH, runtime, seed) for seed in range(3))
+    alone = _step(model, [client], runtime)[0]
+    refusal = f"method.name: {config.method.name!r} on backbone.name: {config.backbone.name!r}"
+    if private or config.runtime.lanes != 1:
+        first, _ = _step(model, [client, neighbours[0]], runtime)
+        _, second = _step(model, [neighbours[1], client], runtime)
+        if changed := _differing(model.layout, first, alone, runtime):
+            raise ConfigError(f"{refusal} mixes lanes: {changed} of a client that has a neighbour is not its own")
+        if not (_equal(first.scores, second.scores) and _equal(first.gradient, second.gradient)):
+            raise ConfigError(f"{refusal} is not exact: a client's gradient depends on its lane or its neighbour")
+    names = set(model.layout.shapes)
+    own = {name: p for name, p in model.backbone.plain.named_parameters() if name in names}
+    if len(own) == len(names):
+        still = _step(model, [client], runtime, with_keys=False)[0]
+        if changed := _differing(model.layout, still, _plain_step(model, client, runtime), runtime):
+            raise ConfigError(f"{refusal} trains something else than plain PyTorch: {changed} differs")
+
+
+def _make_client(model: LaneModel, batch: int, runtime: Runtime, seed: int) -> _Client:
+    generator = torch.Generator().manual_seed(seed)
+    row = model.layout.pad(model.initial_vector())
+    row += DISTANCE * torch.randn(row.shape, generator=generator)
+    size = model.backbone.image_size
+    images = torch.randn(batch, model.backbone.channels, size, size, generator=generator)
+    labels, keys = (torch.randint(high, (batch,), generator=generator) for high in (2, 2**62))
+    return _Client(*(tensor.to(runtime.device) for tensor in (row, images, labels, keys)))
+
+
+def _step(model: LaneModel, clients: Sequence[_Client], runtime: Runtime, with_keys: bool = True) -> list[_Step]:
+    """The clients' forward and backward pass, side by side."""
+    parameters = LaneParameters(model.layout, len(clients), runtime.device)
+    for lane, client in enumerate(clients):
+        parameters.load(lane, client.row)
+    model.bind(parameters)
+    images, labels, keys = (torch.stack([getattr(c, name) for c in clients]) for name in ("images", "labels", "keys"))
+    with runtime.autocast():
+        scores = model.logits(images, keys if with_keys else None)
+    _loss(scores, labels).backward()
+    return [_Step(*own) for own in zip(scores.detach(), parameters.grad)]
+
+
+def _plain_step(model: LaneModel, client: _Client, runtime: Runtime) -> _Step:
+    """The same pass of one client in plain PyTorch, without dropout."""
+    plain, layout = model.backbone.plain.to(runtime.device), model.layout
+    values = {name: value.requires_grad_() for name, value in layout.split(layout.unpad(client.row)).items()}
+    with runtime.autocast():
+        scores = torch.func.functional_call(plain, values, (client.images,))
+    gradients = torch.autograd.grad(_loss(scores, client.labels), list(values.values()))
+    return _Step(scores.detach(), layout.pad(layout.join(dict(zip(values, gradients)))))
+
+
+def _loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(scores.float().flatten(0, -2), labels.flatten(), reduction="sum")
+
+
+def _differing(layout: ParameterLayout, step: _Step, expected: _Step, runtime: Runtime) -> str:
+    """The name of what is off by more than rounding; empty where nothing is."""
+    pairs = {"the score": (step.scores, expected.scores)}
+    for name, start, size in layout.columns():
+        pairs[name] = (step.gradient[start : start + size], expected.gradient[start : start + size])
+    largest = expected.gradient.abs().max()
+    for name, (found, right) in pairs.items():
+        scale = right.abs().max() if name == "the score" else right.abs().max().clamp(min=NEGLIGIBLE * largest)
+        if (found - right).abs().max() > TOLERANCES[runtime.precision] * scale:
+            return name
+    return ""
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """To the bit; what overflowed to NaN in both is equal, too."""
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

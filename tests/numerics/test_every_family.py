@@ -1,0 +1,127 @@
+"""Every timm family x every method: equal to plain PyTorch on two ragged lanes, or refused in one line.
+
+CI runs one PART of the families, another one each day: the families whose number in the alphabet leaves the remainder
+`day % PARTS`, where day counts from year 1. FEDPEFT_FAMILIES names others ("swin_transformer,levit"), and --slow runs
+all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import date
+
+import pytest
+import torch
+
+from fedpeft_dist.backbones.timm_backbone import classifier_names, freeze
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import parse_config
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.tracking.cost import compute_cost
+from fedpeft_dist.training.lane_check import check_lanes
+
+from .cases import (
+    CLASSES,
+    CPU,
+    METHODS,
+    OPTIMIZERS,
+    assert_same_delta,
+    client_config,
+    make_images,
+    make_lane_model,
+    make_runtime,
+    make_tasks,
+    make_trainer,
+    plain_batches,
+    start_vector,
+    ticks_of,
+    train_lanes,
+)
+from .families import FAMILIES, known_families, make_family_model
+from .plain import make_plain, train_plain
+
+PARTS = 24
+LANES, BATCH = 2, 3
+SIZES, STEPS = (5, 2, 4), (2, 2, 2)
+
+
+def is_in_this_part(family: str) -> bool:
+    if chosen := os.environ.get("FEDPEFT_FAMILIES"):
+        return family in chosen.split(",")
+    return sorted(FAMILIES).index(family) % PARTS == date.today().toordinal() % PARTS
+
+
+def family_marks(family: str) -> list[pytest.MarkDecorator]:
+    return [] if is_in_this_part(family) else [pytest.mark.slow]
+
+
+CELLS = [
+    pytest.param(family, method, id=f"{family}-{method}", marks=family_marks(family))
+    for family in FAMILIES
+    for method in METHODS
+]
+
+
+def make_config(family: str, method: str) -> RunConfig:
+    name, arguments, size = FAMILIES[family]
+    tree = {
+        "backbone": {"name": name, "pretrained": False, "model_args": arguments},
+        "method": METHODS[method],
+        "data": {"name": "synthetic", "image_size": size, "classes": CLASSES, "clients": 8},
+        "output": {"name": "unused"},
+    }
+    return parse_config(tree, "test")
+
+
+def refusal(function: Callable[..., object], *arguments: object) -> str:
+    try:
+        function(*arguments)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_a_family_equals_plain_training_or_is_refused(family, method):
+    if family not in known_families():
+        pytest.skip("this timm has no such family")
+    config = make_config(family, method)
+    message = refusal(compute_cost, config)
+    if message:
+        assert "\n" not in message
+        assert message.startswith(("method.", "backbone.", "data.image_size"))
+        assert refusal(build_lane_model, config, CLASSES) == message  # before a run reads weights or writes a file
+        return
+    assert_passes_the_check_of_a_run(config, family, method)
+    assert_equals_plain_training(family, method)
+
+
+def assert_passes_the_check_of_a_run(config: RunConfig, family: str, method: str) -> None:
+    """With the model's own dropout and drop-path on."""
+    model = make_lane_model(make_family_model(family, with_dropout=True), METHODS[method], config.data.image_size)
+    freeze(model.backbone.model, torch.float32, CPU)
+    check_lanes(model, config, make_runtime())
+
+
+def assert_equals_plain_training(family: str, method: str) -> None:
+    model, image_size = make_family_model(family), FAMILIES[family][2]
+    images, tasks = make_images(20, image_size), make_tasks(SIZES, STEPS)
+    ticks = ticks_of(tasks, LANES, BATCH)
+    assert any(tick.starting for tick in ticks[1:])
+    assert not all(tick.mask.all() for tick in ticks)
+    lane_model = make_lane_model(model, METHODS[method], image_size, torch.float64)
+    vector = start_vector(lane_model, torch.float64, noise=0.02)
+    trainer = make_trainer(lane_model, images, client_config(OPTIMIZERS["sgd"], BATCH), LANES, torch.float64)
+    updates = train_lanes(trainer, tasks, vector)
+    plain = make_plain(model, METHODS[method], classifier_names(model))
+    plain.model.double()
+    for task in tasks:
+        batches = plain_batches(images, task, BATCH, torch.float64)
+        expected = train_plain(plain, lane_model.layout.split(vector), batches, OPTIMIZERS["sgd"])
+        assert_same_delta(lane_model.layout.split(updates[task.client].delta), expected.delta, 1e-9)
+
+
+def test_no_family_of_timm_is_missing():
+    assert known_families() <= set(FAMILIES)
