@@ -89,7 +89,7 @@ class FoldedLaneModel:
 
 
 class _CastMatrixProducts(TorchFunctionMode):
-    """Autocast for the two functions that it leaves alone under vmap: linear layers and convolutions."""
+    """Autocast for the functions that it leaves alone under vmap: linear layers, convolutions and batch norm."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -98,6 +98,8 @@ class _CastMatrixProducts(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         if function in (nn.functional.linear, nn.functional.conv2d):
             arguments = [a.to(self.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+        if function is nn.functional.batch_norm:  # under vmap, its input must have the type of its statistics
+            arguments = [arguments[0].float(), *arguments[1:]]
         return function(*arguments, **(keywords or {}))
 
 

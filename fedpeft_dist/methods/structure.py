@@ -29,16 +29,19 @@ FEW, MORE = 2, 3
 
 def twin(model: nn.Module) -> nn.Module:
     """The same modules anew, over the very same tensors."""
-    own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    stop_caching(own)
-    return own
+    return _uncached(copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}))
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """The same model without values, on the meta device."""
     memo: dict[int, torch.Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    return _uncached(copy.deepcopy(model, memo))
+
+
+def _uncached(model: nn.Module) -> nn.Module:
+    stop_caching(model)
+    return model
 
 
 def check_backbone(backbone: Backbone, name: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedpeft_dist.backbones.errors import one_line
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
@@ -24,10 +25,10 @@ BATCH = 2
 """Samples of a client; 1 under sample-level privacy, where every sample is a lane."""
 DISTANCE = 0.01
 """Standard deviation of what the clients' parameters differ by from the initial ones, where LoRA has no gradient."""
-TOLERANCES = {"fp32": 0.001, "bf16": 0.2, "fp16": 0.05}
-"""Rounding, of a tensor's largest gradient, that other shapes and other kernels may cause."""
+TOLERANCES = {"fp32": 0.02, "bf16": 0.5, "fp16": 0.2}
+"""Largest relative error of a tensor's gradient. Other shapes round otherwise, and ReLUs near zero amplify it."""
 NEGLIGIBLE = 0.01
-"""A gradient that is smaller than this share of the largest one may be nothing but rounding."""
+"""A gradient whose norm is below this share of the whole one's may be nothing but rounding."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +64,38 @@ def check_lanes(model: LaneModel, config: RunConfig, runtime: Runtime) -> None:
         ConfigError: a client's scores or gradients depend on its lane or its neighbour, or differ from those that it
             has alone or in plain PyTorch.
     """
+    refusal = f"method.name: {config.method.name!r} on backbone.name: {config.backbone.name!r}"
+    try:
+        changed = _compare(model, config, runtime)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+            raise
+        raise ConfigError(
+            f"{refusal} cannot run in runtime.precision: {runtime.precision} ({one_line(error)})"
+        ) from error
+    if changed:
+        raise ConfigError(f"{refusal} {changed}")
+
+
+def _compare(model: LaneModel, config: RunConfig, runtime: Runtime) -> str:
+    """What is wrong with the model on lanes; empty where nothing is."""
     private = config.privacy.name == "sample"
     client, *neighbours = (_make_client(model, 1 if private else BATCH, runtime, seed) for seed in range(3))
     alone = _step(model, [client], runtime)[0]
-    refusal = f"method.name: {config.method.name!r} on backbone.name: {config.backbone.name!r}"
     if private or config.runtime.lanes != 1:
         first, _ = _step(model, [client, neighbours[0]], runtime)
         _, second = _step(model, [neighbours[1], client], runtime)
         if changed := _differing(model.layout, first, alone, runtime):
-            raise ConfigError(f"{refusal} mixes lanes: {changed} of a client that has a neighbour is not its own")
+            return f"mixes lanes: {changed} of a client that has a neighbour is not its own"
         if not (_equal(first.scores, second.scores) and _equal(first.gradient, second.gradient)):
-            raise ConfigError(f"{refusal} is not exact: a client's gradient depends on its lane or its neighbour")
+            return "is not exact: a client's gradient depends on its lane or its neighbour"
     names = set(model.layout.shapes)
     own = {name: p for name, p in model.backbone.plain.named_parameters() if name in names}
     if len(own) == len(names):
         still = _step(model, [client], runtime, with_keys=False)[0]
         if changed := _differing(model.layout, still, _plain_step(model, client, runtime), runtime):
-            raise ConfigError(f"{refusal} trains something else than plain PyTorch: {changed} differs")
+            return f"trains something else than plain PyTorch: {changed} differs"
+    return ""
 
 
 def _make_client(model: LaneModel, batch: int, runtime: Runtime, seed: int) -> _Client:
@@ -124,10 +140,9 @@ def _differing(layout: ParameterLayout, step: _Step, expected: _Step, runtime: R
     pairs = {"the score": (step.scores, expected.scores)}
     for name, start, size in layout.columns():
         pairs[name] = (step.gradient[start : start + size], expected.gradient[start : start + size])
-    largest = expected.gradient.abs().max()
+    smallest = NEGLIGIBLE * expected.gradient.norm()
     for name, (found, right) in pairs.items():
-        scale = right.abs().max() if name == "the score" else right.abs().max().clamp(min=NEGLIGIBLE * largest)
-        if (found - right).abs().max() > TOLERANCES[runtime.precision] * scale:
+        if (found - right).norm() > TOLERANCES[runtime.precision] * right.norm().clamp(min=smallest):
             return name
     return ""
 
