@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
-from timm.layers import DropPath, PatchDropout
+from timm.layers import DropPath, PatchDropout, activations
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -21,8 +21,15 @@ from torch.overrides import TorchFunctionMode
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.lanes.dropout import KeyedDropPath, SampleKeys, make_dropout, share_keys
-from fedpeft_dist.lanes.ops import fold, unfold
+from fedpeft_dist.lanes.ops import fold, lane_aligned, unfold
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
+
+# Activations whose CPU kernels have another formula for a tensor's last elements than for the others. So has the GELU
+# that tanh approximates.
+PLACE_ROUNDING = (
+    nn.SiLU, nn.Sigmoid, nn.LogSigmoid, nn.Mish, nn.Softplus,
+    activations.Swish, activations.Sigmoid, activations.Mish, activations.GELUTanh, activations.QuickGELU,
+)  # fmt: skip
 
 
 class LaneModel(Protocol):
@@ -180,11 +187,30 @@ def make_randomness_keyed(backbone: Backbone) -> SampleKeys:
             probability = 0.0 if module in shared else module.drop_prob or 0.0
             keyed = KeyedDropPath(probability, module.scale_by_keep, name) if probability else nn.Identity()
             replace_module(model, name, keyed)
+    _align_activations(model)
     model.eval()  # the modules put in since it was made, too
     stop_caching(model)
     keys = SampleKeys()
     share_keys(model, keys)
     return keys
+
+
+class AlignedActivation(nn.Module):
+    """An activation that rounds by an element's place, kept from doing so."""
+
+    def __init__(self, activation: nn.Module):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lane_aligned(self.activation, x, num_lanes=1)
+
+
+def _align_activations(model: nn.Module) -> None:
+    """Has the frozen activations, too, round by their arguments alone (see `lane_aligned`)."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PLACE_ROUNDING) or getattr(module, "approximate", None) == "tanh":
+            replace_module(model, name, AlignedActivation(module))
 
 
 def stop_caching(model: nn.Module) -> None:

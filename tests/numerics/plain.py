@@ -103,6 +103,9 @@ def make_plain(model: nn.Module, method: Mapping[str, Any], heads: Sequence[str]
     """
     settings = dict(method)
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "attention_bias_cache"):
+            module.training = True  # else it keeps the biases of the first step, as for inference
     head = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in heads}
     assert {name.rpartition(".")[0] for name in head} == set(heads)
     outer, own = {
@@ -117,7 +120,7 @@ def make_plain(model: nn.Module, method: Mapping[str, Any], heads: Sequence[str]
     trainable = {**own, **head}
     for parameter in trainable.values():
         parameter.requires_grad_(True)
-    return Plain(outer.eval(), trainable)
+    return Plain(outer, trainable)
 
 
 def _full(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -145,6 +148,7 @@ def _prompt(model: nn.Module, tokens: int, depth: str, dropout: float) -> tuple[
 
 def _adapter(model: nn.Module, bottleneck: int, shared: bool) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     mlps = [m.mlp for m in list(model.modules()) if hasattr(m, "mlp") and any(hasattr(m, name) for name in MIXERS)]
+    mlps = [mlp for mlp in mlps if isinstance(mlp.fc2, nn.Linear)]
     assert mlps
     if shared:
         model.adapter = PlainAdapter(mlps[0].fc2.out_features, bottleneck)

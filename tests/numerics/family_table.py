@@ -1,0 +1,36 @@
+"""Prints the table of docs/backbones.md: which methods fit which timm families.
+
+python -m tests.numerics.family_table
+"""
+
+from __future__ import annotations
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.tracking.cost import compute_cost
+
+from .cases import METHODS
+from .families import FAMILIES
+from .test_every_family import make_config
+
+
+def print_table() -> None:
+    print("| family | model | " + " | ".join(f"`{method}`" for method in METHODS) + " |")
+    print("| --- | --- |" + " :-: |" * len(METHODS))
+    reasons: dict[str, list[str]] = {}
+    for family, (name, _, _) in sorted(FAMILIES.items()):
+        cells = []
+        for method in METHODS:
+            try:
+                compute_cost(make_config(family, method))
+                cells.append("=")
+            except ConfigError as error:
+                cells.append("-")
+                reasons.setdefault(f"{family}, `{method}`", []).append(str(error))
+        print(f"| {family} | `{name}` | " + " | ".join(cells) + " |", flush=True)
+    print()
+    for cell, (reason,) in reasons.items():
+        print(f"- {cell}: {reason}")
+
+
+if __name__ == "__main__":
+    print_table()
