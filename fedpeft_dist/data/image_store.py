@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import DataConfig
@@ -90,7 +91,7 @@ def _open(folder: Path) -> Dataset | None:
             if (folder / name).stat().st_size != size:
                 return None
         train, test = (_open_split(folder, split, meta["files"]) for split in ("train", "test"))
-        return Dataset(train, test, tuple(meta["class_names"]))
+        return Dataset(train, test, tuple(meta["class_names"]), meta.get("cropped", False))
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
     except OSError as error:
@@ -133,7 +134,10 @@ def _build(source: Source, folder: Path, name: str) -> Dataset:
             "another folder"
         ) from None
     try:
-        write_store(source.read(), building, folder, name)
+        with warnings.catch_warnings():  # Pillow warns of large pictures, and refuses those that are too large
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            contents = source.read()
+            write_store(contents, building, folder, name)
     except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
         if isinstance(error, ConfigError):
@@ -141,6 +145,8 @@ def _build(source: Source, folder: Path, name: str) -> Dataset:
                 _failure_file(folder).write_text(f"{uuid.uuid4()}\n{error}", encoding="utf-8")
         raise
     _failure_file(folder).unlink(missing_ok=True)
+    for note in contents.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     dataset = _open(folder)
     assert dataset is not None
     return dataset
