@@ -90,11 +90,10 @@ def _read_list(images: ClassFolders, key: str, path: str) -> list[str]:
             f"data.{key}: '{path}' names '{printable(missing[0])}', which {problem} '{images.folder}' "
             f"({len(missing)} such lines)"
         )
-    known = {line: known[line][0] for line in lines}
-    names = sorted({known[line] for line in lines})
+    names = sorted({known[line][0] for line in lines})
     if len(names) != len(lines):
         raise ConfigError(f"data.{key}: '{path}' names {len(lines) - len(names)} image(s) twice")
-    lacking = sorted(set(images.class_names) - {name.partition("/")[0] for name in names})
+    lacking = sorted(set(images.files) - {name.partition("/")[0] for name in names})
     if lacking:
         raise ConfigError(f"data.{key}: '{path}' names no image of class {lacking[0]!r} ({len(lacking)} such classes)")
     return names
