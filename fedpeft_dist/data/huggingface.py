@@ -7,6 +7,8 @@ Shapes: S samples of a split.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,7 +82,7 @@ def _library_ready(offline: bool) -> Iterator[Any]:
     bars = library.is_progress_bar_enabled()
     try:
         for logger in loggers:
-            logger.set_verbosity_error()
+            logger.set_verbosity(logging.CRITICAL)  # an error is raised, too
         if offline:
             library.disable_progress_bars()
             for owner, key, _ in before:
@@ -107,7 +109,11 @@ def _load_both(config: HuggingFaceConfig, offline: bool) -> list[Any]:
     except ConfigError:
         raise
     except Exception as error:  # the library fails in ways too many to list
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        for name in _names(config):
+            if _is_saved_empty(folder / name):
+                raise _empty_split(config, name) from None
+        told = ": ".join(str(part) for part in (error, error.__cause__) if part)  # the first alone may say nothing
+        reason = " ".join(told.split())[:200] or type(error).__name__
         if folder.is_dir():
             raise ConfigError(f"data.path: '{config.path}' cannot be read ({reason})") from None
         if offline:
@@ -134,7 +140,7 @@ def _read(config: HuggingFaceConfig, splits: list[Any]) -> Contents:
                     f"data.{key}: {column!r}, but the columns of '{config.path}' are: {', '.join(split.column_names)}"
                 )
         if not len(split):
-            raise ConfigError(f"data.path: '{config.path}', split {name!r}, holds no sample")
+            raise _empty_split(config, name)
     class_names, labels = _read_labels(config, splits)
     if config.classes is not None:
         check_num_classes(f"data.classes: {config.classes}", config.classes, f"'{config.path}'", class_names)
@@ -143,6 +149,18 @@ def _read(config: HuggingFaceConfig, splits: list[Any]) -> Contents:
     form = choose_form(everything, config.stored_size)
     train, test = (_part(config, *split, form) for split in zip(splits, _names(config), labels))
     return Contents(class_names, replace(train, groups=groups), test, cropped=form.cropped, notes=form.notes)
+
+
+def _is_saved_empty(folder: Path) -> bool:
+    """Whether `save_to_disk` has written a split without a sample, which newer libraries cannot read back."""
+    try:
+        return not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _empty_split(config: HuggingFaceConfig, split: str) -> ConfigError:
+    return ConfigError(f"data.path: '{config.path}', split {split!r}, holds no sample")
 
 
 def _names(config: HuggingFaceConfig) -> tuple[str, str]:

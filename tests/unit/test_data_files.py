@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import pickle
 import re
@@ -24,6 +25,7 @@ from fedpeft_dist.data.datasets import Dataset
 from fedpeft_dist.data.download import prefetch_data
 from fedpeft_dist.data.image_files import EncodedImage, choose_form, decode_chunks
 from fedpeft_dist.data.image_folder import list_images
+from fedpeft_dist.data.partition import make_partition
 from fedpeft_dist.data.resisc45 import draw_split
 from tests.data_fixtures import (
     data_config,
@@ -709,6 +711,203 @@ def test_huggingface_keys_that_do_not_fit(tmp_path: Path, hub_cache: Path) -> No
     with pytest.raises(ConfigError, match=r"data.classes: null.*give the number"):
         count_classes(data_config(name="huggingface", path=str(folder)))
     assert count_classes(data_config(name="huggingface", path="a/b", classes=5)) == 5
+
+
+def jpeg(orientation: int = 1) -> bytes:
+    """A picture of 10 x 6 pixels whose brightness tells which side is up."""
+    pixels = np.add.outer(np.arange(6) * 24, np.arange(10) * 12).astype(np.uint8)
+    return turned(np.stack([pixels] * 3, axis=-1), orientation).content
+
+
+def save_splits(folder: Path, train: dict[str, Any], test: dict[str, Any], **kinds: Any) -> dict[str, str]:
+    """Saves columns beside a column of images; `kinds` gives (train's, test's) types. Returns the config's keys."""
+    datasets = pytest.importorskip("datasets")
+    splits = {}
+    for number, (name, columns) in enumerate({"train": train, "test": test}.items()):
+        size = len(next(iter(columns.values())))
+        columns = {"image": [{"bytes": jpeg(), "path": None}] * size, **columns}
+        features = {key: both[number] for key, both in kinds.items()}
+        told = {"image": datasets.Image(), **features}
+        inferred = datasets.Dataset.from_dict({key: columns[key] for key in columns if key not in told}).features
+        splits[name] = datasets.Dataset.from_dict(columns, features=datasets.Features({**inferred, **told}))
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return {"path": str(folder)}
+
+
+def write_parquet(folder: Path, images: list[Any]) -> dict[str, str]:
+    """Two good images to train and these to test on, past the library's checks. Returns the config's keys."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder.mkdir()
+    told = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    kind = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()})
+    kind = kind.with_metadata({"huggingface": json.dumps({"info": {"features": told.to_dict()}})})
+    for split, own in {"train": [{"bytes": jpeg(), "path": None}] * 2, "test": images}.items():
+        table = pa.Table.from_pydict({"image": own, "label": [k % 2 for k in range(len(own))]}, schema=kind)
+        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return {"path": str(folder)}
+
+
+def labels_of(*names: str) -> Any:
+    return pytest.importorskip("datasets").ClassLabel(names=list(names))
+
+
+def test_labels_go_by_the_name_where_the_test_split_lists_them_in_another_order(tmp_path: Path) -> None:
+    kinds = labels_of("ant", "bat", "cat"), labels_of("cat", "ant", "bat")
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1, 2, 0]}, {"label": [0, 1, 2, 0]}, label=kinds)
+    dataset = load(tmp_path, "huggingface", **keys)
+    assert dataset.class_names == ("ant", "bat", "cat")
+    assert dataset.train.labels.tolist() == [0, 1, 2, 0]
+    assert dataset.test.labels.tolist() == [2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("names", [("ant", "bat"), ("bat", "ant", "dog"), ("bat",)])
+def test_other_label_names_do_as_long_as_no_sample_has_them(tmp_path: Path, names: tuple[str, ...]) -> None:
+    kinds = labels_of("ant", "bat", "cat"), labels_of(*names)
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1, 2]}, {"label": [0, 0]}, label=kinds)
+    expected = ("ant", "bat", "cat").index(names[0])
+    assert load(tmp_path, "huggingface", **keys).test.labels.tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("values", [["b", "a"], [7, 3], [1.0, 0.0], [True, False]])
+def test_labels_without_names_are_the_sorted_values(tmp_path: Path, values: list[Any]) -> None:
+    keys = save_splits(tmp_path / "hub", {"label": values}, {"label": values[:1]})
+    dataset = load(tmp_path, "huggingface", **keys)
+    assert dataset.class_names == tuple(map(str, sorted(values)))
+    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([1, 0], [1])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        (
+            [0, 1],
+            [-1, -1],
+            "'label' of '{path}' holds -1 in row 0 (from 0) of split 'test'; labels count from 0, and -1",
+        ),
+        ([0, -1], [0, 1], "holds -1 in row 1 (from 0) of split 'train'"),
+        ([0, 1], [0, 2], "holds 2 in row 1 (from 0) of split 'test'; the classes of split 'train' are 0, 1"),
+        (
+            ["a", "b"],
+            ["a", "B"],
+            "holds 'B' in row 1 (from 0) of split 'test'; the classes of split 'train' are 'a', 'b'",
+        ),
+        (["0", "1"], [0, 1], "holds 0 in row 0 (from 0) of split 'test'; the classes of split 'train' are '0', '1'"),
+        ([0, None], [0, 1], "holds null in row 1 (from 0) of split 'train'; every row needs a value"),
+        (["a", "b"], ["a", None], "holds null in row 1 (from 0) of split 'test'"),
+        ([0.0, float("nan")], [0.0, 1.0], "holds null in row 1 (from 0) of split 'train'"),
+        ([0.0, 0.37], [0.0, 1.0], "holds 0.37 in row 1 (from 0) of split 'train'; a label is a whole number or text"),
+        ([0, 1], [0.0, float("inf")], "of split 'test'"),
+        (
+            [[0], [1, 2]],
+            [[0], [1]],
+            "holds a list in row 0 (from 0) of split 'train'; every row needs one number or text",
+        ),
+        (["a", "b"], [["a"], ["b"]], "holds a list in row 0 (from 0) of split 'test'"),
+        ([{"x": 1}, {"x": 2}], [{"x": 1}], "holds several fields in row 0 (from 0) of split 'train'"),
+        ([0, 1], [], "'{path}', split 'test', holds no sample"),
+        ([], [0, 1], "'{path}', split 'train', holds no sample"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_by_row(tmp_path: Path, train: list, test: list, words: str) -> None:
+    keys = save_splits(tmp_path / "hub", {"label": train}, {"label": test})
+    refused(tmp_path, "huggingface", words.format(**keys), "data.", **keys)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, -1], "holds -1 in row 1 (from 0) of split 'test'; labels count from 0, and -1 marks a sample without one"),
+        ([None, 1], "holds null in row 0 (from 0) of split 'test'"),
+        ([0, 3], "holds 'dog' in row 1 (from 0) of split 'test'; the classes of split 'train' are 'ant', 'bat', 'cat'"),
+    ],
+)
+def test_label_numbers_without_a_class_are_refused_by_row(tmp_path: Path, labels: list, words: str) -> None:
+    kinds = labels_of("ant", "bat", "cat"), labels_of("ant", "bat", "cat", "dog")
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1, 2]}, {"label": labels}, label=kinds)
+    refused(tmp_path, "huggingface", "data.label_column: 'label'", words, **keys)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (None, "data.image_column: 'image' of '{path}' holds null in row 1 (from 0) of split 'test'"),
+        ({"bytes": None, "path": None}, "holds null in row 1 (from 0) of split 'test'"),
+        ({"bytes": b"", "path": None}, "data.path: '{path}, split test, row 1 (from 0), column image' cannot be read"),
+        ({"bytes": b"<html>", "path": "a.jpg"}, "(Pillow knows no such image)"),
+        ({"bytes": None, "path": "absent.jpg"}, "row 1 (from 0), column image' cannot be read ([Errno 2] No such file"),
+    ],
+)
+def test_images_that_are_missing_or_damaged_are_refused_by_row(
+    tmp_path: Path, hub_cache: Path, image: Any, words: str
+) -> None:
+    keys = write_parquet(tmp_path / "hub", [{"bytes": jpeg(), "path": None}, image])
+    refused(tmp_path, "huggingface", words.format(**keys), **keys)
+
+
+def test_what_the_library_cannot_read_is_told_in_one_line_alone(
+    tmp_path: Path, hub_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library logs an error of its own for a Parquet file without rows, or reads it as an empty split."""
+    keys = write_parquet(tmp_path / "hub", [])
+    capfd.readouterr()
+    refused(tmp_path, "huggingface", f"data.path: '{keys['path']}'", **keys)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_column_of_several_images_is_refused_by_its_type(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    several = [[{"bytes": jpeg(), "path": None}]]
+    kind = datasets.Sequence(datasets.Image())
+    columns = {"label": [0], "frames": several}
+    keys = save_splits(tmp_path / "hub", columns, columns, frames=(kind, kind))
+    refused(tmp_path, "huggingface", "'frames' of", "holds no images but List(Image", **keys, image_column="frames")
+
+
+@pytest.mark.parametrize(
+    ("clients", "words"),
+    [
+        (["w1", None], "data.client_column: 'who' of '{path}' holds null in row 1 (from 0) of split 'train'"),
+        ([1.0, float("nan")], "holds null in row 1"),
+        ([["w1"], ["w2"]], "holds a list in row 0"),
+    ],
+)
+def test_a_sample_without_a_client_is_refused_by_row(tmp_path: Path, clients: list, words: str) -> None:
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1], "who": clients}, {"label": [0, 1], "who": clients})
+    refused(tmp_path, "huggingface", words.format(**keys), **keys, client_column="who")
+    assert load(tmp_path, "huggingface", **keys).train.groups is None
+
+
+def test_natural_clients_without_their_column_name_the_key(tmp_path: Path) -> None:
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1]}, {"label": [0, 1]})
+    config = data_config(name="huggingface", root=str(tmp_path), clients=None, partition={"name": "natural"}, **keys)
+    with pytest.raises(ConfigError, match=r"natural.*data\.client_column: null"):
+        make_partition(config, load_dataset(config, 1).train, 1)
+    write_cifar10(tmp_path)
+    config = data_config(name="cifar10", root=str(tmp_path), clients=None, partition={"name": "natural"})
+    with pytest.raises(ConfigError, match=r"'natural', but 'cifar10' knows no natural clients; .*glyphs"):
+        make_partition(config, load_dataset(config, 1).train, 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_hub_images_are_turned_by_exif_as_the_library_turns_them(tmp_path: Path, orientation: int) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": jpeg(orientation), "path": None}] * 2
+    columns = {"image": images, "label": [0, 1]}
+    keys = save_splits(tmp_path / "hub", columns, columns)
+    dataset = load(tmp_path, "huggingface", **keys)
+    expected = np.asarray(datasets.load_from_disk(keys["path"])["train"][0]["image"]).transpose(2, 0, 1)
+    assert np.array_equal(dataset.train.images[0].numpy(), expected)
+    assert not dataset.cropped
+
+
+def test_a_data_set_that_was_saved_with_a_format_is_read_without_it(tmp_path: Path) -> None:
+    content = make_hub_data().with_format("numpy")
+    content.save_to_disk(tmp_path / "hub")
+    dataset = load(tmp_path, "huggingface", path=str(tmp_path / "hub"), client_column="writer", **HUB)
+    assert dataset.train.labels.tolist() == [k % 3 for k in range(12)]
 
 
 @pytest.fixture
