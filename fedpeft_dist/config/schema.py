@@ -180,7 +180,8 @@ class Resisc45Config(DataSection):
     """Of every class, drawn with `split_seed` and written down beside the decoded images."""
     split_seed: Annotated[int, Field(ge=0)] = 0
     train_list: str | None = None
-    """A text file that names a training image a line, relative to root's class folders; goes with `test_list`."""
+    """A text file that names a training image a line, relative to root's class folders, or by the file's name alone
+    where one file has it; goes with `test_list`."""
     test_list: str | None = None
 
 
@@ -191,7 +192,10 @@ class PcamConfig(DataSection):
 
 
 class ImageFolderConfig(DataSection):
-    """Any images in class folders: `train/<class>/*` and `test/<class>/*` below root."""
+    """Any images in class folders, at any depth: `train/<class>/**/*` and `test/<class>/**/*` below root.
+
+    Images are not turned by their EXIF orientation, as in torchvision and timm.
+    """
 
     name: Literal["image_folder"]
     train_folder: str = "train"
@@ -203,7 +207,10 @@ class ImageFolderConfig(DataSection):
 
 
 class HuggingFaceConfig(DataSection):
-    """A data set of the Hugging Face hub, or a local folder in one of its formats; needs the extra `huggingface`."""
+    """A data set of the Hugging Face hub, or a local folder in one of its formats; needs the extra `huggingface`.
+
+    Images are turned by their EXIF orientation, as the library `datasets` does.
+    """
 
     name: Literal["huggingface"]
     path: str
@@ -213,6 +220,7 @@ class HuggingFaceConfig(DataSection):
     test_split: str = "test"
     image_column: str = "image"
     label_column: str = "label"
+    """Names (a ClassLabel), text or whole numbers. The train split's are the classes; the test split's go by name."""
     client_column: str | None = None
     """Whose sample it is, for the natural partition."""
     classes: Count | None = None
