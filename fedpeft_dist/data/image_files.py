@@ -145,9 +145,7 @@ def _read_header(image: EncodedImage) -> tuple[str, tuple[int, int], bool]:
     with image.errors_told(), image.open() as opened:
         _check_mode(opened)
         width, height = opened.size
-        # Pillow itself turns a TIFF, and its size in the header is the one after that.
-        is_turned = image.upright and opened.format != "TIFF"
-        if is_turned and opened.getexif().get(ExifTags.Base.Orientation) in QUARTER_TURNS:
+        if image.upright and _is_quarter_turned(opened):
             width, height = height, width
         return image.name, (width, height), _is_grey(opened.mode)
 
@@ -158,10 +156,26 @@ def _decode(image: EncodedImage, form: Form) -> np.ndarray:
         with image.open() as opened:
             bits = _bits(opened)
             opened.load()
-            pixels = _to_bytes(ImageOps.exif_transpose(opened) if image.upright else opened, bits)
+            pixels = _to_bytes(_turn_upright(opened) if image.upright else opened, bits)
             pixels = pixels.convert("L" if form.channels == 1 else "RGB")
         array = np.asarray(_fit(pixels, form))
         return array.reshape(form.height, form.width, form.channels).transpose(2, 0, 1)
+
+
+def _is_quarter_turned(image: Image.Image) -> bool:
+    if image.format == "TIFF":  # Pillow itself turns it, and its size is the one after that
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in QUARTER_TURNS
+    except Exception:  # damaged metadata of a picture that may be whole
+        return False
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as above
+        return image
 
 
 def _is_grey(mode: str) -> bool:

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import DataConfig
@@ -134,8 +133,10 @@ def _build(source: Source, folder: Path, name: str) -> Dataset:
             "another folder"
         ) from None
     try:
-        with warnings.catch_warnings():  # Pillow warns of large pictures, and refuses those that are too large
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with (
+            warnings.catch_warnings()
+        ):  # Pillow warns of odd metadata, and of large pictures that it reads all the same
+            warnings.filterwarnings("ignore", module=r"PIL\b")
             contents = source.read()
             write_store(contents, building, folder, name)
     except BaseException as error:

@@ -903,6 +903,19 @@ def test_hub_images_are_turned_by_exif_as_the_library_turns_them(tmp_path: Path,
     assert not dataset.cropped
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_hub_image_with_damaged_exif_is_read_as_it_lies(
+    tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (10, 6), (9, 9, 9)).save(file, kind, exif=b"Exif\0\0garbage")
+    columns = {"image": [{"bytes": file.getvalue(), "path": None}] * 2, "label": [0, 1]}
+    keys = save_splits(tmp_path / "hub", columns, columns)
+    recwarn.clear()
+    assert load(tmp_path, "huggingface", **keys).train.images.shape == (2, 3, 6, 10)
+    assert not recwarn.list
+
+
 def test_a_data_set_that_was_saved_with_a_format_is_read_without_it(tmp_path: Path) -> None:
     content = make_hub_data().with_format("numpy")
     content.save_to_disk(tmp_path / "hub")
