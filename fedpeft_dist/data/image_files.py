@@ -74,7 +74,8 @@ class EncodedImage:
             limit = f"it has {pixels:,} pixels, and Pillow reads at most {2 * Image.MAX_IMAGE_PIXELS:,}"
             raise unreadable(self.name, limit, "give a smaller picture", self.key) from None
         except UnidentifiedImageError:
-            raise unreadable(self.name, "Pillow knows no such image", key=self.key) from None
+            remedy = "put a whole copy of the file there, or save it as PNG"
+            raise unreadable(self.name, "Pillow knows no such image or pixels", remedy, self.key) from None
         except Exception as error:  # Pillow's decoders fail by classes of their own, SyntaxError among them
             raise unreadable(self.name, error, key=self.key) from None
 

@@ -836,7 +836,7 @@ def test_label_numbers_without_a_class_are_refused_by_row(tmp_path: Path, labels
         (None, "data.image_column: 'image' of '{path}' holds null in row 1 (from 0) of split 'test'"),
         ({"bytes": None, "path": None}, "holds null in row 1 (from 0) of split 'test'"),
         ({"bytes": b"", "path": None}, "data.path: '{path}, split test, row 1 (from 0), column image' cannot be read"),
-        ({"bytes": b"<html>", "path": "a.jpg"}, "(Pillow knows no such image)"),
+        ({"bytes": b"<html>", "path": "a.jpg"}, "(Pillow knows no such image or pixels)"),
         ({"bytes": None, "path": "absent.jpg"}, "row 1 (from 0), column image' cannot be read ([Errno 2] No such file"),
     ],
 )
