@@ -7,7 +7,6 @@ Shapes: S samples, C channels, H x W pixels, n samples of a chunk.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,4 +119,4 @@ def unreadable(
 
 def printable(name: Path | str) -> str:
     """A file's name as text that can be encoded: bytes that are no UTF-8 stand as `\\x..`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
