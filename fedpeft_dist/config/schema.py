@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedpeft_dist.config.paths import UserPath
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -136,9 +138,9 @@ PartitionConfig = Annotated[
 class DataSection(Section):
     """What every data set's section has."""
 
-    root: str = "data"
+    root: UserPath = "data"
     """The folder with the data set's files."""
-    store: str | None = None
+    store: UserPath | None = None
     """Where its decoded images are kept, written once and shared by all runs; null: the folder `.store` below root."""
     image_size: Count = 224
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
@@ -179,10 +181,10 @@ class Resisc45Config(DataSection):
     test_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Of every class, drawn with `split_seed` and written down beside the decoded images."""
     split_seed: Annotated[int, Field(ge=0)] = 0
-    train_list: str | None = None
+    train_list: UserPath | None = None
     """A text file that names a training image a line, relative to root's class folders, or by the file's name alone
     where one file has it; goes with `test_list`."""
-    test_list: str | None = None
+    test_list: UserPath | None = None
 
 
 class PcamConfig(DataSection):
@@ -198,8 +200,8 @@ class ImageFolderConfig(DataSection):
     """
 
     name: Literal["image_folder"]
-    train_folder: str = "train"
-    test_folder: str = "test"
+    train_folder: UserPath = "train"
+    test_folder: UserPath = "test"
     classes: Count | None = None
     """How many there should be: checked against the folders, and what `fedpeft cost` goes by."""
     stored_size: Count = 256
@@ -213,7 +215,7 @@ class HuggingFaceConfig(DataSection):
     """
 
     name: Literal["huggingface"]
-    path: str
+    path: UserPath
     """The data set's name on the hub, such as `uoft-cs/cifar100`, or a local folder."""
     subset: str | None = None
     train_split: str = "train"

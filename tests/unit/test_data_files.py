@@ -969,6 +969,44 @@ def test_huggingface_without_the_library(tmp_path: Path, monkeypatch: pytest.Mon
     refused(tmp_path, "huggingface", "data.name: 'huggingface'", "fedpeft_dist[huggingface]", path="a/b")
 
 
+# --- places ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *((name, key) for name in ("cifar10", "pcam", "digits") for key in ("root", "store")),
+        *(("resisc45", key) for key in ("root", "store", "train_list", "test_list")),
+        *(("image_folder", key) for key in ("root", "store", "train_folder", "test_folder")),
+        *(("huggingface", key) for key in ("root", "store", "path")),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_path(name: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    others = {
+        "huggingface": {"path": "a/b"},
+        "resisc45": {"train_list": "a", "test_list": "b"} if key.endswith("list") else {},
+    }.get(name, {})
+
+    def expanded(path: str) -> str:
+        return getattr(data_config(**{"name": name, **others, key: path}), key)
+
+    assert expanded("~/x") == "/home/me/x"
+    assert expanded("~") == "/home/me"
+    for plain in ("x", "./~x/y", "a/~", "/a/b"):
+        assert expanded(plain) == plain
+    with pytest.raises(ValueError, match=r"'~nobody-here/x': ~nobody-here is no user's home folder"):
+        expanded("~nobody-here/x")
+
+
+def test_data_and_store_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_image_folder(tmp_path / "images")
+    assert len(load(Path("~/images"), "image_folder", store="~/stores").train) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "stores"]
+
+
 # --- fetching ----------------------------------------------------------------------------------------------------
 
 
