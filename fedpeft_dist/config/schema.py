@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedpeft_dist.config.paths import UserPath
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -136,9 +138,9 @@ PartitionConfig = Annotated[
 class DataSection(Section):
     """What every data set's section has."""
 
-    root: str = "data"
+    root: UserPath = "data"
     """The folder with the data set's files."""
-    store: str | None = None
+    store: UserPath | None = None
     """Where its decoded images are kept, written once and shared by all runs; null: the folder `.store` below root."""
     image_size: Count = 224
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
@@ -179,9 +181,10 @@ class Resisc45Config(DataSection):
     test_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Of every class, drawn with `split_seed` and written down beside the decoded images."""
     split_seed: Annotated[int, Field(ge=0)] = 0
-    train_list: str | None = None
-    """A text file that names a training image a line, relative to root's class folders; goes with `test_list`."""
-    test_list: str | None = None
+    train_list: UserPath | None = None
+    """A text file that names a training image a line, relative to root's class folders, or by the file's name alone
+    where one file has it; goes with `test_list`."""
+    test_list: UserPath | None = None
 
 
 class PcamConfig(DataSection):
@@ -191,11 +194,14 @@ class PcamConfig(DataSection):
 
 
 class ImageFolderConfig(DataSection):
-    """Any images in class folders: `train/<class>/*` and `test/<class>/*` below root."""
+    """Any images in class folders, at any depth: `train/<class>/**/*` and `test/<class>/**/*` below root.
+
+    Images are not turned by their EXIF orientation, as in torchvision and timm.
+    """
 
     name: Literal["image_folder"]
-    train_folder: str = "train"
-    test_folder: str = "test"
+    train_folder: UserPath = "train"
+    test_folder: UserPath = "test"
     classes: Count | None = None
     """How many there should be: checked against the folders, and what `fedpeft cost` goes by."""
     stored_size: Count = 256
@@ -203,16 +209,20 @@ class ImageFolderConfig(DataSection):
 
 
 class HuggingFaceConfig(DataSection):
-    """A data set of the Hugging Face hub, or a local folder in one of its formats; needs the extra `huggingface`."""
+    """A data set of the Hugging Face hub, or a local folder in one of its formats; needs the extra `huggingface`.
+
+    Images are turned by their EXIF orientation, as the library `datasets` does.
+    """
 
     name: Literal["huggingface"]
-    path: str
+    path: UserPath
     """The data set's name on the hub, such as `uoft-cs/cifar100`, or a local folder."""
     subset: str | None = None
     train_split: str = "train"
     test_split: str = "test"
     image_column: str = "image"
     label_column: str = "label"
+    """Names (a ClassLabel), text or whole numbers. The train split's are the classes; the test split's go by name."""
     client_column: str | None = None
     """Whose sample it is, for the natural partition."""
     classes: Count | None = None

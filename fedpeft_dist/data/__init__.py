@@ -6,6 +6,7 @@ loaders.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedpeft_dist.config import schema
@@ -58,7 +59,7 @@ def load_dataset(config: schema.DataConfig, seed: int) -> datasets.Dataset:
     """
     dataset = DATASETS[type(config)](config, seed)
     train = datasets.subsample(dataset.train, config.max_train, seed)
-    return datasets.Dataset(train, dataset.test, dataset.class_names)
+    return replace(dataset, train=train)
 
 
 def count_classes(config: schema.DataConfig) -> int:

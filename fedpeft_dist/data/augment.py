@@ -35,7 +35,7 @@ def make_transform(config: DataConfig, interpolation: str) -> Transform:
     Args:
         interpolation: "bilinear" or "bicubic", for a config that says "auto".
     """
-    mode = interpolation if config.interpolation == "auto" else config.interpolation
+    mode = choose_interpolation(config, interpolation)
     plain = partial(resize, size=config.image_size, mode=mode)
 
     def transform(images: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
@@ -50,6 +50,11 @@ def make_transform(config: DataConfig, interpolation: str) -> Transform:
         return random_flip(images, keys)
 
     return transform
+
+
+def choose_interpolation(config: DataConfig, backbone: str) -> str:
+    """The config's choice or, for auto, the backbone's."""
+    return backbone if config.interpolation == "auto" else config.interpolation
 
 
 def resize(images: torch.Tensor, size: int, mode: str) -> torch.Tensor:

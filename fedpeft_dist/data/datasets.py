@@ -67,6 +67,8 @@ class Dataset:
     train: ImageSet
     test: ImageSet
     class_names: tuple[str, ...]
+    cropped: bool = False
+    """Whether the images were resized on the shorter side and cropped when they were decoded."""
 
     @property
     def num_classes(self) -> int:

@@ -6,24 +6,45 @@ Shapes: C channels, H x W pixels, n images of a chunk.
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from fedpeft_dist.data.source import unreadable
+from fedpeft_dist.data.source import printable, unreadable
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"})
+DECODING = 2
+"""The version of what this file makes of an image. Another number has the stores of encoded images built anew."""
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow's names of the formats that pictures come in. Other formats hold drawings, icons or measurements."""
+MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+"""Pillow's names of the kinds of pixels with 8 bits a channel that it converts to grey or RGB."""
+DEEP_FORMATS = ("PNG", "PPM")
+"""Formats whose pixels of mode I are 16 bits a pixel. Elsewhere they are 32 bits, and no rule says which is white."""
+QUARTER_TURNS = (5, 6, 7, 8)
+"""The EXIF orientations that exchange width and height."""
+ELONGATED = 8
+"""An image whose sides differ by this factor or more is cropped before it is resized, to save memory."""
 MAX_THREADS = 8
 CHUNK = 256
 
 T, U = TypeVar("T"), TypeVar("U")
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings, in lower case, of the files that are read as images."""
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in known if name in FORMATS) - {".pfm"}  # floating-point pixels
 
 
 @dataclass(frozen=True)
@@ -33,9 +54,34 @@ class EncodedImage:
     name: str
     """For errors."""
     content: Path | bytes
+    key: str = "data.root"
+    """The config key that errors name."""
+    upright: bool = False
+    """Whether the image is turned as its EXIF orientation says."""
 
     def open(self) -> Image.Image:
         return Image.open(BytesIO(self.content) if isinstance(self.content, bytes) else self.content)
+
+    @contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Turns what goes wrong with this image into one line that names it."""
+        try:
+            yield
+        except UnsupportedPixelsError as error:
+            raise unreadable(self.name, error, "save it with 8 bits a channel", self.key) from None
+        except Image.DecompressionBombError as error:
+            pixels = int(re.search(r"\d+", str(error)).group())
+            limit = f"it has {pixels:,} pixels, and Pillow reads at most {2 * Image.MAX_IMAGE_PIXELS:,}"
+            raise unreadable(self.name, limit, "give a smaller picture", self.key) from None
+        except UnidentifiedImageError:
+            remedy = "put a whole copy of the file there, or save it as PNG"
+            raise unreadable(self.name, "Pillow knows no such image or pixels", remedy, self.key) from None
+        except Exception as error:  # Pillow's decoders fail by classes of their own, SyntaxError among them
+            raise unreadable(self.name, error, key=self.key) from None
+
+
+class UnsupportedPixelsError(ValueError):
+    """An image is whole, and its kind of pixels has no right conversion to 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +91,38 @@ class Form:
     channels: int
     height: int
     width: int
+    notes: tuple[str, ...] = ()
+    """Why images are resized on the shorter side and cropped; empty where all have one size."""
+
+    @property
+    def cropped(self) -> bool:
+        return bool(self.notes)
 
 
 def choose_form(images: Iterable[EncodedImage], stored_size: int) -> Form:
     """The images' own size where all have the same, else a square; colour unless all are grey. Reads headers only.
 
     Raises:
-        ConfigError: a file that is no image; the message names it.
+        ConfigError: a file that is no image, or one of unsupported pixels; the message names it.
     """
-    sizes, all_grey = set(), True
-    for size, grey in _in_threads(_read_header, images):
-        sizes.add(size)
+    firsts: dict[tuple[int, int], str] = {}
+    counts: dict[tuple[int, int], int] = {}
+    all_grey = True
+    for name, size, grey in _in_threads(_read_header, images):
+        firsts.setdefault(size, name)
+        counts[size] = counts.get(size, 0) + 1
         all_grey &= grey
-    width, height = sizes.pop() if len(sizes) == 1 else (stored_size, stored_size)
-    return Form(1 if all_grey else 3, height, width)
+    channels = 1 if all_grey else 3
+    usual = max(counts, key=counts.__getitem__)
+    if len(counts) == 1:
+        return Form(channels, usual[1], usual[0])
+    odd = next(size for size in firsts if size != usual)
+    note = (
+        f"'{printable(firsts[odd])}' is {odd[0]} x {odd[1]} pixels, and {counts[usual]:,} of "
+        f"{sum(counts.values()):,} images are {usual[0]} x {usual[1]}: since sizes differ, every image is resized on "
+        f"its shorter side and cropped to its central {stored_size} x {stored_size}; images of one size stay whole"
+    )
+    return Form(channels, stored_size, stored_size, (note,))
 
 
 def decode_chunks(images: Iterable[EncodedImage], form: Form) -> Iterator[np.ndarray]:
@@ -77,37 +141,73 @@ def decode_chunks(images: Iterable[EncodedImage], form: Form) -> Iterator[np.nda
         yield np.stack(chunk)
 
 
-def _read_header(image: EncodedImage) -> tuple[tuple[int, int], bool]:
-    """(width, height), and whether the image is grey."""
-    try:
-        with image.open() as opened:
-            return opened.size, _is_grey(opened.mode)
-    except Exception as error:  # Pillow's decoders fail by classes of their own, SyntaxError among them
-        raise unreadable(image.name, error) from None
+def _read_header(image: EncodedImage) -> tuple[str, tuple[int, int], bool]:
+    """The name, (width, height), and whether the image is grey."""
+    with image.errors_told(), image.open() as opened:
+        _check_mode(opened)
+        width, height = opened.size
+        if image.upright and _is_quarter_turned(opened):
+            width, height = height, width
+        return image.name, (width, height), _is_grey(opened.mode)
 
 
 def _decode(image: EncodedImage, form: Form) -> np.ndarray:
     """uint8 [C, H, W]."""
-    try:
+    with image.errors_told():
         with image.open() as opened:
-            pixels = _to_bytes(opened).convert("L" if form.channels == 1 else "RGB")
+            bits = _bits(opened)
+            opened.load()
+            pixels = _to_bytes(_turn_upright(opened) if image.upright else opened, bits)
+            pixels = pixels.convert("L" if form.channels == 1 else "RGB")
         array = np.asarray(_fit(pixels, form))
-    except Exception as error:  # as above
-        raise unreadable(image.name, error) from None
-    return array.reshape(form.height, form.width, form.channels).transpose(2, 0, 1)
+        return array.reshape(form.height, form.width, form.channels).transpose(2, 0, 1)
+
+
+def _is_quarter_turned(image: Image.Image) -> bool:
+    if image.format == "TIFF":  # Pillow itself turns it, and its size is the one after that
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in QUARTER_TURNS
+    except Exception:  # damaged metadata of a picture that may be whole
+        return False
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as above
+        return image
 
 
 def _is_grey(mode: str) -> bool:
     return mode in ("1", "L", "LA", "La", "I") or mode.startswith("I;16")
 
 
-def _to_bytes(image: Image.Image) -> Image.Image:
-    """Brings 16 bits a pixel to 8, which Pillow's own conversion would cut off at 255."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; 8 or 16 bits are supported")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
+def _check_mode(image: Image.Image) -> None:
+    mode = image.mode
+    if mode in MODES or mode.startswith("I;16") or (mode == "I" and image.format in DEEP_FORMATS):
+        return
+    kinds = {"F": "floating-point numbers", "I": "32-bit integers, whose white is not known"}
+    raise UnsupportedPixelsError(f"its pixels are {kinds.get(mode, 'of an unsupported kind')}: mode {mode}")
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits a pixel of an image with more than 8: 16, but for a TIFF that says 12."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+
+
+def _to_bytes(image: Image.Image, bits: int) -> Image.Image:
+    """Brings 12 or 16 bits a pixel to 8, which Pillow's own conversion would cut off at 255."""
+    mode = image.mode
+    if mode == "I" or mode.startswith("I;16"):
+        values, white = np.asarray(image).astype(np.int64), 2**bits - 1
+        array = (values.clip(0, white) >> (bits - 8)).astype(np.uint8)
+        if values.any() and not array.any():
+            told = f"its pixels are at most {values.max()}, which is black where white is {white:,}"
+            raise UnsupportedPixelsError(f"{told}: mode {mode}")
+        return Image.fromarray(array)
+    if mode == "P" and "transparency" in image.info:
         return image.convert("RGBA")  # else Pillow warns
     return image
 
@@ -120,8 +220,12 @@ def _fit(image: Image.Image, form: Form) -> Image.Image:
     side = form.width
     scaled = (side, max(side, side * height // width)) if width <= height else (max(side, side * width // height), side)
     left, top = (scaled[0] - side) // 2, (scaled[1] - side) // 2
-    resized = image.resize(scaled, Image.Resampling.BICUBIC)  # antialiased, as all of Pillow's filters
-    return resized.crop((left, top, left + side, top + side))
+    window = (left, top, left + side, top + side)
+    if max(scaled) >= ELONGATED * side:
+        ratios = (width / scaled[0], height / scaled[1]) * 2
+        box = tuple(edge * ratio for edge, ratio in zip(window, ratios))
+        return image.resize((side, side), Image.Resampling.BICUBIC, box)
+    return image.resize(scaled, Image.Resampling.BICUBIC).crop(window)  # antialiased, as all of Pillow's filters
 
 
 def _in_threads(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:

@@ -90,7 +90,7 @@ def _open(folder: Path) -> Dataset | None:
             if (folder / name).stat().st_size != size:
                 return None
         train, test = (_open_split(folder, split, meta["files"]) for split in ("train", "test"))
-        return Dataset(train, test, tuple(meta["class_names"]))
+        return Dataset(train, test, tuple(meta["class_names"]), meta.get("cropped", False))
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
     except OSError as error:
@@ -133,7 +133,12 @@ def _build(source: Source, folder: Path, name: str) -> Dataset:
             "another folder"
         ) from None
     try:
-        write_store(source.read(), building, folder, name)
+        with (
+            warnings.catch_warnings()
+        ):  # Pillow warns of odd metadata, and of large pictures that it reads all the same
+            warnings.filterwarnings("ignore", module=r"PIL\b")
+            contents = source.read()
+            write_store(contents, building, folder, name)
     except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
         if isinstance(error, ConfigError):
@@ -141,6 +146,8 @@ def _build(source: Source, folder: Path, name: str) -> Dataset:
                 _failure_file(folder).write_text(f"{uuid.uuid4()}\n{error}", encoding="utf-8")
         raise
     _failure_file(folder).unlink(missing_ok=True)
+    for note in contents.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     dataset = _open(folder)
     assert dataset is not None
     return dataset

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import Resisc45Config
-from fedpeft_dist.data.image_files import choose_form, encoded_files
-from fedpeft_dist.data.image_folder import ClassFolders, folder_part, list_images
-from fedpeft_dist.data.source import Contents, Source, check_num_classes
+from fedpeft_dist.data.image_files import DECODING, choose_form, encoded_files
+from fedpeft_dist.data.image_folder import ClassFolders, folder_part, list_images, passed_over_notes
+from fedpeft_dist.data.source import Contents, Source, check_num_classes, printable
 from fedpeft_dist.lanes.random import derive_seed, permutation
 
 FOLDER = "NWPU-RESISC45"
@@ -35,7 +35,7 @@ def resisc45_source(config: Resisc45Config) -> Source:
         train, test = read_lists(images, config)
     else:
         train, test = draw_split(images.files, config.test_share, config.split_seed)
-    return Source([images.identity, train, test], lambda: _read(images, train, test))
+    return Source([DECODING, images.identity, train, test], lambda: _read(images, train, test))
 
 
 def draw_split(files: Mapping[str, Sequence[str]], share: float, seed: int) -> tuple[list[str], list[str]]:
@@ -52,7 +52,7 @@ def draw_split(files: Mapping[str, Sequence[str]], share: float, seed: int) -> t
         if not share or count >= len(own):
             what = f"of class {name!r}, which has {len(own)} image(s), leaves none to train or to test on"
             raise ConfigError(f"data.test_share: {share} {what}")
-        drawn = set(permutation(derive_seed(seed, f"resisc45/{name}"), len(own))[:count].tolist())
+        drawn = set(permutation(derive_seed(seed, f"resisc45/{printable(name)}"), len(own))[:count].tolist())
         for number, file in enumerate(own):
             (test if number in drawn else train).append(file)
     return train, test
@@ -75,30 +75,46 @@ def read_lists(images: ClassFolders, config: Resisc45Config) -> tuple[list[str],
 
 
 def _read_list(images: ClassFolders, key: str, path: str) -> list[str]:
-    # An image's own name tells its class in this data set, so lists without folders are in use too.
-    known = {name: name for files in images.files.values() for name in files}
-    known |= {name.partition("/")[2]: name for name in known}
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        # A byte order mark is left out; names that are no UTF-8 stay what they are on the disk.
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
         raise ConfigError(f"data.{key}: '{path}' cannot be read ({error})") from None
-    lines = [line for line in lines if line]
-    missing = [line for line in lines if line not in known]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    known = _names_in_lists(images)
+    missing = [line for line in lines if len(known.get(line, ())) != 1]
     if missing:
+        found = known.get(missing[0], ())
+        problem = f"{len(found)} files have in" if found else "is not in"
         raise ConfigError(
-            f"data.{key}: '{path}' names {missing[0]!r}, which is not in '{images.folder}' ({len(missing)} such lines)"
+            f"data.{key}: '{path}' names '{printable(missing[0])}', which {problem} '{images.folder}' "
+            f"({len(missing)} such lines)"
         )
-    names = sorted({known[line] for line in lines})
+    names = sorted({known[line][0] for line in lines})
     if len(names) != len(lines):
         raise ConfigError(f"data.{key}: '{path}' names {len(lines) - len(names)} image(s) twice")
-    lacking = sorted(set(images.class_names) - {name.partition("/")[0] for name in names})
+    lacking = sorted(set(images.files) - {name.partition("/")[0] for name in names})
     if lacking:
         raise ConfigError(f"data.{key}: '{path}' names no image of class {lacking[0]!r} ({len(lacking)} such classes)")
     return names
 
 
+def _names_in_lists(images: ClassFolders) -> dict[str, list[str]]:
+    """What a list may call the images, each with the files of that name.
+
+    An image's own name tells its class in this data set, so lists without folders are in use too.
+    """
+    known: dict[str, list[str]] = {}
+    for files in images.files.values():
+        for file in files:
+            for name in {file, file.partition("/")[2], file.rpartition("/")[2]}:
+                known.setdefault(name, []).append(file)
+    return known | {file: [file] for files in images.files.values() for file in files}
+
+
 def _read(images: ClassFolders, train: Sequence[str], test: Sequence[str]) -> Contents:
     form = choose_form(encoded_files(images.folder, [*train, *test]), SIDE)
-    parts = [folder_part(images.folder, names, images.class_names, form) for names in (train, test)]
+    parts = [folder_part(images.folder, names, images.files, form) for names in (train, test)]
     texts = {"train.txt": "\n".join(train) + "\n", "test.txt": "\n".join(test) + "\n"}
-    return Contents(images.class_names, *parts, texts)
+    notes = passed_over_notes(images) + form.notes
+    return Contents(images.class_names, *parts, texts, form.cropped, notes)

@@ -43,6 +43,10 @@ class Contents:
     test: Part
     texts: Mapping[str, str] = field(default_factory=dict)
     """File name to text: what else belongs beside the images, such as the lists of a random split."""
+    cropped: bool = False
+    """Whether images were resized on the shorter side and cropped, since their sizes differ."""
+    notes: tuple[str, ...] = ()
+    """Lines that a user should read once, when the store is built."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,17 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
         raise ConfigError(f"data.root: {where} holds the label {wrong}; valid are 0 to {num_classes - 1}")
 
 
-def unreadable(path: Path | str, reason: Exception | str) -> ConfigError:
+def unreadable(
+    path: Path | str,
+    reason: Exception | str,
+    remedy: str = "put a whole copy of the file there",
+    key: str = "data.root",
+) -> ConfigError:
     """The error for a file that is damaged, or something else than it should be."""
     text = " ".join(str(reason).split()) or type(reason).__name__
-    return ConfigError(f"data.root: '{path}' cannot be read ({text[:200]}); put a whole copy of the file there")
+    return ConfigError(f"{key}: '{printable(path)}' cannot be read ({text[:200]}); {remedy}")
+
+
+def printable(name: Path | str) -> str:
+    """A file's name as text that can be encoded: bytes that are no UTF-8 stand as `\\x..`."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

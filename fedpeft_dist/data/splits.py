@@ -117,7 +117,11 @@ def _split_shards(config: schema.DataConfig, train: ImageSet, rng: np.random.Gen
 
 def _split_natural(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
     if train.groups is None:
-        raise ConfigError(f"data.partition.name: 'natural', but {config.name!r} knows no natural clients")
+        # A data set that may know them has a key for it.
+        lacks = "data.client_column: null names no column that says whose a sample is; give one"
+        if not hasattr(config, "client_column"):
+            lacks = f"{config.name!r} knows no natural clients; glyphs, glyphs100 and huggingface do"
+        raise ConfigError(f"data.partition.name: 'natural', but {lacks}")
     groups = train.groups.numpy()
     names = np.unique(groups)
     if config.clients not in (None, len(names)):

@@ -51,7 +51,7 @@ def write_store(contents: Contents, building: Path, folder: Path, name: str) -> 
         for file, text in contents.texts.items():
             _write_text(text, building / file)
         files = {path.name: path.stat().st_size for path in sorted(building.iterdir())}
-        meta = {"name": name, "class_names": contents.class_names, "files": files}
+        meta = {"name": name, "class_names": contents.class_names, "cropped": contents.cropped, "files": files}
         _write_text(json.dumps(meta, indent=1), building / META)
         _flush_folder(building)
         os.rename(building, folder)
@@ -94,7 +94,7 @@ def _write_array(array: np.ndarray, path: Path) -> None:
 
 
 def _write_text(text: str, path: Path) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # names may be no UTF-8
         file.write(text)
         _flush(file)
 

@@ -79,7 +79,7 @@ class PeftFormat:
             "use_rslora": False,
         }
         tensors = {f"base_model.model.{name}": tensor for name, tensor in run.trained.items()}
-        _write_tensors(folder / "adapter_model.safetensors", tensors)
+        _write_tensors(folder / "adapter_model.safetensors", tensors, run.recipe.metadata())
         _write_json(folder / "adapter_config.json", adapter)
         if not run.timm_has_weights:
             (folder / "base").mkdir()
@@ -88,6 +88,7 @@ class PeftFormat:
             "import timm",
             "from peft import PeftModel",
             f"model = {self.expression(run, HERE)}",
+            *_transform_lines(run),
         ]
         _write_readme(run, folder, "A LoRA adapter with the trained classifier, for Hugging Face peft:", lines)
 
@@ -116,17 +117,16 @@ class SafetensorsFormat:
             "method": config.method.model_dump_json(),
             "data": config.data.name,
             "classes": json.dumps(run.num_classes),
-            "image_size": json.dumps(config.data.image_size),
-            "interpolation": run.interpolation,
-            "mean": json.dumps(run.backbone.mean),
-            "std": json.dumps(run.backbone.std),
+            **run.recipe.metadata(),
         }
         _write_tensors(folder / "trainable.safetensors", run.trained, metadata)
         lines = [
+            "import timm",
             "from safetensors import safe_open",
             f'with safe_open("{HERE}/trainable.safetensors", framework="pt") as file:',
-            "    metadata = file.metadata()  # backbone, method, classes, image_size, mean, std, ...",
+            "    metadata = file.metadata()  # backbone, method, classes, image_size, crop_mode, mean, std, ...",
             "    tensors = {name: file.get_tensor(name) for name in file.keys()}",
+            *_transform_lines(run),
         ]
         _write_readme(run, folder, "The trained parameters by name:", lines)
 
@@ -141,15 +141,10 @@ def _timm_model(folder: str) -> str:
 def write_model(run: TrainedRun, state: Mapping[str, torch.Tensor], folder: Path) -> None:
     """A timm model with these tensors: model.safetensors, and the config.json that timm rebuilds it from."""
     name, arguments = run.architecture
-    own, size = run.backbone.model.pretrained_cfg, run.config.data.image_size
+    own = run.backbone.model.pretrained_cfg
     source = {
-        "input_size": [run.backbone.channels, size, size],
+        **run.recipe.timm_arguments(),
         "fixed_input_size": bool(own.get("fixed_input_size")),
-        "interpolation": run.interpolation,
-        "crop_pct": 1.0,  # the run sees whole images, resized to squares
-        "crop_mode": "squash",
-        "mean": run.backbone.mean,
-        "std": run.backbone.std,
         "num_classes": run.num_classes,
         "pool_size": None,
         "first_conv": own.get("first_conv"),
@@ -177,9 +172,14 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _transform_lines(run: TrainedRun) -> list[str]:
+    """Python that prepares a picture as the run did."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in run.recipe.timm_arguments().items())
+    return [f"transform = timm.data.create_transform({arguments})"]
+
+
 def _write_readme(run: TrainedRun, folder: Path, title: str, lines: Sequence[str]) -> None:
-    config, backbone = run.config, run.backbone
-    size = config.data.image_size
+    config = run.config
     text = [
         f"# {config.method.name} on {config.backbone.name}: {run.num_classes} classes of {config.data.name}",
         "",
@@ -187,8 +187,7 @@ def _write_readme(run: TrainedRun, folder: Path, title: str, lines: Sequence[str
         "",
         *(f"    {line}" for line in lines),
         "",
-        f"Images are resized whole to {size} x {size} ({run.interpolation}), scaled to 0 .. 1 and normalised, in "
-        f"{backbone.channels} channels, with mean {list(backbone.mean)} and std {list(backbone.std)}.",
+        run.recipe.describe(),
         "",
         f"{SIGNATURE} The trained parameters' sha256: {run.metadata.get('weights_sha256', 'unknown')}.",
     ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone, class
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import LoraConfig, RunConfig
 from fedpeft_dist.data import count_classes
+from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import attach_method
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, check_same_backbone
@@ -35,6 +37,8 @@ class TrainedRun:
     frozen: Mapping[str, torch.Tensor]
     """The backbone's tensors before training, buffers included, by timm's names."""
     num_classes: int
+    recipe: ImageRecipe
+    """How the run has prepared its images."""
 
     @property
     def architecture(self) -> tuple[str, dict[str, Any]]:
@@ -45,11 +49,6 @@ class TrainedRun:
         if backbone.name == GLYPH_VIT:
             return TIMM_NAME, {**ARCHITECTURE, **arguments}
         return backbone.name.partition(".")[0], arguments
-
-    @property
-    def interpolation(self) -> str:
-        chosen = self.config.data.interpolation
-        return self.backbone.interpolation if chosen == "auto" else chosen
 
     @property
     def timm_has_weights(self) -> bool:
@@ -83,7 +82,8 @@ def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
         attach_method(backbone, config.method, seed=0).layout.join(trained)
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
-    return TrainedRun(config, trained, metadata, backbone, frozen, num_classes)
+    recipe = ImageRecipe.from_metadata(metadata) or _likely_recipe(config, backbone, file)
+    return TrainedRun(config, trained, metadata, backbone, frozen, num_classes, recipe)
 
 
 def merge(run: TrainedRun) -> dict[str, torch.Tensor]:
@@ -101,6 +101,18 @@ def merge(run: TrainedRun) -> dict[str, torch.Tensor]:
             assert name in merged
             merged[name] = tensor
     return merged
+
+
+def _likely_recipe(config: RunConfig, backbone: Backbone, file: Path) -> ImageRecipe:
+    """The recipe of a run that has not written its own: right unless its images were of differing sizes."""
+    if hasattr(config.data, "stored_size"):
+        print(
+            f"warning: {file}: does not say how images were prepared, since an older version wrote it; the export says "
+            "resized whole, which is wrong if the images' sizes differed: they were cropped then",
+            file=sys.stderr,
+        )
+    recipe = ImageRecipe.of(config.data, backbone.interpolation, backbone.mean, backbone.std, cropped=False)
+    return replace(recipe, upright=False)
 
 
 def _count_classes(config: RunConfig, trained: Mapping[str, torch.Tensor], file: Path) -> int:

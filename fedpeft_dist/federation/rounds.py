@@ -107,7 +107,8 @@ def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
         if not log.is_evaluated:  # an earlier end than the one that the last round was run for
             log.evaluated(simulation.evaluate(run.vector))
         backbone, privacy = simulation.model.backbone, _spent(run) if runtime.is_main else None
-        log.complete(run.vector, simulation.model.layout, backbone.num_parameters, backbone.sha256, privacy)
+        origin = {"backbone_sha256": backbone.sha256, **simulation.recipe.metadata()}
+        log.complete(run.vector, simulation.model.layout, backbone.num_parameters, origin, privacy)
     barrier(runtime)
     return COMPLETE
 

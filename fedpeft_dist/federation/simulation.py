@@ -19,6 +19,7 @@ from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
 from fedpeft_dist.data.pixels import choose_resident
+from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
@@ -159,6 +160,12 @@ class Simulation:
         """On what the clients hold out of their own samples."""
         assert self.held_out is not None
         return self._evaluator(self.train_store, self.held_out.samples)
+
+    @property
+    def recipe(self) -> ImageRecipe:
+        """How pictures become the backbone's input."""
+        own = self.model.backbone
+        return ImageRecipe.of(self.config.data, own.interpolation, own.mean, own.std, self.dataset.cropped)
 
     def evaluate(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Accuracy of a global vector [P] on what `federation.evaluate_on` names, and the clients' own on request.

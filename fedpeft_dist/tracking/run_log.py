@@ -153,14 +153,14 @@ class RunLog:
         vector: torch.Tensor,
         layout: ParameterLayout,
         backbone_parameters: int,
-        backbone: str,
+        origin: Mapping[str, str],
         privacy: Mapping[str, Any] | None,
     ) -> None:
         """The run is over: its parameters by name, its summary, its state.
 
         Args:
             vector: the global vector, float32 [P].
-            backbone: the digest of the backbone it goes with.
+            origin: what belongs to the parameters: the digest of the backbone, and how images are prepared.
             privacy: what the run has spent, on what guarantee; None where it was not private.
         """
         if not self.runtime.is_main:
@@ -170,7 +170,7 @@ class RunLog:
         metadata = {
             "method": config.method.name,
             "backbone": config.backbone.name,
-            "backbone_sha256": backbone,
+            **origin,
             "weights_sha256": digest,
         }
         self.directory.write_trainable(layout.split(vector), metadata)

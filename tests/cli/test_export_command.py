@@ -9,15 +9,18 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 import yaml
 from peft import PeftModel, get_peft_model_state_dict
+from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -26,6 +29,9 @@ from torch import nn
 from fedpeft_dist import cli, export
 from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.load import load_config
+from fedpeft_dist.data import load_dataset
+from fedpeft_dist.data.augment import make_transform
+from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.export import formats
 from fedpeft_dist.export.trained_run import load_run, merge
 from fedpeft_dist.lanes.parameters import LaneParameters
@@ -48,6 +54,8 @@ SWIN = {
 LORA = {"name": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1}
 ALL_TARGETS = {**LORA, "targets": ["qkv", "proj", "fc1", "fc2"]}
 
+DIGITS = {"name": "digits"}
+
 Train = Callable[..., Path]
 
 
@@ -56,14 +64,14 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     """train(method, backbone, image_size): the directory of a finished run, trained once a module."""
     runs: dict[str, Path] = {}
 
-    def run(method: dict[str, Any], backbone: dict[str, Any] = VIT, image_size: int = 8) -> Path:
-        key = json.dumps([method, backbone, image_size])
+    def run(method: dict[str, Any], backbone: dict[str, Any] = VIT, image_size: int = 8, data: Any = DIGITS) -> Path:
+        key = json.dumps([method, backbone, image_size, data])
         if key not in runs:
             folder = tmp_path_factory.mktemp("run")
             tree = {
                 "backbone": {"pretrained": False, **backbone},
                 "method": method,
-                "data": {"name": "digits", "image_size": image_size, "clients": 4, "partition": {"name": "iid"}},
+                "data": {"image_size": image_size, "clients": 4, "partition": {"name": "iid"}, **data},
                 "federation": {"rounds": 1, "cohort": 2},
                 "client": {"steps": 20, "batch_size": 32, "optimizer": {"name": "sgd", "lr": 0.1}},
                 "runtime": {"device": "cpu", "lanes": 2, "precision": "fp32"},
@@ -292,6 +300,113 @@ def test_an_export_is_a_checkpoint_for_another_run(train: Train, command: Any, t
         safetensors.torch.load_file(weights).keys()
         == load_run(load_config(RunDirectory(again).config_file), RunDirectory(again)).frozen.keys()
     )
+
+
+# --- how images are prepared ---------------------------------------------------------------------------------------
+
+SIZES = {
+    "equal": [(60, 20)],
+    "wide": [(60, 20), (72, 20), (61, 18)],
+    "tall": [(20, 60), (20, 75)],
+    "one odd": [(20, 20)],
+}
+
+
+def write_pictures(root: Path, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    """Two classes: a red or a green middle, between noise on both sides. Returns the config's section."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 12)):
+        for channel, name in enumerate(("red", "green")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                width, height = sizes[number % len(sizes)]
+                pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                middle = pixels[height // 2 - 9 : height // 2 + 9, width // 2 - 9 : width // 2 + 9]
+                middle[...] = 40
+                middle[..., channel] = 220
+                Image.fromarray(pixels).save(root / split / name / f"{number:02d}.png")
+    return {"name": "image_folder", "root": str(root), "stored_size": 16}
+
+
+@pytest.fixture(params=SIZES)
+def pictures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """(crop mode, data section)."""
+    root = tmp_path_factory.getbasetemp() / f"pictures {request.param}"
+    if not root.exists():
+        write_pictures(root, SIZES[request.param])
+        if request.param == "one odd":
+            Image.new("RGB", (21, 20)).save(root / "train" / "red" / "odd.png")
+    data = {"name": "image_folder", "root": str(root), "stored_size": 16}
+    return "squash" if request.param == "equal" else "center", data
+
+
+def test_pictures_prepared_as_the_export_says_are_what_the_run_has_seen(
+    train: Train, command: Any, pictures: tuple[str, dict[str, Any]]
+) -> None:
+    crop_mode, data = pictures
+    run = train({"name": "full"}, data=data)
+    model = reload(command("export", run, "--format", "timm"))
+    found = timm.data.resolve_model_data_config(model)
+    assert (found["crop_mode"], found["crop_pct"], found["input_size"]) == (crop_mode, 1.0, (3, 8, 8))
+    transform = timm.data.create_transform(**found)
+    files = sorted(Path(data["root"]).glob("test/*/*.png"), key=lambda path: (path.parent.name, path.name))
+    prepared = torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
+
+    config = load_config(RunDirectory(run).config_file)
+    dataset = load_dataset(config.data, 1)
+    store = DeviceStore(
+        dataset.test, make_transform(config.data, "bicubic"), 3, (0.5,) * 3, (0.5,) * 3, torch.device("cpu")
+    )
+    seen, labels = store.batch(torch.arange(len(files)).unsqueeze(0))
+    assert (prepared - seen[0]).abs().mean() < 0.05  # of a range of 2
+    with torch.no_grad():
+        accuracy = (model(prepared).argmax(1) == labels[0]).float().mean().item()
+    assert accuracy == pytest.approx(final_accuracy(run))
+    assert accuracy > 0.9
+
+
+def test_every_format_tells_how_images_are_prepared(train: Train, command: Any, tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "pictures", SIZES["wide"])
+    run = train(LORA, data=data)
+    expected = {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+    for export_format, file in {
+        "timm": None,
+        "peft": "adapter_model.safetensors",
+        "safetensors": "trainable.safetensors",
+    }.items():
+        command("export", run, "--format", export_format)
+        folder = run / "export" / export_format
+        text = (folder / "README.md").read_text()
+        assert "resized on the shorter side to 8 (bicubic), cropped to the central 8 x 8" in text
+        if file is None:
+            continue
+        with safe_open(folder / file, framework="pt") as tensors:
+            assert tensors.metadata()["crop_mode"] == "center"
+        (line,) = [line for line in text.splitlines() if "create_transform" in line]
+        found = eval(line.partition("=")[2], {"timm": SimpleNamespace(data=SimpleNamespace(create_transform=dict))})
+        assert found.items() >= expected.items()
+        assert found["mean"] == found["std"] == (0.5,) * 3
+
+
+def test_a_run_that_does_not_say_how_images_were_prepared(
+    train: Train, command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions have written no such lines; a data set of one size is told from one that may have several."""
+    runs = [train(LORA), train(LORA, data=write_pictures(tmp_path / "pictures", SIZES["equal"]))]
+    for number, (run, warned) in enumerate(zip(runs, (False, True))):
+        old = copy_run(run, tmp_path / str(number))
+        tensors, metadata = RunDirectory(run).read_trainable()
+        for key in ("image_size", "interpolation", "crop_mode", "mean", "std", "upright"):
+            del metadata[key]
+        RunDirectory(old).write_trainable(tensors, metadata)
+        monkeypatch.setattr(sys, "argv", ["fedpeft", "export", str(old), "--format", "timm"])
+        capsys.readouterr()
+        cli.main()
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == warned
+        if warned:
+            assert lines[0].startswith(f"warning: {old / 'trainable.safetensors'}: does not say how images")
+        assert "resized whole to 8 x 8 (bicubic)" in (old / "export" / "timm" / "README.md").read_text()
 
 
 # --- peft --------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import pickle
 import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from fedpeft_dist.data import SOURCES, cifar, count_classes, image_store, load_d
 from fedpeft_dist.data.datasets import Dataset
 from fedpeft_dist.data.download import prefetch_data
 from fedpeft_dist.data.image_files import EncodedImage, choose_form, decode_chunks
+from fedpeft_dist.data.image_folder import list_images
+from fedpeft_dist.data.partition import make_partition
 from fedpeft_dist.data.resisc45 import draw_split
 from tests.data_fixtures import (
     data_config,
@@ -257,6 +261,43 @@ def test_resisc45_refuses_other_folders(tmp_path: Path) -> None:
     refused(tmp_path, "resisc45", "scene_44' is a class folder without an image")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_lists_may_begin_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    names = sorted(f"{path.parent.name}/{path.name}" for path in write_resisc45(tmp_path, per_class=2).rglob("*.jpg"))
+    keys = {}
+    for split, own in {"train": names[0::2], "test": names[1::2]}.items():
+        (tmp_path / f"{split}.txt").write_text("\r\n".join(own), encoding=encoding)
+        keys[f"{split}_list"] = str(tmp_path / f"{split}.txt")
+    assert len(load(tmp_path, "resisc45", **keys).train) == 45
+
+
+def test_a_listed_name_that_several_files_have_is_refused(tmp_path: Path) -> None:
+    folder = write_resisc45(tmp_path, per_class=2)
+    for name in ("scene_00", "scene_01"):
+        (folder / name / "deep").mkdir()
+        shutil.copy(folder / name / f"{name}_001.jpg", folder / name / "deep" / "same.jpg")
+    names = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.jpg"))
+    keys = {f"{split}_list": str(tmp_path / f"{split}.txt") for split in ("train", "test")}
+    (tmp_path / "test.txt").write_text("\n".join(names[1::2]))
+    (tmp_path / "train.txt").write_text("\n".join([*names[0::2], "same.jpg"]))
+    refused(tmp_path, "resisc45", "data.train_list", "'same.jpg'", "2 files have", **keys)
+    (tmp_path / "train.txt").write_text("\n".join([*names[0::2], "scene_01/deep/same.jpg"]))
+    assert len(load(tmp_path, "resisc45", **keys).train) == 46
+
+
+def test_resisc45_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    """The split that is written down can be given as lists again."""
+    folder = write_resisc45(tmp_path, per_class=2)
+    os.rename(folder / "scene_07", os.fsencode(folder) + b"/caf\xe9")
+    config = data_config(name="resisc45", root=str(tmp_path))
+    dataset = load_dataset(config, 1)
+    assert dataset.class_names[0] == r"caf\xe9"
+    assert dataset.fingerprint()
+    store = image_store.store_folder(SOURCES[type(config)](config), config)
+    again = load(tmp_path, "resisc45", train_list=str(store / "train.txt"), test_list=str(store / "test.txt"))
+    assert sorted(again.train.labels.tolist()) == list(range(45))
+
+
 # --- class folders -----------------------------------------------------------------------------------------------
 
 
@@ -302,15 +343,239 @@ def test_grey_images_stay_grey_unless_one_has_colour(tmp_path: Path) -> None:
     assert np.array_equal(dataset.train.images[0].numpy(), np.stack([grey] * 3))
 
 
+def note(text: str) -> str:
+    """The one line on stderr."""
+    (line,) = text.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("place", ["train", "test"])
+def test_one_image_of_another_size_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    write_image_folder(tmp_path)
+    assert not load(tmp_path, "image_folder").cropped
+    assert capsys.readouterr().err == ""
+    Image.new("RGB", (19, 12)).save(tmp_path / place / "bee" / "odd.png")
+    for _ in range(2):
+        assert load(tmp_path, "image_folder", stored_size=16).cropped
+    line = note(capsys.readouterr().err)
+    for words in (f"{place}/bee/odd.png' is 19 x 12 pixels", "12 of 13 images are 20 x 12", "central 16 x 16"):
+        assert words in line
+
+
+def test_resisc45_tells_of_an_image_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_resisc45(tmp_path, per_class=2, side=4)
+    Image.new("RGB", (4, 9)).save(folder / "scene_20" / "scene_20_002.jpg")
+    assert load(tmp_path, "resisc45").cropped
+    assert "scene_20_002.jpg' is 4 x 9 pixels, and 89 of 90 images are 4 x 4" in note(capsys.readouterr().err)
+
+
+def test_nested_folders_are_listed_as_torchvision_lists_them(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    write_image_folder(tmp_path)
+    source = tmp_path / "test" / "ape" / "0.png"
+    for folder in ("images", "a/b", "a-b", "a/b/c d", "B"):  # the first is Tiny-ImageNet's
+        for name in ("z.png", "Y.png", "10.png", "9.PNG"):
+            place = tmp_path / "train" / "bee" / folder
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, place / name)
+    expected = ImageFolder(tmp_path / "train")
+    listed = list_images(tmp_path / "train")
+    assert [str(tmp_path / "train" / name) for own in listed.files.values() for name in own] == [
+        path for path, _ in expected.samples
+    ]
+    assert load(tmp_path, "image_folder").train.labels.tolist() == expected.targets
+
+
+def test_a_class_may_hold_nothing_but_folders(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "flat")
+    for split in ("train", "test"):
+        for name in ("ape", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            shutil.copytree(tmp_path / "flat" / split / name, tmp_path / split / name / "images")
+    nested, flat = load(tmp_path, "image_folder"), load(tmp_path / "flat", "image_folder")
+    assert torch.equal(nested.train.images, flat.train.images)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPEG", "webp", "jp2", "tga", "pnm", "dib", "apng", "Tif", "pcx"])
+def test_endings_of_pictures_are_read(tmp_path: Path, suffix: str) -> None:
+    write_image_folder(tmp_path)
+    kind = Image.registered_extensions()[f".{suffix.lower()}"]
+    Image.new("RGB", (20, 12), (200, 10, 10)).save(tmp_path / "train" / "ape" / f"a.{suffix}", kind)
+    dataset = load(tmp_path, "image_folder")
+    assert len(dataset.train) == 7
+    assert (dataset.train.images[3, :, 6, 10].int() - torch.tensor([200, 10, 10])).abs().max() < 10
+
+
+def test_files_passed_over_are_counted_once_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image_folder(tmp_path)
+    ape = tmp_path / "train" / "ape"
+    for name in ("notes.txt", "boxes.TXT", "x.heic", "README", ".hidden.png", "depth.pfm", "../labels.csv"):
+        (ape / name).write_text("no image")
+    (ape / ".cache").mkdir()
+    (ape / "gone.png").symlink_to(tmp_path / "absent.png")
+    (ape / "self.png").symlink_to("self.png")
+    (ape / "up").symlink_to("..")  # to the folder that holds the class folders
+    (ape / "link.png").symlink_to(tmp_path / "train" / "bee" / "0.png")
+    for _ in range(2):
+        assert len(load(tmp_path, "image_folder").train) == 3 + 1 + 3 + 3
+    line = note(capsys.readouterr().err)
+    for words in ("2 .txt", "1 .heic", "1 without an ending", "2 hidden", "1 .pfm", "2 broken links", "/train'"):
+        assert words in line
+    assert "1 beside the class folders" in line
+    assert "1 links to a folder above" in line
+    assert "/test'" not in line
+
+
+def test_a_class_of_other_files_only_is_refused(tmp_path: Path) -> None:
+    write_image_folder(tmp_path)
+    (tmp_path / "train" / "cow" / "deep").mkdir(parents=True)
+    (tmp_path / "train" / "cow" / "deep" / "a.heic").write_text("")
+    refused(tmp_path, "image_folder", "train/cow' is a class folder without an image (1 other files)", ".jpg")
+
+
+def test_names_that_are_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image_folder(tmp_path)
+    for split in ("train", "test"):
+        os.rename(tmp_path / split / "ape", os.fsencode(tmp_path / split) + b"/caf\xe9")
+    odd = os.fsencode(tmp_path / "train") + b"/caf\xe9/\xff\xfe.png"
+    shutil.copy(tmp_path / "train" / "bee" / "0.png", odd)
+    dataset = load(tmp_path, "image_folder")
+    assert dataset.class_names == ("bee", r"caf\xe9")
+    assert len(dataset.train) == 7
+    assert load(tmp_path, "image_folder").fingerprint() == dataset.fingerprint()
+    Image.new("RGB", (3, 3)).save(os.fsdecode(odd))
+    load(tmp_path, "image_folder")
+    assert r"train/caf\xe9/\xff\xfe.png' is 3 x 3" in note(capsys.readouterr().err)
+    truncate(Path(os.fsdecode(odd)))
+    with pytest.raises(ConfigError, match=re.escape(r"caf\xe9/\xff\xfe.png' cannot be read")) as caught:
+        load(tmp_path, "image_folder")
+    str(caught.value).encode()
+
+
 def encode(image: Image.Image, kind: str) -> EncodedImage:
     file = io.BytesIO()
     image.save(file, kind)
     return EncodedImage("image", file.getvalue())
 
 
-def decode(image: EncodedImage) -> np.ndarray:
-    [chunk] = decode_chunks([image], choose_form([image], 8))
+def decode(image: EncodedImage, side: int = 8) -> np.ndarray:
+    [chunk] = decode_chunks([image], choose_form([image], side))
     return chunk[0]
+
+
+def tiff_of_12_bits(values: list[int]) -> bytes:
+    """A TIFF of one row."""
+    bits = "".join(f"{value:012b}" for value in values)
+    data = int(bits.ljust(-(-len(bits) // 16) * 16, "0"), 2).to_bytes(-(-len(bits) // 16) * 2, "big")
+    tags = {256: len(values), 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return start + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_tiff_of_12_bits_keeps_its_scale() -> None:
+    assert decode(EncodedImage("image", tiff_of_12_bits([0, 16, 2048, 4095])))[0].tolist() == [[0, 1, 128, 255]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("top", [0, 256, 4095, 65535])
+def test_pixels_of_16_bits_keep_their_scale(kind: str, top: int) -> None:
+    deep = np.linspace(0, top, 24).reshape(4, 6).astype(np.uint16)
+    assert np.array_equal(decode(encode(Image.fromarray(deep), kind))[0], deep >> 8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "kind", "words"),
+    [
+        (np.full((4, 6), 200, np.int32), "TIFF", "32-bit integers, whose white is not known: mode I)"),
+        (np.full((4, 6), 70_000, np.int32), "TIFF", "mode I)"),
+        (np.full((4, 6), 0.5, np.float32), "TIFF", "floating-point numbers: mode F)"),
+        (np.full((4, 6), 255, np.uint16), "TIFF", "at most 255, which is black where white is 65,535: mode I;16)"),
+        (np.full((4, 6), 1, np.uint16), "PNG", "at most 1, which is black"),
+    ],
+)
+def test_pixels_without_a_right_scale_are_refused(pixels: np.ndarray, kind: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        decode(encode(Image.fromarray(pixels), kind))
+    assert "save it with 8 bits a channel" in str(caught.value)
+
+
+def test_colours_that_pillow_does_not_convert_are_refused_by_mode() -> None:
+    with pytest.raises(ConfigError, match="unsupported kind: mode LAB"):
+        decode(encode(Image.new("LAB", (4, 6)), "TIFF"))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html></html>", bytes(300)])
+def test_content_that_is_no_image_is_told_without_objects(content: bytes) -> None:
+    with pytest.raises(ConfigError, match="'image' cannot be read") as caught:
+        decode(EncodedImage("image", content))
+    assert "object at" not in str(caught.value)
+
+
+def test_a_picture_over_pillows_limit_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    write_image_folder(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # Pillow warns from there on, and refuses from twice as many
+    assert len(load(tmp_path, "image_folder").train) == 6
+    assert not recwarn.list
+    Image.new("RGB", (21, 15)).save(tmp_path / "test" / "bee" / "large.png")
+    with pytest.raises(ConfigError, match=r"large\.png' cannot be read .* 315 pixels, .* at most 300.*smaller picture"):
+        load(tmp_path, "image_folder")
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (2, 4001), (977, 3)])
+def test_an_elongated_image_is_cropped_before_it_is_resized(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest, resize = [0], Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *arguments: Any, **more: Any) -> Image.Image:
+        largest.append(size[0] * size[1])
+        return resize(self, size, *arguments, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    ramp = np.linspace(0, 255, max(size)).astype(np.uint8).reshape(size[::-1] if min(size) == 1 else (-1, 1))
+    ramp = np.broadcast_to(ramp if size[1] > size[0] else ramp.reshape(1, -1), size[::-1])
+    image, small = encode(Image.fromarray(np.ascontiguousarray(ramp)), "PNG"), encode(Image.new("L", (9, 9)), "PNG")
+    [chunk] = decode_chunks([image], choose_form([image, small], 32))
+    assert max(largest) <= 8 * 32 * 32
+    assert np.abs(chunk[0].astype(int) - 127).max() <= 1  # the middle of the ramp
+
+
+@pytest.mark.parametrize("size", [(50, 390), (390, 50), (600, 50), (45, 700), (12, 200)])
+def test_an_elongated_image_has_the_pixels_of_one_resized_whole(size: tuple[int, int]) -> None:
+    """The reference is Pillow alone."""
+    across, down = np.linspace(0, 6, size[0]), np.linspace(0, 6, size[1])
+    waves = (127 + 60 * np.sin(9 * across)[None] + 60 * np.cos(7 * down)[:, None]).astype(np.uint8)
+    picture = Image.fromarray(waves)
+    width, height = (24 * side // min(size) for side in size)
+    left, top = (width - 24) // 2, (height - 24) // 2
+    whole = picture.resize((width, height), Image.Resampling.BICUBIC)
+    expected = np.asarray(whole.crop((left, top, left + 24, top + 24))).astype(int)
+    image, small = encode(picture, "PNG"), encode(Image.new("L", (9, 9)), "PNG")
+    [chunk] = decode_chunks([image], choose_form([image, small], 24))
+    assert np.abs(chunk[0, 0] - expected).max() <= (0 if max(size) < 8 * min(size) else 2)
+
+
+def turned(pixels: np.ndarray, orientation: int, kind: str = "JPEG") -> EncodedImage:
+    """Encoded with an EXIF orientation."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(file, kind, exif=exif, **({"quality": 100} if kind == "JPEG" else {}))
+    return EncodedImage("image", file.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_of_folders_are_not_turned_by_exif(orientation: int, kind: str) -> None:
+    """torchvision and timm read class folders in the same way."""
+    pixels = np.arange(4 * 6, dtype=np.uint8).reshape(4, 6)
+    pixels = np.stack([pixels * 10] * 3, axis=-1)
+    image = turned(pixels, orientation, kind)
+    with Image.open(io.BytesIO(image.content)) as plain:
+        assert np.array_equal(decode(image), np.asarray(plain.convert("RGB")).transpose(2, 0, 1))
 
 
 def test_every_mode_of_pixels_is_read(recwarn: pytest.WarningsRecorder) -> None:
@@ -448,6 +713,216 @@ def test_huggingface_keys_that_do_not_fit(tmp_path: Path, hub_cache: Path) -> No
     assert count_classes(data_config(name="huggingface", path="a/b", classes=5)) == 5
 
 
+def jpeg(orientation: int = 1) -> bytes:
+    """A picture of 10 x 6 pixels whose brightness tells which side is up."""
+    pixels = np.add.outer(np.arange(6) * 24, np.arange(10) * 12).astype(np.uint8)
+    return turned(np.stack([pixels] * 3, axis=-1), orientation).content
+
+
+def save_splits(folder: Path, train: dict[str, Any], test: dict[str, Any], **kinds: Any) -> dict[str, str]:
+    """Saves columns beside a column of images; `kinds` gives (train's, test's) types. Returns the config's keys."""
+    datasets = pytest.importorskip("datasets")
+    splits = {}
+    for number, (name, columns) in enumerate({"train": train, "test": test}.items()):
+        size = len(next(iter(columns.values())))
+        columns = {"image": [{"bytes": jpeg(), "path": None}] * size, **columns}
+        features = {key: both[number] for key, both in kinds.items()}
+        told = {"image": datasets.Image(), **features}
+        inferred = datasets.Dataset.from_dict({key: columns[key] for key in columns if key not in told}).features
+        splits[name] = datasets.Dataset.from_dict(columns, features=datasets.Features({**inferred, **told}))
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return {"path": str(folder)}
+
+
+def write_parquet(folder: Path, images: list[Any]) -> dict[str, str]:
+    """Two good images to train and these to test on, past the library's checks. Returns the config's keys."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder.mkdir()
+    told = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    kind = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()})
+    kind = kind.with_metadata({"huggingface": json.dumps({"info": {"features": told.to_dict()}})})
+    for split, own in {"train": [{"bytes": jpeg(), "path": None}] * 2, "test": images}.items():
+        table = pa.Table.from_pydict({"image": own, "label": [k % 2 for k in range(len(own))]}, schema=kind)
+        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return {"path": str(folder)}
+
+
+def labels_of(*names: str) -> Any:
+    return pytest.importorskip("datasets").ClassLabel(names=list(names))
+
+
+def test_labels_go_by_the_name_where_the_test_split_lists_them_in_another_order(tmp_path: Path) -> None:
+    kinds = labels_of("ant", "bat", "cat"), labels_of("cat", "ant", "bat")
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1, 2, 0]}, {"label": [0, 1, 2, 0]}, label=kinds)
+    dataset = load(tmp_path, "huggingface", **keys)
+    assert dataset.class_names == ("ant", "bat", "cat")
+    assert dataset.train.labels.tolist() == [0, 1, 2, 0]
+    assert dataset.test.labels.tolist() == [2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("names", [("ant", "bat"), ("bat", "ant", "dog"), ("bat",)])
+def test_other_label_names_do_as_long_as_no_sample_has_them(tmp_path: Path, names: tuple[str, ...]) -> None:
+    kinds = labels_of("ant", "bat", "cat"), labels_of(*names)
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1, 2]}, {"label": [0, 0]}, label=kinds)
+    expected = ("ant", "bat", "cat").index(names[0])
+    assert load(tmp_path, "huggingface", **keys).test.labels.tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("values", [["b", "a"], [7, 3], [1.0, 0.0], [True, False]])
+def test_labels_without_names_are_the_sorted_values(tmp_path: Path, values: list[Any]) -> None:
+    keys = save_splits(tmp_path / "hub", {"label": values}, {"label": values[:1]})
+    dataset = load(tmp_path, "huggingface", **keys)
+    assert dataset.class_names == tuple(map(str, sorted(values)))
+    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([1, 0], [1])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        (
+            [0, 1],
+            [-1, -1],
+            "'label' of '{path}' holds -1 in row 0 (from 0) of split 'test'; labels count from 0, and -1",
+        ),
+        ([0, -1], [0, 1], "holds -1 in row 1 (from 0) of split 'train'"),
+        ([0, 1], [0, 2], "holds 2 in row 1 (from 0) of split 'test'; the classes of split 'train' are 0, 1"),
+        (
+            ["a", "b"],
+            ["a", "B"],
+            "holds 'B' in row 1 (from 0) of split 'test'; the classes of split 'train' are 'a', 'b'",
+        ),
+        (["0", "1"], [0, 1], "holds 0 in row 0 (from 0) of split 'test'; the classes of split 'train' are '0', '1'"),
+        ([0, None], [0, 1], "holds null in row 1 (from 0) of split 'train'; every row needs a value"),
+        (["a", "b"], ["a", None], "holds null in row 1 (from 0) of split 'test'"),
+        ([0.0, float("nan")], [0.0, 1.0], "holds null in row 1 (from 0) of split 'train'"),
+        ([0.0, 0.37], [0.0, 1.0], "holds 0.37 in row 1 (from 0) of split 'train'; a label is a whole number or text"),
+        ([0, 1], [0.0, float("inf")], "of split 'test'"),
+        (
+            [[0], [1, 2]],
+            [[0], [1]],
+            "holds a list in row 0 (from 0) of split 'train'; every row needs one number or text",
+        ),
+        (["a", "b"], [["a"], ["b"]], "holds a list in row 0 (from 0) of split 'test'"),
+        ([{"x": 1}, {"x": 2}], [{"x": 1}], "holds several fields in row 0 (from 0) of split 'train'"),
+        ([0, 1], [], "'{path}', split 'test', holds no sample"),
+        ([], [0, 1], "'{path}', split 'train', holds no sample"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_by_row(tmp_path: Path, train: list, test: list, words: str) -> None:
+    keys = save_splits(tmp_path / "hub", {"label": train}, {"label": test})
+    refused(tmp_path, "huggingface", words.format(**keys), "data.", **keys)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, -1], "holds -1 in row 1 (from 0) of split 'test'; labels count from 0, and -1 marks a sample without one"),
+        ([None, 1], "holds null in row 0 (from 0) of split 'test'"),
+        ([0, 3], "holds 'dog' in row 1 (from 0) of split 'test'; the classes of split 'train' are 'ant', 'bat', 'cat'"),
+    ],
+)
+def test_label_numbers_without_a_class_are_refused_by_row(tmp_path: Path, labels: list, words: str) -> None:
+    kinds = labels_of("ant", "bat", "cat"), labels_of("ant", "bat", "cat", "dog")
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1, 2]}, {"label": labels}, label=kinds)
+    refused(tmp_path, "huggingface", "data.label_column: 'label'", words, **keys)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (None, "data.image_column: 'image' of '{path}' holds null in row 1 (from 0) of split 'test'"),
+        ({"bytes": None, "path": None}, "holds null in row 1 (from 0) of split 'test'"),
+        ({"bytes": b"", "path": None}, "data.path: '{path}, split test, row 1 (from 0), column image' cannot be read"),
+        ({"bytes": b"<html>", "path": "a.jpg"}, "(Pillow knows no such image or pixels)"),
+        ({"bytes": None, "path": "absent.jpg"}, "row 1 (from 0), column image' cannot be read ([Errno 2] No such file"),
+    ],
+)
+def test_images_that_are_missing_or_damaged_are_refused_by_row(
+    tmp_path: Path, hub_cache: Path, image: Any, words: str
+) -> None:
+    keys = write_parquet(tmp_path / "hub", [{"bytes": jpeg(), "path": None}, image])
+    refused(tmp_path, "huggingface", words.format(**keys), **keys)
+
+
+def test_what_the_library_cannot_read_is_told_in_one_line_alone(
+    tmp_path: Path, hub_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library logs an error of its own for a Parquet file without rows, or reads it as an empty split."""
+    keys = write_parquet(tmp_path / "hub", [])
+    capfd.readouterr()
+    refused(tmp_path, "huggingface", f"data.path: '{keys['path']}'", **keys)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_column_of_several_images_is_refused_by_its_type(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    several = [[{"bytes": jpeg(), "path": None}]]
+    kind = datasets.Sequence(datasets.Image())
+    columns = {"label": [0], "frames": several}
+    keys = save_splits(tmp_path / "hub", columns, columns, frames=(kind, kind))
+    refused(tmp_path, "huggingface", "'frames' of", "holds no images but List(Image", **keys, image_column="frames")
+
+
+@pytest.mark.parametrize(
+    ("clients", "words"),
+    [
+        (["w1", None], "data.client_column: 'who' of '{path}' holds null in row 1 (from 0) of split 'train'"),
+        ([1.0, float("nan")], "holds null in row 1"),
+        ([["w1"], ["w2"]], "holds a list in row 0"),
+    ],
+)
+def test_a_sample_without_a_client_is_refused_by_row(tmp_path: Path, clients: list, words: str) -> None:
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1], "who": clients}, {"label": [0, 1], "who": clients})
+    refused(tmp_path, "huggingface", words.format(**keys), **keys, client_column="who")
+    assert load(tmp_path, "huggingface", **keys).train.groups is None
+
+
+def test_natural_clients_without_their_column_name_the_key(tmp_path: Path) -> None:
+    keys = save_splits(tmp_path / "hub", {"label": [0, 1]}, {"label": [0, 1]})
+    config = data_config(name="huggingface", root=str(tmp_path), clients=None, partition={"name": "natural"}, **keys)
+    with pytest.raises(ConfigError, match=r"natural.*data\.client_column: null"):
+        make_partition(config, load_dataset(config, 1).train, 1)
+    write_cifar10(tmp_path)
+    config = data_config(name="cifar10", root=str(tmp_path), clients=None, partition={"name": "natural"})
+    with pytest.raises(ConfigError, match=r"'natural', but 'cifar10' knows no natural clients; .*glyphs"):
+        make_partition(config, load_dataset(config, 1).train, 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_hub_images_are_turned_by_exif_as_the_library_turns_them(tmp_path: Path, orientation: int) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": jpeg(orientation), "path": None}] * 2
+    columns = {"image": images, "label": [0, 1]}
+    keys = save_splits(tmp_path / "hub", columns, columns)
+    dataset = load(tmp_path, "huggingface", **keys)
+    expected = np.asarray(datasets.load_from_disk(keys["path"])["train"][0]["image"]).transpose(2, 0, 1)
+    assert np.array_equal(dataset.train.images[0].numpy(), expected)
+    assert not dataset.cropped
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_hub_image_with_damaged_exif_is_read_as_it_lies(
+    tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (10, 6), (9, 9, 9)).save(file, kind, exif=b"Exif\0\0garbage")
+    columns = {"image": [{"bytes": file.getvalue(), "path": None}] * 2, "label": [0, 1]}
+    keys = save_splits(tmp_path / "hub", columns, columns)
+    recwarn.clear()
+    assert load(tmp_path, "huggingface", **keys).train.images.shape == (2, 3, 6, 10)
+    assert not recwarn.list
+
+
+def test_a_data_set_that_was_saved_with_a_format_is_read_without_it(tmp_path: Path) -> None:
+    content = make_hub_data().with_format("numpy")
+    content.save_to_disk(tmp_path / "hub")
+    dataset = load(tmp_path, "huggingface", path=str(tmp_path / "hub"), client_column="writer", **HUB)
+    assert dataset.train.labels.tolist() == [k % 3 for k in range(12)]
+
+
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt to use it fails the test."""
@@ -492,6 +967,44 @@ def test_huggingface_without_the_library(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(builtins, "__import__", importing)
     refused(tmp_path, "huggingface", "data.name: 'huggingface'", "fedpeft_dist[huggingface]", path="a/b")
+
+
+# --- places ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *((name, key) for name in ("cifar10", "pcam", "digits") for key in ("root", "store")),
+        *(("resisc45", key) for key in ("root", "store", "train_list", "test_list")),
+        *(("image_folder", key) for key in ("root", "store", "train_folder", "test_folder")),
+        *(("huggingface", key) for key in ("root", "store", "path")),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_path(name: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    others = {
+        "huggingface": {"path": "a/b"},
+        "resisc45": {"train_list": "a", "test_list": "b"} if key.endswith("list") else {},
+    }.get(name, {})
+
+    def expanded(path: str) -> str:
+        return getattr(data_config(**{"name": name, **others, key: path}), key)
+
+    assert expanded("~/x") == "/home/me/x"
+    assert expanded("~") == "/home/me"
+    for plain in ("x", "./~x/y", "a/~", "/a/b"):
+        assert expanded(plain) == plain
+    with pytest.raises(ValueError, match=r"'~nobody-here/x': ~nobody-here is no user's home folder"):
+        expanded("~nobody-here/x")
+
+
+def test_data_and_store_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_image_folder(tmp_path / "images")
+    assert len(load(Path("~/images"), "image_folder", store="~/stores").train) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "stores"]
 
 
 # --- fetching ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""How a run makes the backbone's input of a picture: written beside its parameters, and told by an export.
+
+timm says the same by the arguments of `timm.data.create_transform`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft_dist.config.schema import DataConfig, HuggingFaceConfig
+from fedpeft_dist.data.augment import choose_interpolation
+
+SQUASH, CENTER = "squash", "center"
+"""timm's names for images resized whole, and for images resized on the shorter side and cropped."""
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """From a picture to the backbone's input, without augmentation."""
+
+    size: int
+    channels: int
+    interpolation: str
+    crop_mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    upright: bool
+    """Whether a picture is turned by its EXIF orientation first, which timm leaves to its caller."""
+
+    @classmethod
+    def of(
+        cls, config: DataConfig, interpolation: str, mean: tuple[float, ...], std: tuple[float, ...], cropped: bool
+    ) -> ImageRecipe:
+        """
+        Args:
+            interpolation, mean, std: the backbone's own.
+            cropped: whether the stored images were cropped.
+        """
+        mode, upright = CENTER if cropped else SQUASH, isinstance(config, HuggingFaceConfig)
+        return cls(config.image_size, len(mean), choose_interpolation(config, interpolation), mode, mean, std, upright)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> ImageRecipe | None:
+        """None where nothing of it was written: by a run of an older version."""
+        if "crop_mode" not in metadata:
+            return None
+        size, mean, std, upright = (json.loads(metadata[key]) for key in ("image_size", "mean", "std", "upright"))
+        return cls(size, len(mean), metadata["interpolation"], metadata["crop_mode"], tuple(mean), tuple(std), upright)
+
+    def metadata(self) -> dict[str, str]:
+        """For a safetensors file."""
+        return {
+            "image_size": json.dumps(self.size),
+            "interpolation": self.interpolation,
+            "crop_mode": self.crop_mode,
+            "mean": json.dumps(self.mean),
+            "std": json.dumps(self.std),
+            "upright": json.dumps(self.upright),
+        }
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """What `timm.data.create_transform` takes."""
+        return {
+            "input_size": (self.channels, self.size, self.size),
+            "interpolation": self.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": self.crop_mode,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+    def describe(self) -> str:
+        """Plain English."""
+        side = f"{self.size} x {self.size}"
+        turned = "turned by their EXIF orientation, " if self.upright else ""
+        fitted = {
+            SQUASH: f"resized whole to {side} ({self.interpolation})",
+            CENTER: f"resized on the shorter side to {self.size} ({self.interpolation}), cropped to the central {side}",
+        }[self.crop_mode]
+        channels = f"in {self.channels} channels, with mean {list(self.mean)} and std {list(self.std)}"
+        stored = " The run cropped first and resized then, so its pixels differ by rounding."
+        return (
+            f"Images are {turned}{fitted}, scaled to 0 .. 1 and normalised, {channels}."
+            f"{stored if self.crop_mode == CENTER else ''}"
+        )
