@@ -17,6 +17,18 @@ from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
 from fedpeft_dist.runtime import process
 from fedpeft_dist.training import local_training
 
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "pretrained": False,
+    "model_args": {
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "proj_drop_rate": 0.1,
+        "drop_path_rate": 0.1,
+    },
+}
 METHODS = {
     "full": {"name": "full"},
     "head": {"name": "head"},
@@ -26,25 +38,21 @@ METHODS = {
     "adapter": {"name": "adapter", "bottleneck": 7},
     "lora": {"name": "lora", "rank": 3, "targets": ["qkv", "fc2"], "dropout": 0.1},
 }
+# Position MLPs on a table of coordinates, with dropout of their own; activations that round by place, convolutions.
+RELPOS = {"name": "test_vit_relpos", "pretrained": False, "model_args": {"depth": 2, "drop_path_rate": 0.1}}
+EFFICIENT = {"name": "test_efficientnet", "pretrained": False}
+CASES = {name: (VIT, method) for name, method in METHODS.items()} | {
+    "relpos-head": (RELPOS, METHODS["head"]),
+    "efficientnet-head": (EFFICIENT, METHODS["head"]),
+}
 BATCH, LANES, COHORT = 7, 3, 7
 
 
-def make_config(method: dict, output: Path, name: str) -> dict:
+def make_config(method: dict, output: Path, name: str, backbone: dict = VIT) -> dict:
     """Clients from below one batch to five batches, two rounds, dropout and drop-path on, five tokens."""
     return {
         "seed": 5,
-        "backbone": {
-            "name": "vit_tiny_patch16_224",
-            "pretrained": False,
-            "model_args": {
-                "patch_size": 8,
-                "embed_dim": 32,
-                "depth": 2,
-                "num_heads": 2,
-                "proj_drop_rate": 0.1,
-                "drop_path_rate": 0.1,
-            },
-        },
+        "backbone": backbone,
         "method": method,
         "data": {
             "name": "synthetic",  # importing what digits come from takes each process two seconds
@@ -71,9 +79,9 @@ def main() -> None:
     results = {}
     with process.start(RuntimeConfig(device="cpu")) as runtime:
         for precision in precisions:
-            for case, method in METHODS.items():
+            for case, (backbone, method) in CASES.items():
                 name = f"{case}-{precision}-{runtime.world_size}"
-                config = parse_config(make_config(method, output, name), "test")
+                config = parse_config(make_config(method, output, name, backbone), "test")
                 refills[0] = stochastic[0] = 0
                 own = replace(runtime, precision=precision)
                 rounds.run_federation(with_values(config, "runtime", precision=precision), own)

@@ -14,7 +14,7 @@ from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.runtime import process
-from tests.multiprocess.exactness_worker import BATCH, METHODS, make_config
+from tests.multiprocess.exactness_worker import BATCH, CASES, METHODS, make_config
 
 WORKER = "tests.multiprocess.exactness_worker"
 
@@ -39,19 +39,19 @@ def results(tmp_path_factory) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", METHODS)
-def test_weights_are_equal_on_1_2_and_4_ranks(results, method, precision):
-    case = f"{method}-{precision}"
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_equal_on_1_2_and_4_ranks(results, case, precision):
+    case = f"{case}-{precision}"
     assert [results[ranks][case]["world_size"] for ranks in (1, 2, 4)] == [1, 2, 4]
     assert len({results[ranks][case]["weights_sha256"] for ranks in (1, 2, 4)}) == 1
     assert results[1][case]["refills"] > 0, "7 clients on 3 lanes must refill lanes"
-    assert results[1][case]["stochastic"] > 0, "dropout must be on"
+    assert results[1][case]["stochastic"] > 0 or case.startswith("efficientnet"), "dropout must be on"
 
 
 def test_cases_differ_from_each_other(results):
     """Otherwise equality would prove nothing: each method and precision trains something of its own."""
     hashes = [case["weights_sha256"] for case in results[1].values()]
-    assert len(set(hashes)) == len(hashes) == 2 * len(METHODS)
+    assert len(set(hashes)) == len(hashes) == 2 * len(CASES)
 
 
 def test_a_second_run_is_equal(results, tmp_path):
