@@ -9,10 +9,17 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from fedpeft_dist.backbones.checkpoints import load_local_checkpoint
-from fedpeft_dist.backbones.errors import one_line
+from fedpeft_dist.backbones.checkpoints import (
+    WeightsFile,
+    as_names,
+    check_checkpoint,
+    classifier_names,
+    loading_with,
+)
+from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, build_glyph_vit
 from fedpeft_dist.backbones.hub import PretrainedWeights
 from fedpeft_dist.backbones.names import GLYPH_VIT, check_name
@@ -62,8 +69,6 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed reseeds CUDA too
         model = _create(config, num_classes, image_size, device)
-    if config.checkpoint is not None and device != "meta":
-        load_local_checkpoint(model, Path(config.checkpoint), classifier_names(model))
     channels = getattr(model, "in_chans", None) or _first_convolution(model).in_channels
     mean, std = (_per_channel(model.pretrained_cfg[key], channels) for key in ("mean", "std"))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -125,35 +130,46 @@ def _pretrained_weights(config: BackboneConfig) -> PretrainedWeights:
 
 
 def _create(config: BackboneConfig, num_classes: int, image_size: int, device: str) -> nn.Module:
-    load_own = config.pretrained and config.checkpoint is None and device != "meta"
     check_name(config.name)
+    weights = None if device == "meta" else _weights_file(config)
     arguments = dict(config.model_args)
-    file = None
     try:
         arguments = model_arguments(config, image_size)
         if config.name == GLYPH_VIT:
-            return build_glyph_vit(num_classes, pretrained=load_own, device=device, **arguments)
-        if load_own:
-            weights = _pretrained_weights(config)
-            file = weights.require()
-            arguments["pretrained_cfg_overlay"] = arguments.get("pretrained_cfg_overlay", {}) | weights.overlay(file)
-        with torch.device(device):
-            return timm.create_model(config.name, pretrained=load_own, num_classes=num_classes, **arguments)
+            packaged = config.pretrained and config.checkpoint is None and device != "meta"
+            model = build_glyph_vit(num_classes, packaged, device, **arguments)
+            if weights is not None:
+                weights.load(model, model.pretrained_cfg, checkpoint_filter_fn, strict=True)
+            return model
+        if weights is None:
+            with torch.device(device):
+                return timm.create_model(config.name, num_classes=num_classes, **arguments)
+        with loading_with(weights.load):
+            return timm.create_model(config.name, pretrained=True, num_classes=num_classes, **arguments)
     except ConfigError:
         raise
-    except Exception as error:  # timm and PyTorch refuse an argument in many ways, and a file that does not fit
-        if file is None or isinstance(error, (TypeError, ValueError, AssertionError)):
-            given = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
-            raise ConfigError(f"backbone: {config.name} cannot be made with {given}: {one_line(error)}") from error
+    except UnfitWeightsError as error:
+        assert weights is not None
+        if config.checkpoint is not None:
+            raise ConfigError(f"backbone.checkpoint: '{weights.path}' {error}") from error
         raise ConfigError(
-            f"backbone.pretrained: the weights of {config.name!r} in '{file}' cannot be loaded ({one_line(error)}); "
-            "give backbone.checkpoint a local file, or pretrained: false"
+            f"backbone.pretrained: the weights of {config.name!r} in '{weights.path}' {error}; "
+            "else give backbone.checkpoint a local file, or pretrained: false"
         ) from error
+    except Exception as error:  # timm and PyTorch refuse an argument in many ways
+        given = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+        raise ConfigError(f"backbone: {config.name} cannot be made with {given}: {one_line(error)}") from error
 
 
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier layers, as timm's model config tells them."""
-    return _as_names(model.pretrained_cfg.get("classifier"))
+def _weights_file(config: BackboneConfig) -> WeightsFile | None:
+    """The file that a real model is filled from; None where it stays fresh, or the package carries its weights."""
+    if config.checkpoint is not None:
+        path = Path(config.checkpoint).expanduser()
+        check_checkpoint(path)
+        return WeightsFile(path, is_published=False)
+    if not config.pretrained or config.name == GLYPH_VIT:
+        return None
+    return WeightsFile(_pretrained_weights(config).require(), is_published=True)
 
 
 def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
@@ -164,11 +180,7 @@ def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
     """
     check_name(config.name)
     default = PRETRAINED_CFG if config.name == GLYPH_VIT else _pretrained_weights(config).source
-    return _as_names(default.get("classifier"))
-
-
-def _as_names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names or ())
+    return as_names(default.get("classifier"))
 
 
 def _hash_tensors(model: nn.Module) -> str:

@@ -1,0 +1,169 @@
+"""How the tensors of a file fit a model: what the model lacks, what is left over, and the config key that would help."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from fedpeft_dist.backbones.errors import UnfitWeightsError
+
+# First parts of names: classifiers, and what belongs to a pre-training or to another task, not to the encoder.
+OTHER_PARTS = re.compile(
+    r"head|classifier|decoder|criterion|loss|metric|project|predict|prototype|momentum"
+    r"|^(mask_token|mask_embed|queue|teacher|student|ema|model_ema|target|online|encoder_k|logit_|text|token_embed|neck|"
+    r"pooler|pre_logits)"
+    r"|^(fc|proj)$"
+)
+# What timm itself leaves out or leaves fresh for the models that it loads loosely.
+LOOSE_LEFTOVERS, LOOSE_FRESH = ("attn_pool.",), ("head.norm.",)
+COUNTER = ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument of a model on which some of its tensors depend."""
+
+    names: str
+    """A pattern of the tensors' names."""
+    argument: str
+    present: str | None
+    """The value with which the model has them; null where only another model has."""
+    absent: str | None
+
+
+OPTIONS = (
+    Option(r"\.ls[12]\.gamma$", "init_values", "1e-5", None),
+    Option(r"\.gamma_[12]$", "init_values", "1e-5", None),
+    Option(r"^stages\..*\.gamma$", "ls_init_value", "1e-6", None),
+    Option(r"\.[qk]_norm\.", "qk_norm", "true", "false"),
+    Option(r"^attn_pool\.", "global_pool", "map", "token"),
+    Option(r"^fc_norm\.", "fc_norm", None, "false"),
+    Option(r"^fc_norm\.", "global_pool", "avg", "token"),
+    Option(r"^norm_pre\.", "pre_norm", "true", "false"),
+    Option(r"\.attn\.norm\.", "scale_attn_norm", "true", "false"),
+    Option(r"\.mlp\.norm\.", "scale_mlp_norm", "true", "false"),
+    Option(r"\.(qkv\.bias|q_bias)$", "qkv_bias", "true", "false"),
+    Option(r"^cls_token$", "class_token", "true", "false"),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The names that a state and a model do not share, classifiers aside."""
+
+    missing: list[str]
+    leftover: list[str]
+    misshapen: list[str]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the state fills the model; something may be left over."""
+        return not self.missing and not self.misshapen
+
+
+def compare(state: Mapping[str, torch.Tensor], model: nn.Module, heads: tuple[str, ...], strict: bool) -> Fit:
+    """
+    Args:
+        heads: beginnings of the classifiers' names.
+        strict: whether timm loads this model strictly.
+    """
+    own = model.state_dict()
+    stems = tuple(f"{name}.weight" for name in first_convolutions(model))
+    needed = [name for name, tensor in own.items() if tensor.is_floating_point() and not name.startswith(heads)]
+    fresh, spare = ((), ()) if strict else (LOOSE_FRESH, LOOSE_LEFTOVERS)
+    missing = [name for name in needed if name not in state and not name.startswith(fresh)]
+    leftover = [
+        name
+        for name in state
+        if name not in own and not name.startswith(heads + spare) and not name.endswith(COUNTER) and is_encoder(name)
+    ]
+    misshapen = [
+        name
+        for name in needed
+        if name in state and _comparable(state[name], name in stems) != _comparable(own[name], name in stems)
+    ]
+    return Fit(missing, leftover, misshapen)
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a name, by its first part, may be an encoder's."""
+    return OTHER_PARTS.search(name.partition(".")[0]) is None
+
+
+def first_convolutions(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that take the image, whose weights are adapted to other colours."""
+    names = model.pretrained_cfg.get("first_conv") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def check(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """
+    Raises:
+        UnfitWeightsError: something of the model would stay random, or something of the file be left out.
+    """
+    told = []
+    if fit.missing:
+        told.append(f"lacks {len(fit.missing)} of the model's tensors, {fit.missing[0]!r} among them")
+    if fit.leftover:
+        told.append(f"has more than the model ({len(fit.leftover)} tensors, {fit.leftover[0]!r} among them)")
+    if told:
+        raise UnfitWeightsError(f"{', and '.join(told)}; give {suggest(fit, state, model)}")
+    if fit.misshapen:
+        name = fit.misshapen[0]
+        theirs, own = (" x ".join(map(str, side[name].shape)) for side in (state, model.state_dict()))
+        raise UnfitWeightsError(
+            f"cannot be loaded ({name!r} is {theirs} in the file and {own} in the model); give another backbone.name, "
+            "or backbone.model_args"
+        )
+
+
+def suggest(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> str:
+    """The key that would make a model for this file; the model's class must know the argument."""
+    known = inspect.signature(type(model).__init__).parameters
+    arguments = _blocks(state, model.state_dict())
+    if arguments is None and any(name.startswith("reg_token") for name in fit.leftover):
+        arguments = f"reg_tokens: {state['reg_token'].shape[1]}"
+    if arguments is None:
+        arguments = next(filter(None, (_value(option, fit, known) for option in OPTIONS)), None)
+    if isinstance(model, VisionTransformer) and any(name.endswith(".gamma_1") for name in fit.leftover):
+        return "a backbone.name of DeiT III (deit3_...)"
+    if arguments is None or arguments.partition(":")[0] not in known:
+        return "another backbone.name"
+    return f"backbone.model_args: {{{arguments}}}, or another backbone.name"
+
+
+def _value(option: Option, fit: Fit, known: Mapping[str, Any]) -> str | None:
+    for names, value in ((fit.leftover, option.present), (fit.missing, option.absent)):
+        if value is not None and option.argument in known and any(re.search(option.names, name) for name in names):
+            return f"{option.argument}: {value}"
+    return None
+
+
+def _blocks(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
+    """The depth of the file's network, where it is another one."""
+    theirs, mine = _count_blocks(state), _count_blocks(own)
+    if theirs == mine or theirs.keys() != mine.keys() or not theirs:
+        return None
+    if list(theirs) == [""]:
+        return f"depth: {theirs['']}"
+    return f"depths: [{', '.join(str(theirs[stage]) for stage in sorted(theirs))}]"
+
+
+def _count_blocks(names: Iterable[str]) -> dict[str, int]:
+    """Blocks by stage; a network without stages has one, without a name."""
+    pattern = re.compile(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.")
+    blocks = {(found[1] or "", found[2]) for found in map(pattern.match, names) if found}
+    return dict(Counter(stage for stage, _ in blocks))
+
+
+def _comparable(tensor: torch.Tensor, is_first: bool) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    return shape[:1] + shape[2:] if is_first else shape
