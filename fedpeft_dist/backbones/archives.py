@@ -37,8 +37,8 @@ def load_archive(model: nn.Module, path: Path, strict: bool) -> None:
             model.load_pretrained(str(path))
         except KeyError as error:
             raise UnfitWeightsError(f"cannot be loaded ({one_line(error)}); give {_suggest(names)}") from error
-    root = os.path.commonprefix(sorted(read)).rpartition("/")[0]
-    root = f"{root}/" if root else ""
+    root = os.path.commonpath(sorted(read))
+    root = f"{root}/" if root else ""  # other towers lie beside it
     spare = CLASSIFIERS if strict else (*CLASSIFIERS, POOLING)
     for name in sorted(set(names) - read.keys()):
         if name.startswith(root) and not name.removeprefix(root).startswith(spare):

@@ -1,4 +1,4 @@
-"""Weights from a file into a model: nothing of the model but a classifier stays random, nothing of the file is left out.
+"""Weights from a file into a model: only a classifier may stay random, and nothing of the encoder is left out.
 
 timm's builder is asked for the model with its weights, and `loading_with` puts a loader of this package in the place of
 timm's: so the loader is given the very filter that the model's entry point names, not the one of the model's class.
@@ -19,6 +19,7 @@ from torch import nn
 from fedpeft_dist.backbones import archives
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Fit, check, first_convolutions
+from fedpeft_dist.backbones.names import classifiers_in
 from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES, has_known_suffix, read_weights
 from fedpeft_dist.backbones.wrappings import Filter, Target, find_encoder
 from fedpeft_dist.config.errors import ConfigError
@@ -44,7 +45,7 @@ class WeightsFile:
         Raises:
             UnfitWeightsError: the file cannot be read, or it lacks or exceeds the model's tensors.
         """
-        heads = tuple(f"{name}." for name in classifier_names(model))
+        heads = tuple(f"{name}." for name in classifiers_in(pretrained_cfg))
         before = _versions(model)
         try:
             if self.path.name.lower().endswith(archives.SUFFIX):
@@ -96,15 +97,6 @@ def check_checkpoint(path: Path) -> None:
         raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}")
     if not path.is_file():
         raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
-
-
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier layers, as timm's model config tells them."""
-    return as_names(model.pretrained_cfg.get("classifier"))
-
-
-def as_names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ...]) -> None:

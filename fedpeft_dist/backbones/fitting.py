@@ -1,4 +1,4 @@
-"""How the tensors of a file fit a model: what the model lacks, what is left over, and the config key that would help."""
+"""How a file's tensors fit a model: what is missing, what is left over, and the config key that would help."""
 
 from __future__ import annotations
 

@@ -12,17 +12,11 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from fedpeft_dist.backbones.checkpoints import (
-    WeightsFile,
-    as_names,
-    check_checkpoint,
-    classifier_names,
-    loading_with,
-)
+from fedpeft_dist.backbones.checkpoints import WeightsFile, check_checkpoint, loading_with
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, build_glyph_vit
 from fedpeft_dist.backbones.hub import PretrainedWeights
-from fedpeft_dist.backbones.names import GLYPH_VIT, check_name
+from fedpeft_dist.backbones.names import GLYPH_VIT, check_name, classifiers_in
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
 
@@ -172,6 +166,11 @@ def _weights_file(config: BackboneConfig) -> WeightsFile | None:
     return WeightsFile(_pretrained_weights(config).require(), is_published=True)
 
 
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier layers, as timm's model config tells them."""
+    return classifiers_in(model.pretrained_cfg)
+
+
 def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
     """The same, before the model is made.
 
@@ -180,7 +179,7 @@ def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
     """
     check_name(config.name)
     default = PRETRAINED_CFG if config.name == GLYPH_VIT else _pretrained_weights(config).source
-    return as_names(default.get("classifier"))
+    return classifiers_in(default)
 
 
 def _hash_tensors(model: nn.Module) -> str:
