@@ -20,6 +20,7 @@ from fedpeft_dist.backbones import archives
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Fit, check, first_convolutions
 from fedpeft_dist.backbones.names import classifiers_in
+from fedpeft_dist.backbones.normalization import tensor_names
 from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES, has_known_suffix, read_weights
 from fedpeft_dist.backbones.wrappings import Filter, Target, find_encoder
 from fedpeft_dist.config.errors import ConfigError
@@ -29,13 +30,15 @@ MOCO_SMALL, MOCO_SMALL_HEADS = "vit_small", 12
 Loader = Callable[..., None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class WeightsFile:
     """A file to load into a model that timm builds."""
 
     path: Path
     is_published: bool
     """Whether it is timm's own for the model's name: its classifier goes by the number of classes, as in timm."""
+    names: tuple[str, ...] = ()
+    """The tensors in it, behind the names of the dictionaries that hold them, once it is read."""
 
     def load(
         self, model: nn.Module, pretrained_cfg: Mapping[str, Any], filter_fn: Filter | None, strict: bool, **values: Any
@@ -52,6 +55,7 @@ class WeightsFile:
                 archives.load_archive(model, self.path, strict)
             else:
                 stored = read_weights(self.path)
+                self.names = tuple(tensor_names(stored))
                 state = dict(find_encoder(stored, Target(model, heads, filter_fn, strict)))
                 _check_attention_heads(stored, model)
                 if self.is_published:

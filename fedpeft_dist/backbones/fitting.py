@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,6 +23,7 @@ OTHER_PARTS = re.compile(
 )
 # What timm itself leaves out or leaves fresh for the models that it loads loosely.
 LOOSE_LEFTOVERS, LOOSE_FRESH = ("attn_pool.",), ("head.norm.",)
+BLOCK = re.compile(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.")
 COUNTER = ".num_batches_tracked"
 
 
@@ -35,23 +35,31 @@ class Option:
     """A pattern of the tensors' names."""
     argument: str
     present: str | None
-    """The value with which the model has them; null where only another model has."""
+    """The value with which the model has them; null where none does."""
     absent: str | None
+    """The value with which the model lacks them."""
+    along: str = r"^$"
+    """A pattern of tensors that come or go with them."""
 
 
 OPTIONS = (
-    Option(r"\.ls[12]\.gamma$", "init_values", "1e-5", None),
-    Option(r"\.gamma_[12]$", "init_values", "1e-5", None),
-    Option(r"^stages\..*\.gamma$", "ls_init_value", "1e-6", None),
+    Option(r"\.ls[12]\.gamma$", "init_values", "1.0e-5", None),
+    Option(r"\.gamma_[12]$", "init_values", "1.0e-5", None),
+    Option(r"^stages\..*\.gamma$", "ls_init_value", "1.0e-6", None),
     Option(r"\.[qk]_norm\.", "qk_norm", "true", "false"),
     Option(r"^attn_pool\.", "global_pool", "map", "token"),
-    Option(r"^fc_norm\.", "fc_norm", None, "false"),
-    Option(r"^fc_norm\.", "global_pool", "avg", "token"),
-    Option(r"^norm_pre\.", "pre_norm", "true", "false"),
+    Option(r"^fc_norm\.", "fc_norm", None, "false", along=r"^norm\."),
+    Option(r"^fc_norm\.", "global_pool", "avg", "token", along=r"^norm\."),
+    Option(r"^norm_pre\.", "pre_norm", "true", "false", along=r"^patch_embed\.proj\.bias$"),
     Option(r"\.attn\.norm\.", "scale_attn_norm", "true", "false"),
     Option(r"\.mlp\.norm\.", "scale_mlp_norm", "true", "false"),
     Option(r"\.(qkv\.bias|q_bias)$", "qkv_bias", "true", "false"),
-    Option(r"^cls_token$", "class_token", "true", "false"),
+    Option(r"^cls_token$", "class_token", "true", None),
+)
+# Tensors that no argument gives to a plain ViT.
+NAMES = (
+    (r"\.gamma_1$", "a backbone.name of DeiT III (deit3_...)"),
+    (r"^dist_token$", "a backbone.name of distilled DeiT (deit_..._distilled_...)"),
 )
 
 
@@ -113,7 +121,7 @@ def check(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> None
     if fit.missing:
         told.append(f"lacks {len(fit.missing)} of the model's tensors, {fit.missing[0]!r} among them")
     if fit.leftover:
-        told.append(f"has more than the model ({len(fit.leftover)} tensors, {fit.leftover[0]!r} among them)")
+        told.append(f"has {len(fit.leftover)} more than the model, {fit.leftover[0]!r} among them")
     if told:
         raise UnfitWeightsError(f"{', and '.join(told)}; give {suggest(fit, state, model)}")
     if fit.misshapen:
@@ -126,41 +134,51 @@ def check(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> None
 
 
 def suggest(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> str:
-    """The key that would make a model for this file; the model's class must know the argument."""
+    """The key that would make a model for this file, where one explains all that does not fit."""
     known = inspect.signature(type(model).__init__).parameters
-    arguments = _blocks(state, model.state_dict())
-    if arguments is None and any(name.startswith("reg_token") for name in fit.leftover):
-        arguments = f"reg_tokens: {state['reg_token'].shape[1]}"
-    if arguments is None:
-        arguments = next(filter(None, (_value(option, fit, known) for option in OPTIONS)), None)
-    if isinstance(model, VisionTransformer) and any(name.endswith(".gamma_1") for name in fit.leftover):
-        return "a backbone.name of DeiT III (deit3_...)"
-    if arguments is None or arguments.partition(":")[0] not in known:
+    if isinstance(model, VisionTransformer) and not fit.missing:
+        for pattern, name in NAMES:
+            if any(re.search(pattern, left) for left in fit.leftover):
+                return name
+    arguments, present, absent = _depth(state, model, fit)
+    if "reg_token" in present:
+        arguments["reg_tokens"] = str(state["reg_token"].shape[1])
+        present.remove("reg_token")
+    for option in OPTIONS:
+        for names, value in ((present, option.present), (absent, option.absent)):
+            if value is not None and option.argument in known and any(re.search(option.names, name) for name in names):
+                arguments[option.argument] = value
+                present, absent = (
+                    [n for n in side if not re.search(f"{option.names}|{option.along}", n)]
+                    for side in (present, absent)
+                )
+    misshapen = [n for n in fit.misshapen if n != "pos_embed" or not arguments.keys() & {"reg_tokens", "class_token"}]
+    if present or absent or misshapen or not arguments or not arguments.keys() <= known.keys():
         return "another backbone.name"
-    return f"backbone.model_args: {{{arguments}}}, or another backbone.name"
+    shown = ", ".join(f"{key}: {value}" for key, value in arguments.items())
+    return f"backbone.model_args: {{{shown}}}, or another backbone.name"
 
 
-def _value(option: Option, fit: Fit, known: Mapping[str, Any]) -> str | None:
-    for names, value in ((fit.leftover, option.present), (fit.missing, option.absent)):
-        if value is not None and option.argument in known and any(re.search(option.names, name) for name in names):
-            return f"{option.argument}: {value}"
-    return None
-
-
-def _blocks(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
-    """The depth of the file's network, where it is another one."""
-    theirs, mine = _count_blocks(state), _count_blocks(own)
+def _depth(
+    state: Mapping[str, torch.Tensor], model: nn.Module, fit: Fit
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """The depth of the file's network where it is another one, and the names of `fit` that it does not explain."""
+    theirs, mine = _count_blocks(state), _count_blocks(model.state_dict())
     if theirs == mine or theirs.keys() != mine.keys() or not theirs:
-        return None
-    if list(theirs) == [""]:
-        return f"depth: {theirs['']}"
-    return f"depths: [{', '.join(str(theirs[stage]) for stage in sorted(theirs))}]"
+        return {}, list(fit.leftover), list(fit.missing)
+
+    def is_shared(name: str) -> bool:
+        found = BLOCK.match(name)
+        return found is None or int(found[2]) < min(theirs[found[1] or ""], mine[found[1] or ""])
+
+    depths = [str(theirs[stage]) for stage in sorted(theirs)]
+    arguments = {"depth": depths[0]} if list(theirs) == [""] else {"depths": f"[{', '.join(depths)}]"}
+    return arguments, [n for n in fit.leftover if is_shared(n)], [n for n in fit.missing if is_shared(n)]
 
 
 def _count_blocks(names: Iterable[str]) -> dict[str, int]:
     """Blocks by stage; a network without stages has one, without a name."""
-    pattern = re.compile(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.")
-    blocks = {(found[1] or "", found[2]) for found in map(pattern.match, names) if found}
+    blocks = {(found[1] or "", found[2]) for found in map(BLOCK.match, names) if found}
     return dict(Counter(stage for stage, _ in blocks))
 
 

@@ -17,6 +17,7 @@ from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, build_glyph_vit
 from fedpeft_dist.backbones.hub import PretrainedWeights
 from fedpeft_dist.backbones.names import GLYPH_VIT, check_name, classifiers_in
+from fedpeft_dist.backbones.normalization import Normalization, published_normalization
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
 
@@ -38,6 +39,8 @@ class Backbone:
     """Of all its tensors, head included; empty on the meta device. What was trained goes with this backbone only."""
     interpolation: str = "bicubic"
     """How images are resized for it: as it was pre-trained, or bicubic where that is neither bicubic nor bilinear."""
+    warning: str = ""
+    """For the user, where the images may not be normalised as the weights want them."""
 
     @property
     def channels(self) -> int:
@@ -62,15 +65,16 @@ def build_backbone(
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed reseeds CUDA too
-        model = _create(config, num_classes, image_size, device)
+        model, weights = _create(config, num_classes, image_size, device)
     channels = getattr(model, "in_chans", None) or _first_convolution(model).in_channels
-    mean, std = (_per_channel(model.pretrained_cfg[key], channels) for key in ("mean", "std"))
+    images = _normalization(config, model, channels)
+    warning = "" if config.mean is not None or weights is None else _warn_of_origin(config, weights, images)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = "" if device == "meta" else _hash_tensors(model)
     interpolation = model.pretrained_cfg.get("interpolation")
     if interpolation not in INTERPOLATIONS:
         interpolation = INTERPOLATIONS[0]
-    return Backbone(model.eval(), mean, std, image_size, num_parameters, digest, interpolation)
+    return Backbone(model.eval(), *images, image_size, num_parameters, digest, interpolation, warning)
 
 
 def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -> None:
@@ -123,7 +127,10 @@ def _pretrained_weights(config: BackboneConfig) -> PretrainedWeights:
     return PretrainedWeights(config.name, resolved.to_dict(), arguments.get("cache_dir"))
 
 
-def _create(config: BackboneConfig, num_classes: int, image_size: int, device: str) -> nn.Module:
+def _create(
+    config: BackboneConfig, num_classes: int, image_size: int, device: str
+) -> tuple[nn.Module, WeightsFile | None]:
+    """The model, and the file that it was filled from."""
     check_name(config.name)
     weights = None if device == "meta" else _weights_file(config)
     arguments = dict(config.model_args)
@@ -134,12 +141,12 @@ def _create(config: BackboneConfig, num_classes: int, image_size: int, device: s
             model = build_glyph_vit(num_classes, packaged, device, **arguments)
             if weights is not None:
                 weights.load(model, model.pretrained_cfg, checkpoint_filter_fn, strict=True)
-            return model
+            return model, weights
         if weights is None:
             with torch.device(device):
-                return timm.create_model(config.name, num_classes=num_classes, **arguments)
+                return timm.create_model(config.name, num_classes=num_classes, **arguments), None
         with loading_with(weights.load):
-            return timm.create_model(config.name, pretrained=True, num_classes=num_classes, **arguments)
+            return timm.create_model(config.name, pretrained=True, num_classes=num_classes, **arguments), weights
     except ConfigError:
         raise
     except UnfitWeightsError as error:
@@ -192,6 +199,31 @@ def _hash_tensors(model: nn.Module) -> str:
 
 def _first_convolution(model: nn.Module) -> nn.Conv2d:
     return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+def _normalization(config: BackboneConfig, model: nn.Module, channels: int) -> Normalization:
+    """The config's, or the pre-training's that the model's name stands for."""
+    if config.mean is None or config.std is None:
+        return Normalization(*(_per_channel(model.pretrained_cfg[key], channels) for key in ("mean", "std")))
+    for key, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) != channels:
+            raise ConfigError(f"backbone.{key}: {list(values)} for a backbone of {channels} channels; give {channels}")
+    return Normalization(config.mean, config.std)
+
+
+def _warn_of_origin(config: BackboneConfig, weights: WeightsFile, images: Normalization) -> str:
+    """Tells where a checkpoint's publisher normalises images otherwise than the run does."""
+    found = None if weights.is_published else published_normalization(weights.path, weights.names)
+    if found is None:
+        return ""
+    sign, published = found[0], Normalization(*(_per_channel(values, len(images.mean)) for values in found[1]))
+    if published == images:
+        return ""
+    return (
+        f"backbone.checkpoint: '{weights.path}' seems to want images of mean {list(published.mean)} and std "
+        f"{list(published.std)} ({sign}); those of {config.name!r} are in use, {list(images.mean)} and "
+        f"{list(images.std)}; give backbone.mean and backbone.std"
+    )
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
