@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
+from fedpeft_dist.backbones.fitting import OTHER_MODEL
 from fedpeft_dist.backbones.weight_files import check_content
 
 SUFFIX = ".npz"
@@ -36,13 +37,15 @@ def load_archive(model: nn.Module, path: Path, strict: bool) -> None:
         try:
             model.load_pretrained(str(path))
         except KeyError as error:
-            raise UnfitWeightsError(f"cannot be loaded ({one_line(error)}); give {_suggest(names)}") from error
+            raise UnfitWeightsError(
+                f"cannot be loaded ({one_line(error)}); give {_suggest(names, str(error))}"
+            ) from error
     root = os.path.commonpath(sorted(read))
     root = f"{root}/" if root else ""  # other towers lie beside it
     spare = CLASSIFIERS if strict else (*CLASSIFIERS, POOLING)
     for name in sorted(set(names) - read.keys()):
         if name.startswith(root) and not name.removeprefix(root).startswith(spare):
-            raise UnfitWeightsError(f"has more than the model ({name!r} among it); give {_suggest(names, name)}")
+            raise UnfitWeightsError(f"has more than the model, {name!r} among it; give {_suggest(names, name)}")
     for name, length in read.items():
         if STACKED in name and length != len(model.blocks):
             raise UnfitWeightsError(
@@ -51,15 +54,17 @@ def load_archive(model: nn.Module, path: Path, strict: bool) -> None:
             )
 
 
-def _suggest(names: Iterable[str], left: str = "") -> str:
-    if POOLING in left:
-        argument = "global_pool: map"
-    elif left.rpartition("/")[2] == "cls":
-        argument = "class_token: true"
-    elif blocks := {found[1] for found in map(re.compile(r".*/encoderblock_(\d+)/").match, names) if found}:
+def _suggest(names: Iterable[str], name: str) -> str:
+    """The key that would make a model for these arrays, of which one is left or missing."""
+    if "/encoderblock_" in name:
+        blocks = {found[1] for found in map(re.compile(r".*/encoderblock_(\d+)/").match, names) if found}
         argument = f"depth: {len(blocks)}"
+    elif POOLING in name:
+        argument = f"global_pool: {'map' if name in names else 'token'}"
+    elif "/encoder_norm/" in name:
+        argument = "fc_norm: false"
     else:
-        return "another backbone.name"
+        return OTHER_MODEL
     return f"backbone.model_args: {{{argument}}}, or another backbone.name"
 
 

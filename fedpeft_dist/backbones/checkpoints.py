@@ -56,8 +56,10 @@ class WeightsFile:
             else:
                 stored = read_weights(self.path)
                 self.names = tuple(tensor_names(stored))
-                state = dict(find_encoder(stored, Target(model, heads, filter_fn, strict)))
+                found = find_encoder(stored, Target(model, heads, filter_fn, strict))
                 _check_attention_heads(stored, model)
+                own = model.state_dict().keys()
+                state = {name: tensor for name, tensor in found.items() if name in own}
                 if self.is_published:
                     cfg = {**pretrained_cfg, "source": "", "state_dict": state}
                     _builder_load(model, cfg, filter_fn=None, strict=False, **values)
@@ -106,7 +108,7 @@ def check_checkpoint(path: Path) -> None:
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ...]) -> None:
     """Loads a state, without a classifier of other classes, and with the first layer adapted to the model's colours."""
     own = model.state_dict()
-    state = {k: v for k, v in state.items() if k in own and not (k.startswith(heads) and v.shape != own[k].shape)}
+    state = {k: v for k, v in state.items() if not (k.startswith(heads) and v.shape != own[k].shape)}
     for name in first_convolutions(model):
         weight, channels = f"{name}.weight", model.get_submodule(name).in_channels
         if weight in state and state[weight].shape[1] != channels:

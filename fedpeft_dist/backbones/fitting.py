@@ -24,6 +24,7 @@ OTHER_PARTS = re.compile(
 # What timm itself leaves out or leaves fresh for the models that it loads loosely.
 LOOSE_LEFTOVERS, LOOSE_FRESH = ("attn_pool.",), ("head.norm.",)
 BLOCK = re.compile(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.")
+OTHER_MODEL = "another backbone.name, or other backbone.model_args"
 COUNTER = ".num_batches_tracked"
 
 
@@ -128,8 +129,7 @@ def check(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> None
         name = fit.misshapen[0]
         theirs, own = (" x ".join(map(str, side[name].shape)) for side in (state, model.state_dict()))
         raise UnfitWeightsError(
-            f"cannot be loaded ({name!r} is {theirs} in the file and {own} in the model); give another backbone.name, "
-            "or backbone.model_args"
+            f"cannot be loaded ({name!r} is {theirs} in the file and {own} in the model); give {OTHER_MODEL}"
         )
 
 
@@ -154,7 +154,7 @@ def suggest(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> st
                 )
     misshapen = [n for n in fit.misshapen if n != "pos_embed" or not arguments.keys() & {"reg_tokens", "class_token"}]
     if present or absent or misshapen or not arguments or not arguments.keys() <= known.keys():
-        return "another backbone.name"
+        return OTHER_MODEL
     shown = ", ".join(f"{key}: {value}" for key, value in arguments.items())
     return f"backbone.model_args: {{{shown}}}, or another backbone.name"
 
