@@ -25,7 +25,8 @@ OTHER_PARTS = re.compile(
 LOOSE_LEFTOVERS, LOOSE_FRESH = ("attn_pool.",), ("head.norm.",)
 BLOCK = re.compile(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.")
 OTHER_MODEL = "another backbone.name, or other backbone.model_args"
-COUNTER = ".num_batches_tracked"
+# Counters, and constants that follow from a model's sizes: timm's own filters leave them out.
+CONSTANTS = (".num_batches_tracked", "relative_position_index", "relative_coords_table", "attn_mask")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def compare(state: Mapping[str, torch.Tensor], model: nn.Module, heads: tuple[st
     leftover = [
         name
         for name in state
-        if name not in own and not name.startswith(heads + spare) and not name.endswith(COUNTER) and is_encoder(name)
+        if name not in own and not name.startswith(heads + spare) and not name.endswith(CONSTANTS) and is_encoder(name)
     ]
     misshapen = [
         name
@@ -135,7 +136,7 @@ def check(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> None
 
 def suggest(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> str:
     """The key that would make a model for this file, where one explains all that does not fit."""
-    known = inspect.signature(type(model).__init__).parameters
+    known = {key for kind in type(model).__mro__ for key in inspect.signature(kind.__init__).parameters}
     if isinstance(model, VisionTransformer) and not fit.missing:
         for pattern, name in NAMES:
             if any(re.search(pattern, left) for left in fit.leftover):
@@ -153,7 +154,7 @@ def suggest(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> st
                     for side in (present, absent)
                 )
     misshapen = [n for n in fit.misshapen if n != "pos_embed" or not arguments.keys() & {"reg_tokens", "class_token"}]
-    if present or absent or misshapen or not arguments or not arguments.keys() <= known.keys():
+    if present or absent or misshapen or not arguments or not arguments.keys() <= known:
         return OTHER_MODEL
     shown = ", ".join(f"{key}: {value}" for key, value in arguments.items())
     return f"backbone.model_args: {{{shown}}}, or another backbone.name"
