@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from safetensors.torch import save_file
-from timm.models import _builder, deit, vision_transformer
+from timm.models import _builder, vision_transformer
 from torch import nn
 
 from fedpeft_dist.backbones.checkpoints import loading_with
@@ -121,7 +119,9 @@ WRAPPINGS: dict[str, Callable[[State], dict[str, Any]]] = {
         | under("module.momentum_encoder.", s, 1.0)
         | under("module.predictor.0.", PART)
     },
-    "BYOL": lambda s: under("online_encoder.", s) | under("target_encoder.", s, 1.0) | under("online_predictor.0.", PART),
+    "BYOL": lambda s: (
+        under("online_encoder.", s) | under("target_encoder.", s, 1.0) | under("online_predictor.0.", PART)
+    ),
     "deep": lambda s: {"network": {"params": under("net.trunk.vit.", s)}},
 }
 
@@ -218,7 +218,10 @@ def openai_clip(state: State) -> State:
         (r"mlp\.fc1", "mlp.c_fc"),
         (r"mlp\.fc2", "mlp.c_proj"),
     )
-    state["class_embedding"], state["positional_embedding"] = state["class_embedding"][0, 0], state["positional_embedding"][0]
+    state["class_embedding"], state["positional_embedding"] = (
+        state["class_embedding"][0, 0],
+        state["positional_embedding"][0],
+    )
     text = {"transformer.resblocks.0.ln_1.weight": torch.zeros(2), "logit_scale": torch.zeros(())}
     return under("visual.", state) | {"visual.proj": torch.zeros(24, 8)} | text
 
@@ -229,7 +232,11 @@ def open_clip(state: State) -> State:
 
 def i_jepa(state: State) -> dict[str, Any]:
     state = under("module.", state)
-    return {"encoder": state, "target_encoder": under("", state, 1.0), "predictor": {"module.norm.weight": torch.ones(2)}}
+    return {
+        "encoder": state,
+        "target_encoder": under("", state, 1.0),
+        "predictor": {"module.norm.weight": torch.ones(2)},
+    }
 
 
 def split_qkv(state: State, names: tuple[str, str, str], out: str) -> State:
@@ -267,7 +274,10 @@ def hugging_face_vit(state: State, prefix: str = "vit.") -> State:
             (r"\.mlp\.fc2\.", ".output.dense."),
         )
     state = renamed(state, (r"\.ls(\d)\.gamma", r".layer_scale\1.lambda1"))
-    return under(prefix, state) | {"classifier.weight": torch.zeros(9, 24), f"{prefix}pooler.dense.bias": torch.zeros(24)}
+    return under(prefix, state) | {
+        "classifier.weight": torch.zeros(9, 24),
+        f"{prefix}pooler.dense.bias": torch.zeros(24),
+    }
 
 
 def hugging_face_dinov2(state: State) -> State:
@@ -290,7 +300,10 @@ def hugging_face_clip(state: State) -> State:
     for name in ("embeddings.class_embedding", "embeddings.position_embedding.weight"):
         state[name] = state[name].squeeze()
     state["embeddings.position_ids"] = torch.arange(5)[None]
-    text = {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 2), "visual_projection.weight": torch.zeros(2)}
+    text = {
+        "text_model.embeddings.token_embedding.weight": torch.zeros(3, 2),
+        "visual_projection.weight": torch.zeros(2),
+    }
     return under("vision_model.", state) | text
 
 
@@ -337,5 +350,176 @@ def test_other_layouts_of_a_deeper_model_are_refused(tmp_path: Path, layout: str
 
 
 def test_an_unknown_layout_of_transformers_is_refused(tmp_path: Path) -> None:
-    torch.save({f"swin.encoder.layers.{i}.blocks.0.layernorm_before.weight": torch.ones(2) for i in range(90)}, tmp_path / "w.pth")
-    assert "(\'swin.\'); give another backbone.name, or a file in timm's layout" in refusal(FAMILIES["Swin"], tmp_path / "w.pth")
+    torch.save(
+        {f"swin.encoder.layers.{i}.blocks.0.layernorm_before.weight": torch.ones(2) for i in range(90)},
+        tmp_path / "w.pth",
+    )
+    assert "('swin.'); give another backbone.name, or a file in timm's layout" in refusal(
+        FAMILIES["Swin"], tmp_path / "w.pth"
+    )
+
+
+# --- the key that would fit --------------------------------------------------------------------------------------
+
+VIT_FAMILY, SWIN_FAMILY, CONVNEXT_FAMILY = FAMILIES["ViT"], FAMILIES["Swin"], FAMILIES["ConvNeXt"]
+
+
+@pytest.mark.parametrize(
+    ("family", "theirs", "ours", "hint"),
+    [
+        (VIT_FAMILY, {"depth": 4}, {}, {"depth": 4}),
+        (VIT_FAMILY, {}, {"depth": 3}, {"depth": 2}),
+        (VIT_FAMILY, {"init_values": 1e-5}, {}, {"init_values": 1e-5}),
+        (VIT_FAMILY, {"depth": 3, "init_values": 1e-5}, {}, {"depth": 3, "init_values": 1e-5}),
+        (VIT_FAMILY, {"qk_norm": True}, {}, {"qk_norm": True}),
+        (VIT_FAMILY, {}, {"qk_norm": True}, {"qk_norm": False}),
+        (VIT_FAMILY, {"reg_tokens": 3}, {}, {"reg_tokens": 3}),
+        (VIT_FAMILY, {"pre_norm": True}, {}, {"pre_norm": True}),
+        (VIT_FAMILY, {"qkv_bias": False}, {}, {"qkv_bias": False}),
+        (VIT_FAMILY, {"global_pool": "map"}, {}, {"global_pool": "map"}),
+        (VIT_FAMILY, {"global_pool": "avg"}, {}, {"global_pool": "avg"}),
+        (VIT_FAMILY, {}, {"global_pool": "map"}, {"global_pool": "token"}),
+        (VIT_FAMILY, {}, {"global_pool": "avg"}, {"fc_norm": False}),
+        (FAMILIES["distilled DeiT"], {"depth": 1}, {}, {"depth": 1}),
+        (FAMILIES["BEiT"], {"depth": 3}, {}, {"depth": 3}),
+        (FAMILIES["EVA"], {"depth": 3}, {}, {"depth": 3}),
+        (SWIN_FAMILY, {"depths": [2, 3]}, {}, {"depths": [2, 3]}),
+        (CONVNEXT_FAMILY, {"depths": [1, 1, 2, 1]}, {}, {"depths": [1, 1, 2, 1]}),
+    ],
+)
+def test_the_named_key_makes_the_file_fit(
+    tmp_path: Path, family: Family, theirs: dict[str, Any], ours: dict[str, Any], hint: dict[str, Any]
+) -> None:
+    torch.save(source(family, **theirs).state_dict(), tmp_path / "w.pth")
+    message = refusal(family, tmp_path / "w.pth", **ours)
+    named = re.search(r"give backbone\.model_args: (\{.*\}), or another backbone\.name", message)
+    assert named, message
+    assert yaml.safe_load(named[1]) == hint
+    load(family, tmp_path / "w.pth", **(ours | hint))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        (
+            "DeiT III",
+            Family("vit_small_patch16_224", VIT),
+            "'blocks.0.ls1.gamma' among them; give another backbone.name",
+        ),
+        ("distilled DeiT", FAMILIES["DeiT"], "'dist_token' among them; give a backbone.name of distilled DeiT"),
+        ("BEiT", Family("vit_base_patch16_224", VIT), "give another backbone.name"),
+        ("Swin", Family("swinv2_tiny_window8_256", SWIN), "give another backbone.name"),
+        ("ViT", FAMILIES["ResNet"], "give another backbone.name"),
+    ],
+)
+def test_another_family_is_refused(tmp_path: Path, theirs: str, ours: Family, words: str) -> None:
+    torch.save(source(FAMILIES[theirs]).state_dict(), tmp_path / "w.pth")
+    assert words in refusal(ours, tmp_path / "w.pth")
+
+
+def test_the_original_names_of_deit_iii_are_told_from_a_plain_vit(tmp_path: Path) -> None:
+    state = source(VIT_FAMILY).state_dict()
+    torch.save({"model": state | {"blocks.0.gamma_1": torch.ones(24)}}, tmp_path / "w.pth")
+    assert "give a backbone.name of DeiT III (deit3_...)" in refusal(VIT_FAMILY, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [([1, 1, 2, 1], [1, 1, 1, 1]), ([1, 1, 1, 1], [1, 1, 2, 1])])
+def test_a_longer_resnet_is_no_shorter_one(tmp_path: Path, theirs: list[int], ours: list[int]) -> None:
+    family = Family("resnet18", {"layers": ours})
+    torch.save(source(family, layers=theirs).state_dict(), tmp_path / "w.pth")
+    assert "'layer3.1.conv1.weight' among them; give another backbone.name" in refusal(family, tmp_path / "w.pth")
+
+
+def test_other_sizes_are_told_by_a_tensors_two_shapes(tmp_path: Path) -> None:
+    torch.save(source(VIT_FAMILY, embed_dim=48).state_dict(), tmp_path / "w.pth")
+    message = refusal(VIT_FAMILY, tmp_path / "w.pth")
+    assert "('cls_token' is 1 x 1 x 48 in the file and 1 x 1 x 24 in the model)" in message
+
+
+# --- timm's own filter -------------------------------------------------------------------------------------------
+
+
+def filter_of(name: str) -> Any:
+    found: list[Any] = []
+    with torch.device("meta"), loading_with(lambda model, filter_fn=None, **_: found.append(filter_fn)):
+        timm.create_model(name, pretrained=True)
+    return found[0]
+
+
+def test_the_filter_is_that_of_the_models_entry_point() -> None:
+    plain = vision_transformer.checkpoint_filter_fn
+    assert filter_of("vit_tiny_patch16_224") is plain
+    assert filter_of("deit3_small_patch16_224").keywords == {"adapt_layer_scale": True}
+    assert filter_of("flexivit_small").keywords == {"interpolation": "bilinear", "antialias": False}
+    assert filter_of("regnetx_002").__name__ == "_filter_fn"
+    assert filter_of("resnet18") is None
+
+
+def test_flexivit_is_resized_as_its_entry_point_says(tmp_path: Path) -> None:
+    family = FAMILIES["FlexiViT"]
+    larger = source(family, img_size=64)
+    torch.save(larger.state_dict(), tmp_path / "w.pth")
+    own_filter = partial(vision_transformer.checkpoint_filter_fn, interpolation="bilinear", antialias=False)
+    expected = source(family)
+    expected.load_state_dict(own_filter(larger.state_dict(), expected))
+    assert torch.equal(load(family, tmp_path / "w.pth").pos_embed, expected.pos_embed)
+
+
+def test_timms_loader_is_put_back_after_a_failure(tmp_path: Path) -> None:
+    before = _builder.load_pretrained
+    torch.save(PART, tmp_path / "w.pth")
+    refusal(VIT_FAMILY, tmp_path / "w.pth")
+    assert _builder.load_pretrained is before
+
+
+# --- timm's own files --------------------------------------------------------------------------------------------
+
+
+def pretrained(family: Family, file: Path, classes: int = CLASSES, **changed: Any) -> nn.Module:
+    arguments = family.arguments | {"pretrained_cfg_overlay": {"file": str(file)}} | changed
+    return build_backbone(BackboneConfig(name=family.name, model_args=arguments), classes, family.side, seed=1).model
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 1000])
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"depth": 3}, "lacks 12 of the model's tensors, 'blocks.2.norm1.weight' among them"),
+        ({"depth": 1}, "has 12 more than the model"),
+        ({"init_values": 1e-5}, "lacks 4 of the model's tensors, 'blocks.0.ls1.gamma' among them"),
+        ({"qk_norm": True}, "lacks 8 of the model's tensors, 'blocks.0.attn.q_norm.weight' among them"),
+        ({"global_pool": "map"}, "lacks 13 of the model's tensors, 'attn_pool.latent' among them"),
+        ({"global_pool": "avg"}, "lacks 2 of the model's tensors, 'fc_norm.weight' among them"),
+        ({"reg_tokens": 2}, "lacks 1 of the model's tensors, 'reg_token' among them"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_arguments_that_add_to_pretrained_weights_are_refused(
+    tmp_path: Path, changed: dict[str, Any], words: str, classes: int, suffix: str
+) -> None:
+    model = timm.create_model(VIT_FAMILY.name, img_size=32, **VIT)
+    file = tmp_path / f"w{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), file)
+    with pytest.raises(ConfigError, match=r"^backbone\.pretrained: the weights of 'vit_tiny_patch16_224' in ") as error:
+        pretrained(VIT_FAMILY, file, classes, **changed)
+    assert words in str(error.value)
+    assert "model_args" in str(error.value)
+    loaded = pretrained(VIT_FAMILY, file, classes)
+    assert torch.equal(loaded.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
+    assert torch.equal(loaded.head.weight, model.head.weight) == (classes == 1000)
+
+
+def test_what_timm_loads_loosely_stays_loadable(tmp_path: Path) -> None:
+    """FCMAE's files end before the last norm; SigLIP's pooling is left out of models that average."""
+    family = Family("convnextv2_atto.fcmae", CONVNEXT)
+    state = {n: t for n, t in source(family).state_dict().items() if not n.startswith("head.")}
+    save_file(state, tmp_path / "fcmae.safetensors")
+    assert torch.equal(pretrained(family, tmp_path / "fcmae.safetensors").stem[0].weight, state["stem.0.weight"])
+    with pytest.raises(ConfigError, match=r"lacks 2 of the model's tensors, 'head\.norm\.weight'"):
+        pretrained(Family("convnextv2_atto", CONVNEXT), tmp_path / "fcmae.safetensors")
+    state = source(FAMILIES["SigLIP"]).state_dict()
+    save_file(state, tmp_path / "siglip.safetensors")
+    average = Family("vit_base_patch16_siglip_gap_224", VIT)
+    assert torch.equal(pretrained(average, tmp_path / "siglip.safetensors").pos_embed, state["pos_embed"])
+    with pytest.raises(ConfigError, match="has 12 more than the model"):
+        pretrained(average, tmp_path / "siglip.safetensors", depth=1)
