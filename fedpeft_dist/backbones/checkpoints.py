@@ -21,7 +21,7 @@ from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Fit, check, first_convolutions
 from fedpeft_dist.backbones.names import classifiers_in
 from fedpeft_dist.backbones.normalization import tensor_names
-from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES, has_known_suffix, read_weights
+from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES, has_known_suffix, is_one_of_several, read_weights
 from fedpeft_dist.backbones.wrappings import Filter, Target, find_encoder
 from fedpeft_dist.config.errors import ConfigError
 
@@ -97,12 +97,14 @@ def loading_with(loader: Loader) -> Iterator[None]:
 def check_checkpoint(path: Path) -> None:
     """
     Raises:
-        ConfigError: no such file, or one of a kind that is not known.
+        ConfigError: no such file, one of a kind that is not known, or a part of one.
     """
     if not has_known_suffix(path):
         raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}")
     if not path.is_file():
         raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
+    if is_one_of_several(path):
+        raise ConfigError(f"backbone.checkpoint: '{path}' is one of several files; give their .index.json")
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ...]) -> None:

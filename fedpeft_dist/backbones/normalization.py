@@ -39,9 +39,9 @@ FILES = (
 )
 # A part of a tensor's name.
 TENSORS = (
-    (r"^(decoder_(embed|blocks)|(module\.)?(base_encoder|momentum_encoder|encoder_q|encoder_k)\.)", IMAGENET),
+    (r"(^|/)(module\.)?(decoder_embed|decoder_blocks|base_encoder|momentum_encoder|encoder_[qk])\.", IMAGENET),
     (r"(^|/)(teacher|student)/", IMAGENET),
-    (r"(^|\.)(visual\.class_embedding|vision_model\.embeddings\.class_embedding)$", CLIP),
+    (r"(^|/|\.)(visual\.class_embedding|vision_model\.embeddings\.class_embedding)$", CLIP),
 )
 
 

@@ -60,6 +60,11 @@ class _StandIn:
         pass
 
 
+def is_one_of_several(path: Path) -> bool:
+    """Whether a file is named as a part of larger weights, as in model-00001-of-00003.safetensors."""
+    return re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name) is not None
+
+
 def has_known_suffix(path: Path) -> bool:
     return path.name.lower().endswith(WEIGHT_SUFFIXES)
 
