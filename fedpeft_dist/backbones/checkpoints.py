@@ -112,16 +112,17 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ..
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not (k.startswith(heads) and v.shape != own[k].shape)}
     for name in first_convolutions(model):
-        weight, channels = f"{name}.weight", model.get_submodule(name).in_channels
-        if weight in state and state[weight].shape[1] != channels:
-            state[weight] = adapt_input_conv(channels, state[weight])
+        weight = f"{name}.weight"
+        if weight in state and state[weight].ndim == 4 and state[weight].shape[1] != own[weight].shape[1]:
+            state[weight] = adapt_input_conv(own[weight].shape[1], state[weight])
     model.load_state_dict(state, strict=False)
 
 
 def _check_attention_heads(stored: Mapping[str, Any], model: nn.Module) -> None:
     """Tells MoCo v3's small ViT from timm's: the number of attention heads shows in no tensor's shape."""
-    names = clean_state_dict(stored.get("state_dict") or {})
-    if stored.get("arch") != MOCO_SMALL or not any(name.startswith("base_encoder.") for name in names):
+    if stored.get("arch") != MOCO_SMALL or not isinstance(stored.get("state_dict"), Mapping):
+        return
+    if not any(name.startswith("base_encoder.") for name in clean_state_dict(stored["state_dict"])):
         return
     own = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
     if own not in (None, MOCO_SMALL_HEADS):
