@@ -147,7 +147,7 @@ def _explain(path: Path, error: Exception) -> str:
     if not isinstance(error, pickle.UnpicklingError):
         return " ".join(text.split())[:200]
     reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(" Please")[0]
-    return f"it is damaged, or torch.save did not write it as it does by default: {reason[:200]}"
+    return f"it is damaged, or no file of torch.save: {reason[:200]}; save its tensors anew with torch.save"
 
 
 def _unsafe_globals(path: Path) -> list[str]:

@@ -49,6 +49,7 @@ FAMILIES = {
     "DINOv2": Family("vit_small_patch14_dinov2", VIT, 28),
     "DINOv2 with registers": Family("vit_small_patch14_reg4_dinov2", VIT, 28),
     "MAE": Family("vit_base_patch16_224.mae", VIT),
+    "NaFlexViT": Family("naflexvit_base_patch16_gap", VIT),
     "SigLIP": Family("vit_base_patch16_siglip_224", VIT),
 }
 
