@@ -24,7 +24,7 @@ OTHER_PARTS = re.compile(
 # What timm itself leaves out or leaves fresh for the models that it loads loosely.
 LOOSE_LEFTOVERS, LOOSE_FRESH = ("attn_pool.",), ("head.norm.",)
 BLOCK = re.compile(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.")
-OTHER_MODEL = "another backbone.name, or other backbone.model_args"
+OTHER_MODEL = "another backbone.name, other backbone.model_args, or a file of the encoder alone"
 # Counters, and constants that follow from a model's sizes: timm's own filters leave them out.
 CONSTANTS = (".num_batches_tracked", "relative_position_index", "relative_coords_table", "attn_mask")
 
