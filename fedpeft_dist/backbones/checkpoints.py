@@ -1,136 +1,144 @@
-"""Local checkpoint files: a state dict found in whatever a training script wrapped it in, and loaded into a model.
+"""Weights from a file into a model: only a classifier may stay random, and nothing of the encoder is left out.
 
-Beside timm's own layout, alone or in a training script's dictionary, these are known:
-
-    MAE       {"model": encoder}, and the longer files that hold the decoder and the mask token beside it
-    MoCo v3   {"state_dict": base_encoder.*, momentum_encoder.*, predictor.*, "arch", "optimizer", ...}: its base
-              encoder without its head, an MLP that belongs to the pre-training
-    augreg    .npz files in the layout of JAX, read by timm's ViTs themselves
-
-Files are read without running code: a pickle that holds more than tensors and plain values is refused.
+timm's builder is asked for the model with its weights, and `loading_with` puts a loader of this package in the place of
+timm's: so the loader is given the very filter that the model's entry point names, not the one of the model's class.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from timm.models import adapt_input_conv, clean_state_dict, load_checkpoint
+from timm.models import _builder, adapt_input_conv, clean_state_dict
 from torch import nn
 
-from fedpeft_dist.backbones.errors import one_line
+from fedpeft_dist.backbones import archives
+from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
+from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Fit, check, first_convolutions
+from fedpeft_dist.backbones.names import classifiers_in
+from fedpeft_dist.backbones.normalization import tensor_names
+from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES, has_known_suffix, is_one_of_several, read_weights
+from fedpeft_dist.backbones.wrappings import Filter, Target, find_encoder
 from fedpeft_dist.config.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".npz")
-# Where training scripts keep the state dict, the most wanted first.
-STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
-MOCO_ENCODER = "base_encoder."
 MOCO_SMALL, MOCO_SMALL_HEADS = "vit_small", 12
 
+Loader = Callable[..., None]
 
-def load_local_checkpoint(model: nn.Module, path: Path, classifiers: tuple[str, ...]) -> None:
-    """Loads a file into the model; only a classifier may be missing from it, or be of another shape.
 
-    Args:
-        classifiers: names of the model's classifier layers, which stay fresh where the file has none that fits.
+@dataclass
+class WeightsFile:
+    """A file to load into a model that timm builds."""
 
-    Raises:
-        ConfigError: no such file, or one that cannot be read, or that lacks or contradicts some of the model's tensors.
+    path: Path
+    is_published: bool
+    """Whether it is timm's own for the model's name: its classifier goes by the number of classes, as in timm."""
+    names: tuple[str, ...] = ()
+    """The tensors in it, behind the names of the dictionaries that hold them, once it is read."""
+
+    def load(
+        self, model: nn.Module, pretrained_cfg: Mapping[str, Any], filter_fn: Filter | None, strict: bool, **values: Any
+    ) -> None:
+        """Takes the arguments of timm's `load_pretrained`.
+
+        Raises:
+            UnfitWeightsError: the file cannot be read, or it lacks or exceeds the model's tensors.
+        """
+        heads = tuple(f"{name}." for name in classifiers_in(pretrained_cfg))
+        before = _versions(model)
+        try:
+            if self.path.name.lower().endswith(archives.SUFFIX):
+                archives.load_archive(model, self.path, strict)
+            else:
+                stored = read_weights(self.path)
+                self.names = tuple(tensor_names(stored))
+                found = find_encoder(stored, Target(model, heads, filter_fn, strict))
+                _check_attention_heads(stored, model)
+                own = model.state_dict().keys()
+                state = {name: tensor for name, tensor in found.items() if name in own}
+                if self.is_published:
+                    cfg = {**pretrained_cfg, "source": "", "state_dict": state}
+                    _builder_load(model, cfg, filter_fn=None, strict=False, **values)
+                else:
+                    _fill(model, state, heads)
+        except UnfitWeightsError:
+            raise
+        except Exception as error:  # each format fails in its own many ways, safetensors and pickle by their classes
+            raise UnfitWeightsError(f"cannot be loaded ({one_line(error)})") from error
+        fresh = () if strict else LOOSE_FRESH
+        _check_written(model, before, heads + fresh)
+
+
+_builder_load: Loader = _builder.load_pretrained
+
+
+@contextmanager
+def loading_with(loader: Loader) -> Iterator[None]:
+    """Within it, timm's builder fills a new model by this function, with the model's own filter."""
+    calls = []
+
+    def load(*arguments: Any, **values: Any) -> None:
+        calls.append(arguments)
+        loader(*arguments, **values)
+
+    _builder.load_pretrained = load
+    try:
+        yield
+    finally:
+        _builder.load_pretrained = _builder_load
+    if not calls:
+        raise UnfitWeightsError("cannot be loaded (the model is not built by timm's builder, which loads weights)")
+
+
+def check_checkpoint(path: Path) -> None:
     """
-    if not path.name.endswith(CHECKPOINT_SUFFIXES):
-        raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(CHECKPOINT_SUFFIXES)}")
+    Raises:
+        ConfigError: no such file, one of a kind that is not known, or a part of one.
+    """
+    if not has_known_suffix(path):
+        raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}")
     if not path.is_file():
         raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
-    heads = tuple(f"{name}." for name in classifiers)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters of them is in the error
-            if path.suffix == ".npz":
-                load_checkpoint(model, str(path))
-                return
-            stored = _read(path)
-            state = _encoder_state(stored, heads)
-            _check_attention_heads(stored, state, model, path)
-            state = _fit(state, model, heads)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except ConfigError:
-        raise
-    except Exception as error:  # each format fails in its own many ways, safetensors and pickle by classes of their own
-        raise ConfigError(f"backbone.checkpoint: '{path}' cannot be loaded ({one_line(error)})") from error
-    missing = [key for key in missing if not key.startswith(heads)]
-    if missing:
-        raise ConfigError(
-            f"backbone.checkpoint: '{path}' lacks {len(missing)} of the model's tensors, {missing[0]!r} among them"
-        )
-    if unexpected:
-        logger.info("%s: %d tensors have no place in the model and are left out", path, len(unexpected))
+    if is_one_of_several(path):
+        raise ConfigError(f"backbone.checkpoint: '{path}' is one of several files; give their .index.json")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """What the file holds, as it is."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    # Training scripts like to store their parsed arguments, which are harmless.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(stored, Mapping):
-        raise ValueError(f"it holds a {type(stored).__name__}, not tensors by name")
-    return stored
+def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ...]) -> None:
+    """Loads a state, without a classifier of other classes, and with the first layer adapted to the model's colours."""
+    own = model.state_dict()
+    state = {k: v for k, v in state.items() if not (k.startswith(heads) and v.shape != own[k].shape)}
+    for name in first_convolutions(model):
+        weight = f"{name}.weight"
+        if weight in state and state[weight].ndim == 4 and state[weight].shape[1] != own[weight].shape[1]:
+            state[weight] = adapt_input_conv(own[weight].shape[1], state[weight])
+    model.load_state_dict(state, strict=False)
 
 
-def _encoder_state(stored: Mapping[str, Any], heads: tuple[str, ...]) -> dict[str, Any]:
-    """The backbone's own tensors, by name, out of what a pre-training left."""
-    key = next((key for key in STATE_KEYS if isinstance(stored.get(key), Mapping)), None)
-    state = clean_state_dict(stored if key is None else stored[key])
-    if _is_moco(state):
-        state = {k.removeprefix(MOCO_ENCODER): v for k, v in state.items() if k.startswith(MOCO_ENCODER)}
-        return {k: v for k, v in state.items() if not k.startswith(heads)}
-    if any(k.startswith("decoder_") for k in state):
-        return {k: v for k, v in state.items() if k != "mask_token" and not k.startswith("decoder_")}
-    return state
-
-
-def _is_moco(state: Mapping[str, Any]) -> bool:
-    return any(k.startswith(MOCO_ENCODER) for k in state)
-
-
-def _check_attention_heads(stored: Mapping[str, Any], state: Mapping[str, Any], model: nn.Module, path: Path) -> None:
+def _check_attention_heads(stored: Mapping[str, Any], model: nn.Module) -> None:
     """Tells MoCo v3's small ViT from timm's: the number of attention heads shows in no tensor's shape."""
-    if stored.get("arch") != MOCO_SMALL or not _is_moco(clean_state_dict(stored.get("state_dict", {}))):
+    if stored.get("arch") != MOCO_SMALL or not isinstance(stored.get("state_dict"), Mapping):
+        return
+    if not any(name.startswith("base_encoder.") for name in clean_state_dict(stored["state_dict"])):
         return
     own = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
     if own not in (None, MOCO_SMALL_HEADS):
-        raise ConfigError(
-            f"backbone.checkpoint: '{path}' is MoCo v3's {MOCO_SMALL} with {MOCO_SMALL_HEADS} attention heads, the "
-            f"model has {own}; give backbone.model_args: {{num_heads: {MOCO_SMALL_HEADS}}}"
+        raise UnfitWeightsError(
+            f"is MoCo v3's {MOCO_SMALL} with {MOCO_SMALL_HEADS} attention heads, the model has {own}; "
+            f"give backbone.model_args: {{num_heads: {MOCO_SMALL_HEADS}}}"
         )
 
 
-def _fit(state: dict[str, Any], model: nn.Module, heads: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The state in the model's own layout, image size and colours, without a classifier of other classes."""
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    state = adapt(state, model) if adapt is not None else state
-    own = model.state_dict()
-    state = {k: v for k, v in state.items() if not (k in own and k.startswith(heads) and v.shape != own[k].shape)}
-    _adapt_channels(state, model)
-    return state
+def _versions(model: nn.Module) -> dict[str, int]:
+    """How often each tensor that could be random was written in place."""
+    return {name: tensor._version for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
-def _adapt_channels(state: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Sums or repeats the first convolution's weights over colours, where the model takes other ones, as timm does."""
-    first = model.pretrained_cfg.get("first_conv")
-    name = f"{first}.weight"
-    if not isinstance(first, str) or name not in state:
-        return
-    channels = model.get_submodule(first).in_channels
-    if state[name].shape[1] != channels:
-        state[name] = adapt_input_conv(channels, state[name])
+def _check_written(model: nn.Module, before: Mapping[str, int], fresh: tuple[str, ...]) -> None:
+    """A last look at the model itself, whatever wrote its tensors."""
+    after = _versions(model)
+    missing = [name for name in after if after[name] == before.get(name) and not name.startswith(fresh)]
+    check(Fit(missing, [], []), {}, model)

@@ -106,13 +106,6 @@ class PretrainedWeights:
             return str(self.source["file"])
         return f"huggingface.co/{self.source['hf_hub_id']}" if self._repository else self._url[0]
 
-    def overlay(self, path: Path) -> dict[str, Any]:
-        """Has timm load this very file, in the way that it loads what it fetches from there."""
-        custom = self.source.get("custom_load", False)
-        if self._repository and not self.source.get("file"):
-            custom = custom == "hf" and bool(self.source.get("hf_hub_filename"))  # else the hub has timm's own layout
-        return {"file": str(path), "custom_load": custom}
-
     @property
     def _repository(self) -> str:
         """On the hub; empty where there is none."""

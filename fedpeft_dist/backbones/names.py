@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 
@@ -35,3 +37,9 @@ def check_name(name: str) -> None:
 def names_with_weights(name: str) -> list[str]:
     """The same architecture's names under which timm has weights."""
     return timm.list_models(name.partition(".")[0], pretrained=True)
+
+
+def classifiers_in(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the classifier layers, as a model's config of timm tells them."""
+    names = pretrained_cfg.get("classifier")
+    return (names,) if isinstance(names, str) else tuple(names or ())

@@ -9,13 +9,15 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from fedpeft_dist.backbones.checkpoints import load_local_checkpoint
-from fedpeft_dist.backbones.errors import one_line
+from fedpeft_dist.backbones.checkpoints import WeightsFile, check_checkpoint, loading_with
+from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, build_glyph_vit
 from fedpeft_dist.backbones.hub import PretrainedWeights
-from fedpeft_dist.backbones.names import GLYPH_VIT, check_name
+from fedpeft_dist.backbones.names import GLYPH_VIT, check_name, classifiers_in
+from fedpeft_dist.backbones.normalization import Normalization, published_normalization
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
 
@@ -41,6 +43,8 @@ class Backbone:
     """The model as no method has changed it, over the same tensors: what plain PyTorch would train."""
     shared_layers: frozenset[nn.Module] = frozenset()
     """Layers that compute something all samples share. Their dropout stays off: no sample's key can decide it."""
+    warning: str = ""
+    """For the user, where the images may not be normalised as the weights want them."""
 
     @property
     def channels(self) -> int:
@@ -65,17 +69,16 @@ def build_backbone(
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed reseeds CUDA too
-        model = _create(config, num_classes, image_size, device)
-    if config.checkpoint is not None and device != "meta":
-        load_local_checkpoint(model, Path(config.checkpoint), classifier_names(model))
+        model, weights = _create(config, num_classes, image_size, device)
     channels = getattr(model, "in_chans", None) or _first_convolution(model).in_channels
-    mean, std = (_per_channel(model.pretrained_cfg[key], channels) for key in ("mean", "std"))
+    images = _normalization(config, model, channels)
+    warning = "" if config.mean is not None or weights is None else _warn_of_origin(config, weights, images)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = "" if device == "meta" else _hash_tensors(model)
     interpolation = model.pretrained_cfg.get("interpolation")
     if interpolation not in INTERPOLATIONS:
         interpolation = INTERPOLATIONS[0]
-    return Backbone(model.eval(), mean, std, image_size, num_parameters, digest, interpolation)
+    return Backbone(model.eval(), *images, image_size, num_parameters, digest, interpolation, warning)
 
 
 def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -> None:
@@ -128,36 +131,55 @@ def _pretrained_weights(config: BackboneConfig) -> PretrainedWeights:
     return PretrainedWeights(config.name, resolved.to_dict(), arguments.get("cache_dir"))
 
 
-def _create(config: BackboneConfig, num_classes: int, image_size: int, device: str) -> nn.Module:
-    load_own = config.pretrained and config.checkpoint is None and device != "meta"
+def _create(
+    config: BackboneConfig, num_classes: int, image_size: int, device: str
+) -> tuple[nn.Module, WeightsFile | None]:
+    """The model, and the file that it was filled from."""
     check_name(config.name)
+    weights = None if device == "meta" else _weights_file(config)
     arguments = dict(config.model_args)
-    file = None
     try:
         arguments = model_arguments(config, image_size)
         if config.name == GLYPH_VIT:
-            return build_glyph_vit(num_classes, pretrained=load_own, device=device, **arguments)
-        if load_own:
-            weights = _pretrained_weights(config)
-            file = weights.require()
-            arguments["pretrained_cfg_overlay"] = arguments.get("pretrained_cfg_overlay", {}) | weights.overlay(file)
-        with torch.device(device):
-            return timm.create_model(config.name, pretrained=load_own, num_classes=num_classes, **arguments)
+            packaged = config.pretrained and config.checkpoint is None and device != "meta"
+            model = build_glyph_vit(num_classes, packaged, device, **arguments)
+            if weights is not None:
+                weights.load(model, model.pretrained_cfg, checkpoint_filter_fn, strict=True)
+            return model, weights
+        if weights is None:
+            with torch.device(device):
+                return timm.create_model(config.name, num_classes=num_classes, **arguments), None
+        with loading_with(weights.load):
+            return timm.create_model(config.name, pretrained=True, num_classes=num_classes, **arguments), weights
     except ConfigError:
         raise
-    except Exception as error:  # timm and PyTorch refuse an argument in many ways, and a file that does not fit
-        if file is None or isinstance(error, (TypeError, ValueError, AssertionError)):
-            given = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
-            raise ConfigError(f"backbone: {config.name} cannot be made with {given}: {one_line(error)}") from error
+    except UnfitWeightsError as error:
+        assert weights is not None
+        if config.checkpoint is not None:
+            raise ConfigError(f"backbone.checkpoint: '{weights.path}' {error}") from error
         raise ConfigError(
-            f"backbone.pretrained: the weights of {config.name!r} in '{file}' cannot be loaded ({one_line(error)}); "
-            "give backbone.checkpoint a local file, or pretrained: false"
+            f"backbone.pretrained: the weights of {config.name!r} in '{weights.path}' {error}; "
+            "else give backbone.checkpoint a local file, or pretrained: false"
         ) from error
+    except Exception as error:  # timm and PyTorch refuse an argument in many ways
+        given = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+        raise ConfigError(f"backbone: {config.name} cannot be made with {given}: {one_line(error)}") from error
+
+
+def _weights_file(config: BackboneConfig) -> WeightsFile | None:
+    """The file that a real model is filled from; None where it stays fresh, or the package carries its weights."""
+    if config.checkpoint is not None:
+        path = Path(config.checkpoint).expanduser()
+        check_checkpoint(path)
+        return WeightsFile(path, is_published=False)
+    if not config.pretrained or config.name == GLYPH_VIT:
+        return None
+    return WeightsFile(_pretrained_weights(config).require(), is_published=True)
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the classifier layers, as timm's model config tells them."""
-    return _as_names(model.pretrained_cfg.get("classifier"))
+    return classifiers_in(model.pretrained_cfg)
 
 
 def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
@@ -168,11 +190,7 @@ def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
     """
     check_name(config.name)
     default = PRETRAINED_CFG if config.name == GLYPH_VIT else _pretrained_weights(config).source
-    return _as_names(default.get("classifier"))
-
-
-def _as_names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names or ())
+    return classifiers_in(default)
 
 
 def _hash_tensors(model: nn.Module) -> str:
@@ -185,6 +203,31 @@ def _hash_tensors(model: nn.Module) -> str:
 
 def _first_convolution(model: nn.Module) -> nn.Conv2d:
     return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+def _normalization(config: BackboneConfig, model: nn.Module, channels: int) -> Normalization:
+    """The config's, or the pre-training's that the model's name stands for."""
+    if config.mean is None or config.std is None:
+        return Normalization(*(_per_channel(model.pretrained_cfg[key], channels) for key in ("mean", "std")))
+    for key, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) != channels:
+            raise ConfigError(f"backbone.{key}: {list(values)} for a backbone of {channels} channels; give {channels}")
+    return Normalization(config.mean, config.std)
+
+
+def _warn_of_origin(config: BackboneConfig, weights: WeightsFile, images: Normalization) -> str:
+    """Tells where a checkpoint's publisher normalises images otherwise than the run does."""
+    found = None if weights.is_published else published_normalization(weights.path, weights.names)
+    if found is None:
+        return ""
+    sign, published = found[0], Normalization(*(_per_channel(values, len(images.mean)) for values in found[1]))
+    if published == images:
+        return ""
+    return (
+        f"backbone.checkpoint: '{weights.path}' seems to want images of mean {list(published.mean)} and std "
+        f"{list(published.std)} ({sign}); those of {config.name!r} are in use, {list(images.mean)} and "
+        f"{list(images.std)}; give backbone.mean and backbone.std"
+    )
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Channels = Annotated[tuple[Probability, ...], Field(strict=False, min_length=1)]
 
 
 class Section(BaseModel):
@@ -32,10 +33,26 @@ class BackboneConfig(Section):
     pretrained: bool = True
     """Take timm's own weights, which must be on this machine (`fedpeft prefetch` downloads them), or the package's."""
     checkpoint: str | None = None
-    """A local file to take the weights from instead (.safetensors, .pth, .pth.tar, .pt, .bin or .npz), such as those
-    that MAE and MoCo v3 publish."""
+    """A local file to take the weights from instead: .safetensors, .pth, .pth.tar, .pt, .bin, .npz, or the
+    .index.json of several .safetensors or .bin files.
+
+    It may be wrapped as public pre-trainings wrap it. It must fill all of the model but a classifier, and may hold no
+    more of an encoder than the model has."""
     model_args: dict[str, Any] = {}
     """Passed to `timm.create_model` as they are."""
+    mean: Channels | None = None
+    """Per channel, for images scaled to 0 .. 1; null takes what timm has for `name`. A checkpoint may want others."""
+    std: Channels | None = None
+    """The same, given together with `mean`."""
+
+    @model_validator(mode="after")
+    def _mean_and_std_go_together(self) -> BackboneConfig:
+        if (self.mean is None) != (self.std is None):
+            given, absent = ("std", "mean") if self.mean is None else ("mean", "std")
+            raise ValueError(f"{given}: {list(getattr(self, given))} without {absent}; give both, or neither")
+        if self.std is not None and 0.0 in self.std:
+            raise ValueError(f"std: {list(self.std)} holds 0; give values above 0 and up to 1")
+        return self
 
 
 # --- methods -----------------------------------------------------------------------------------------------------

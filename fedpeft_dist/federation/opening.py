@@ -162,6 +162,8 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest | None = Non
 
 def _build(config: RunConfig, runtime: Runtime, is_new: bool) -> Simulation:
     simulation = Simulation(config, runtime)
+    if runtime.is_main and simulation.model.backbone.warning:
+        print(f"warning: {simulation.model.backbone.warning}", file=sys.stderr)
     simulation.participation  # reads traces  # noqa: B018
     check_lanes(simulation.model, config, runtime)
     if is_new:  # else what a checkpoint says of the noise comes first

@@ -136,8 +136,10 @@ def make_family_model(family: str, with_dropout: bool = False) -> nn.Module:
                 parameter.add_(0.02 * torch.randn_like(parameter))
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                    module.running_mean.normal_(std=0.1)
-                    module.running_var.uniform_(0.5, 1.5)
+                    module.momentum = 1.0
+            model.train()(torch.randn(4, 3, image_size, image_size))  # fills the statistics
+            model.eval()
+            for module in model.modules():
                 if isinstance(module, nn.Dropout) and not with_dropout:
                     module.p = 0.0
                 if hasattr(module, "drop_prob") and not with_dropout:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedpeft_dist.backbones.checkpoints import CHECKPOINT_SUFFIXES
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
+from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
 
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_told_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("suffix", CHECKPOINT_SUFFIXES)
+@pytest.mark.parametrize("suffix", WEIGHT_SUFFIXES)
 def test_a_file_cut_short_is_told_in_one_line(tmp_path: Path, encoder: State, suffix: str) -> None:
     path = tmp_path / f"cut{suffix}"
     torch.save(mae(encoder), path) if suffix != ".safetensors" else save_file(encoder, path)

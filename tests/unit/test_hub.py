@@ -222,15 +222,6 @@ def test_a_file_that_timms_config_names_is_taken(caches: Path) -> None:
         prefetch_weights(config)
 
 
-def test_the_kind_of_a_file_depends_on_where_it_comes_from() -> None:
-    """The hub has timm's own layout even of models whose first publication had not."""
-    source = timm.models.get_pretrained_cfg("vit_tiny_patch16_224").to_dict()
-    assert source["custom_load"]
-    assert source["hf_hub_id"]
-    assert not hub.PretrainedWeights("m", source).overlay(Path("f"))["custom_load"]
-    assert hub.PretrainedWeights("m", source | {"hf_hub_id": None}).overlay(Path("f"))["custom_load"] is True
-
-
 # --- prefetch ----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,188 @@
+"""How a file's tensors fit a model: what is missing, what is left over, and the config key that would help."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from fedpeft_dist.backbones.errors import UnfitWeightsError
+
+# First parts of names: classifiers, and what belongs to a pre-training or to another task, not to the encoder.
+OTHER_PARTS = re.compile(
+    r"head|classifier|decoder|criterion|loss|metric|project|predict|prototype|momentum"
+    r"|^(mask_token|mask_embed|queue|teacher|student|ema|model_ema|target|online|encoder_k|logit_|text|token_embed|neck|"
+    r"pooler|pre_logits)"
+    r"|^(fc|proj)$"
+)
+# What timm itself leaves out or leaves fresh for the models that it loads loosely.
+LOOSE_LEFTOVERS, LOOSE_FRESH = ("attn_pool.",), ("head.norm.",)
+BLOCK = re.compile(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.")
+OTHER_MODEL = "another backbone.name, other backbone.model_args, or a file of the encoder alone"
+# Counters, and constants that follow from a model's sizes: timm's own filters leave them out.
+CONSTANTS = (".num_batches_tracked", "relative_position_index", "relative_coords_table", "attn_mask")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument of a model on which some of its tensors depend."""
+
+    names: str
+    """A pattern of the tensors' names."""
+    argument: str
+    present: str | None
+    """The value with which the model has them; null where none does."""
+    absent: str | None
+    """The value with which the model lacks them."""
+    along: str = r"^$"
+    """A pattern of tensors that come or go with them."""
+
+
+OPTIONS = (
+    Option(r"\.ls[12]\.gamma$", "init_values", "1.0e-5", None),
+    Option(r"\.gamma_[12]$", "init_values", "1.0e-5", None),
+    Option(r"^stages\..*\.gamma$", "ls_init_value", "1.0e-6", None),
+    Option(r"\.[qk]_norm\.", "qk_norm", "true", "false"),
+    Option(r"^attn_pool\.", "global_pool", "map", "token"),
+    Option(r"^fc_norm\.", "fc_norm", None, "false", along=r"^norm\."),
+    Option(r"^fc_norm\.", "global_pool", "avg", "token", along=r"^norm\."),
+    Option(r"^norm_pre\.", "pre_norm", "true", "false", along=r"^patch_embed\.proj\.bias$"),
+    Option(r"\.attn\.norm\.", "scale_attn_norm", "true", "false"),
+    Option(r"\.mlp\.norm\.", "scale_mlp_norm", "true", "false"),
+    Option(r"\.(qkv\.bias|q_bias)$", "qkv_bias", "true", "false"),
+    Option(r"^cls_token$", "class_token", "true", None),
+)
+# Tensors that no argument gives to a plain ViT.
+NAMES = (
+    (r"\.gamma_1$", "a backbone.name of DeiT III (deit3_...)"),
+    (r"^dist_token$", "a backbone.name of distilled DeiT (deit_..._distilled_...)"),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The names that a state and a model do not share, classifiers aside."""
+
+    missing: list[str]
+    leftover: list[str]
+    misshapen: list[str]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the state fills the model; something may be left over."""
+        return not self.missing and not self.misshapen
+
+
+def compare(state: Mapping[str, torch.Tensor], model: nn.Module, heads: tuple[str, ...], strict: bool) -> Fit:
+    """
+    Args:
+        heads: beginnings of the classifiers' names.
+        strict: whether timm loads this model strictly.
+    """
+    own = model.state_dict()
+    stems = tuple(f"{name}.weight" for name in first_convolutions(model))
+    needed = [name for name, tensor in own.items() if tensor.is_floating_point() and not name.startswith(heads)]
+    fresh, spare = ((), ()) if strict else (LOOSE_FRESH, LOOSE_LEFTOVERS)
+    missing = [name for name in needed if name not in state and not name.startswith(fresh)]
+    leftover = [
+        name
+        for name in state
+        if name not in own and not name.startswith(heads + spare) and not name.endswith(CONSTANTS) and is_encoder(name)
+    ]
+    misshapen = [
+        name
+        for name in needed
+        if name in state and _comparable(state[name], name in stems) != _comparable(own[name], name in stems)
+    ]
+    return Fit(missing, leftover, misshapen)
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a name, by its first part, may be an encoder's."""
+    return OTHER_PARTS.search(name.partition(".")[0]) is None
+
+
+def first_convolutions(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that take the image, whose weights are adapted to other colours."""
+    names = model.pretrained_cfg.get("first_conv") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def check(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """
+    Raises:
+        UnfitWeightsError: something of the model would stay random, or something of the file be left out.
+    """
+    told = []
+    if fit.missing:
+        told.append(f"lacks {len(fit.missing)} of the model's tensors, {fit.missing[0]!r} among them")
+    if fit.leftover:
+        told.append(f"has {len(fit.leftover)} more than the model, {fit.leftover[0]!r} among them")
+    if told:
+        raise UnfitWeightsError(f"{', and '.join(told)}; give {suggest(fit, state, model)}")
+    if fit.misshapen:
+        name = fit.misshapen[0]
+        theirs, own = (" x ".join(map(str, side[name].shape)) for side in (state, model.state_dict()))
+        raise UnfitWeightsError(
+            f"cannot be loaded ({name!r} is {theirs} in the file and {own} in the model); give {OTHER_MODEL}"
+        )
+
+
+def suggest(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> str:
+    """The key that would make a model for this file, where one explains all that does not fit."""
+    known = {key for kind in type(model).__mro__ for key in inspect.signature(kind.__init__).parameters}
+    if isinstance(model, VisionTransformer) and not fit.missing:
+        for pattern, name in NAMES:
+            if any(re.search(pattern, left) for left in fit.leftover):
+                return name
+    arguments, present, absent = _depth(state, model, fit)
+    if "reg_token" in present:
+        arguments["reg_tokens"] = str(state["reg_token"].shape[1])
+        present.remove("reg_token")
+    for option in OPTIONS:
+        for names, value in ((present, option.present), (absent, option.absent)):
+            if value is not None and option.argument in known and any(re.search(option.names, name) for name in names):
+                arguments[option.argument] = value
+                present, absent = (
+                    [n for n in side if not re.search(f"{option.names}|{option.along}", n)]
+                    for side in (present, absent)
+                )
+    misshapen = [n for n in fit.misshapen if n != "pos_embed" or not arguments.keys() & {"reg_tokens", "class_token"}]
+    if present or absent or misshapen or not arguments or not arguments.keys() <= known:
+        return OTHER_MODEL
+    shown = ", ".join(f"{key}: {value}" for key, value in arguments.items())
+    return f"backbone.model_args: {{{shown}}}, or another backbone.name"
+
+
+def _depth(
+    state: Mapping[str, torch.Tensor], model: nn.Module, fit: Fit
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """The depth of the file's network where it is another one, and the names of `fit` that it does not explain."""
+    theirs, mine = _count_blocks(state), _count_blocks(model.state_dict())
+    if theirs == mine or theirs.keys() != mine.keys() or not theirs:
+        return {}, list(fit.leftover), list(fit.missing)
+
+    def is_shared(name: str) -> bool:
+        found = BLOCK.match(name)
+        return found is None or int(found[2]) < min(theirs[found[1] or ""], mine[found[1] or ""])
+
+    depths = [str(theirs[stage]) for stage in sorted(theirs)]
+    arguments = {"depth": depths[0]} if list(theirs) == [""] else {"depths": f"[{', '.join(depths)}]"}
+    return arguments, [n for n in fit.leftover if is_shared(n)], [n for n in fit.missing if is_shared(n)]
+
+
+def _count_blocks(names: Iterable[str]) -> dict[str, int]:
+    """Blocks by stage; a network without stages has one, without a name."""
+    blocks = {(found[1] or "", found[2]) for found in map(BLOCK.match, names) if found}
+    return dict(Counter(stage for stage, _ in blocks))
+
+
+def _comparable(tensor: torch.Tensor, is_first: bool) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    return shape[:1] + shape[2:] if is_first else shape

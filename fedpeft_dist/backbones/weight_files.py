@@ -1,0 +1,158 @@
+"""Files of weights, read without running code: safetensors, PyTorch's pickles, and indices of several such files.
+
+A pickle that holds more than tensors and plain values is refused. Some neighbours of weights are harmless (the parsed
+arguments of a training script, numpy's scalars, paths): a stand-in takes their place, so not even their classes run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from fedpeft_dist.backbones.errors import UnfitWeightsError
+
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".npz", *INDEX_SUFFIXES)
+
+GIT_LFS = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype|html|head|\?xml)", re.IGNORECASE | re.DOTALL)
+MOST_GLOBALS = 5  # named in an error
+
+NUMPY_GLOBALS = (
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.dtypes.{name}" for name in dir(np.dtypes) if name.endswith("DType")),
+)
+PATH_GLOBALS = tuple(
+    f"{module}.{name}"
+    for module in ("pathlib", "pathlib._local")  # Python 3.13 moved the classes
+    for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+)
+DATETIME_GLOBALS = tuple(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone"))
+HARMLESS_GLOBALS = (
+    *("argparse.Namespace", "types.SimpleNamespace"),
+    *NUMPY_GLOBALS,
+    *PATH_GLOBALS,
+    *DATETIME_GLOBALS,
+)
+
+
+class _StandIn:
+    """Takes the place of a harmless object, and does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __new__(cls, *_: object) -> _StandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def is_one_of_several(path: Path) -> bool:
+    """Whether a file is named as a part of larger weights, as in model-00001-of-00003.safetensors."""
+    return re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name) is not None
+
+
+def has_known_suffix(path: Path) -> bool:
+    return path.name.lower().endswith(WEIGHT_SUFFIXES)
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """What a file holds, as it is, on the CPU.
+
+    Raises:
+        UnfitWeightsError: it holds no weights, or more than weights.
+        Exception: a damaged file fails by the classes of whatever library reads it.
+    """
+    name = path.name.lower()
+    check_content(path)
+    if name.endswith(INDEX_SUFFIXES):
+        return _read_index(path)
+    if name.endswith(".safetensors"):
+        return load_file(path)
+    stored = _read_pickle(path)
+    if not isinstance(stored, Mapping):
+        raise UnfitWeightsError(f"cannot be loaded (it holds a {type(stored).__name__}, not tensors by name)")
+    return stored
+
+
+def check_content(path: Path) -> None:
+    """
+    Raises:
+        UnfitWeightsError: the file is what a failed download leaves in place of weights.
+    """
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if not start:
+        raise UnfitWeightsError("cannot be loaded (it is empty); fetch the file again")
+    if start.startswith(GIT_LFS):
+        raise UnfitWeightsError("cannot be loaded (it is a Git LFS pointer, not weights); run `git lfs pull` beside it")
+    if WEB_PAGE.match(start):
+        raise UnfitWeightsError("cannot be loaded (it is a web page, not weights); fetch the file itself")
+
+
+def _read_index(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all files that an index names."""
+    index = json.loads(path.read_text(encoding="utf-8"))
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise UnfitWeightsError("cannot be loaded (it has no 'weight_map' from tensors to files)")
+    state: dict[str, torch.Tensor] = {}
+    for name in sorted({str(place) for place in places.values()}):
+        part = path.parent / name
+        if part.name != name or not part.is_file() or part.name.lower().endswith(INDEX_SUFFIXES):
+            raise UnfitWeightsError(f"cannot be loaded (it names {name!r}, which is no file beside it)")
+        try:
+            state |= read_weights(part)
+        except UnfitWeightsError as error:
+            raise UnfitWeightsError(f"cannot be loaded ({name!r} {error})") from error
+    absent = [name for name in places if name not in state]
+    if absent:
+        raise UnfitWeightsError(f"cannot be loaded ({absent[0]!r} is not in {places[absent[0]]!r}, where it should be)")
+    return state
+
+
+def _read_pickle(path: Path) -> Any:
+    stand_ins: list[Any] = [(_StandIn, name) for name in HARMLESS_GLOBALS]
+    with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+        warnings.simplefilter("ignore")  # what matters of them is in the error
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise UnfitWeightsError(f"cannot be loaded ({_explain(path, error)})") from error
+
+
+def _explain(path: Path, error: Exception) -> str:
+    """Why PyTorch does not read a file, without its advice to read it unsafely."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    if "TorchScript" in text:
+        return "it is a TorchScript archive; save the model's state_dict() in its place"
+    names = _unsafe_globals(path) or re.findall(r"GLOBAL ([\w.]+)", text)
+    if names:
+        more = f" and {len(names) - MOST_GLOBALS} more" if len(names) > MOST_GLOBALS else ""
+        listed = ", ".join(sorted(names)[:MOST_GLOBALS])
+        return f"beside weights it holds {listed}{more}, which could run code; save the model's state_dict() alone"
+    if not isinstance(error, pickle.UnpicklingError):
+        return " ".join(text.split())[:200]
+    reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(" Please")[0]
+    return f"it is damaged, or no file of torch.save: {reason[:200]}; save its tensors anew with torch.save"
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """Names of classes and functions that a pickle calls; empty where the file is too old to list them."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a damaged file fails in many ways, and the first error says how
+        return []

@@ -1,0 +1,177 @@
+"""The part of a file that is the wanted encoder, out of whatever a training wrapped it in.
+
+A file holds dictionaries of tensors, one inside the other: {"model": ...}, {"teacher": ..., "student": ...}. Names in a
+dictionary share prefixes: "module.", "backbone.", "base_encoder.". A part is the tensors of one dictionary under one
+prefix. The part that fills the model is taken.
+
+    MAE            {"model": encoder}; the longer files hold decoder and mask token beside it
+    MoCo           {"state_dict": {"module.base_encoder.*" or "module.encoder_q.*", the momentum encoder, ...}}
+    DINO, iBOT     {"teacher": {"backbone.*", "head.*"}, "student": ...}
+    Lightning      {"state_dict": {"model.*"}, ...}
+    transformers   {"vit.*"}, {"vision_model.*", "text_model.*"}
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import clean_state_dict
+from torch import nn
+
+from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
+from fedpeft_dist.backbones.fitting import Fit, check, compare, is_encoder
+from fedpeft_dist.backbones.huggingface_names import are_hugging_faces, to_timm
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, torch.Tensor]
+Filter = Callable[..., Mapping[str, torch.Tensor]]
+
+# Where several parts fit: a training's average, then its dictionaries in timm's order; and what comes last of all.
+PREFERRED = ("state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model")
+SECOND = {"student", "momentum_encoder", "encoder_k", "target_encoder", "target_network", "target"}
+# Encoders whose classifier is a layer of their pre-training.
+WITHOUT_HEAD = ("base_encoder.", "encoder_q.")
+DEEPEST_DICT, DEEPEST_PREFIX = 3, 5
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model to fill."""
+
+    model: nn.Module
+    heads: tuple[str, ...]
+    """Beginnings of the classifiers' names, which may be missing."""
+    filter: Filter | None
+    """timm's own, from the file's layout to the model's."""
+    strict: bool
+    """Whether timm loads this model strictly."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of one dictionary under one prefix, in the layout of timm where they could be brought into it."""
+
+    place: str
+    """For people: the dictionary and the prefix."""
+    state: Mapping[str, torch.Tensor]
+    fit: Fit
+    error: Exception | None
+    """Why timm's filter does not take them."""
+
+    @property
+    def fits(self) -> bool:
+        return self.error is None and self.fit.is_complete
+
+    @property
+    def faults(self) -> int:
+        return len(self.fit.missing) + len(self.fit.misshapen)
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        words = set(self.place.replace("/", ".").split("."))
+        order = next((i for i, word in enumerate(PREFERRED) if word in words), len(PREFERRED))
+        return bool(words & SECOND), order
+
+
+def find_encoder(stored: Mapping[str, Any], target: Target) -> Mapping[str, torch.Tensor]:
+    """The tensors for the model, in its layout; some classifier's may be among them.
+
+    Raises:
+        UnfitWeightsError: no part of the file fits, or several do, or one with something left over.
+    """
+    parts = [part for place, state in _dictionaries(stored) for part in _parts(place, state, target)]
+    if not parts:
+        raise UnfitWeightsError("cannot be loaded (it holds no tensors by name)")
+    fitting = sorted((part for part in parts if part.fits), key=lambda part: part.rank)
+    if not fitting:
+        _refuse(min(parts, key=lambda part: part.faults), stored, target)
+    best = fitting[0]
+    equal = [part.place for part in fitting if part.rank == best.rank]
+    if len(equal) > 1:
+        raise UnfitWeightsError(
+            f"holds several parts that fit: {', '.join(map(repr, equal))}; save the tensors of one of them alone"
+        )
+    check(best.fit, best.state, target.model)
+    spare = best.state.keys() - target.model.state_dict().keys()
+    if spare:
+        logger.info("%d tensors have no place in the model and are left out, %r among them", len(spare), min(spare))
+    return best.state
+
+
+def _dictionaries(stored: Mapping[Any, Any], place: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
+    """The tensors of every dictionary, by their names without the prefixes of distributed training."""
+    state = {name: value for name, value in stored.items() if isinstance(name, str) and torch.is_tensor(value)}
+    if state:
+        yield place, clean_state_dict(state)
+    for name, value in stored.items():
+        if isinstance(value, Mapping) and isinstance(name, str) and depth < DEEPEST_DICT:
+            yield from _dictionaries(value, f"{place}{name}/", depth + 1)
+
+
+def _parts(place: str, state: State, target: Target) -> list[Part]:
+    """The parts of a dictionary, but none inside another that fits."""
+    counts = Counter(prefix for name in state for prefix in _prefixes(name))
+    enough = len(target.model.state_dict()) / 2
+    found: list[Part] = []
+    fitting: list[str] = []
+    for prefix in ["", *sorted((p for p in counts if counts[p] >= enough), key=lambda p: p.count("."))]:
+        if not prefix.startswith(tuple(fitting)):
+            found.append(_part(place, prefix, state, target))
+            if found[-1].fits:
+                fitting.append(prefix)
+    return found
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    words = name.split(".")[:-1]
+    for count in range(1, min(len(words), DEEPEST_PREFIX) + 1):
+        yield ".".join(words[:count]) + "."
+
+
+def _part(place: str, prefix: str, state: State, target: Target) -> Part:
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    beside = [name for name in state if not name.startswith(prefix) and is_encoder(name)]
+    if prefix.endswith(WITHOUT_HEAD):
+        inside = {name: tensor for name, tensor in inside.items() if not name.startswith(target.heads)}
+    if are_hugging_faces(inside):
+        inside = to_timm(inside)
+    error = None
+    adapted: Mapping[str, torch.Tensor] = inside
+    if target.filter is not None:
+        try:
+            adapted = apply_filter(target.filter, dict(inside), target.model)
+        except Exception as caught:  # filters fail in many ways where a file is another model's
+            error = caught
+    fit = compare(adapted, target.model, target.heads, target.strict)
+    return Part(place + prefix, adapted, Fit(fit.missing, fit.leftover + beside, fit.misshapen), error)
+
+
+def apply_filter(function: Filter, state: State, model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """As timm calls it: some filters do not take the model."""
+    try:
+        return function(state, model)
+    except TypeError:
+        return function(state)
+
+
+def _refuse(part: Part, stored: Mapping[str, Any], target: Target) -> None:
+    """Tells what keeps the nearest part from fitting."""
+    needed = sum(t.is_floating_point() for n, t in target.model.state_dict().items() if not n.startswith(target.heads))
+    if len(part.fit.missing) == needed:
+        first, prefixes = part.fit.missing[0], Counter()
+        for _, state in _dictionaries(stored):
+            prefixes.update(name.split(".")[0] + "." for name in state if "." in name)
+        shown = ", ".join(f"'{prefix}'" for prefix, _ in prefixes.most_common(6)) or "none"
+        raise UnfitWeightsError(
+            f"lacks {needed} of the model's tensors, {first!r} among them, under every prefix of its names ({shown}); "
+            "give another backbone.name, or a file in timm's layout"
+        )
+    check(part.fit, part.state, target.model)
+    assert part.error is not None
+    raise UnfitWeightsError(f"cannot be loaded ({one_line(part.error)})") from part.error
