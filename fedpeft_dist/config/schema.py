@@ -18,6 +18,8 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Concentration = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""A Dirichlet distribution's alpha, as far as float64 can draw from it."""
 
 
 class Section(BaseModel):
@@ -93,19 +95,31 @@ class IidPartition(Section):
 
 
 class DirichletPartition(Section):
+    """Every class is dealt out by a draw of its own over the clients (Yurochkin et al. 2019, arXiv 1905.12022)."""
+
     name: Literal["dirichlet"]
-    alpha: Positive = 0.1
+    alpha: Concentration = 0.1
     min_samples: Annotated[int, Field(ge=0)] = 10
     """The partition is redrawn until every client has as many."""
     top_up: bool = False
     """Draw once in place of redrawing: a client below `min_samples` takes samples from the largest client."""
 
 
+class DirichletMixPartition(Section):
+    """Every client draws a mix of classes of its own (Hsu et al. 2019, arXiv 1909.06335); all have the same size."""
+
+    name: Literal["dirichlet_mix"]
+    alpha: Concentration = 1.0
+    """A mix is a draw from Dir(alpha * p), where p are the classes' shares of the training samples and add up to 1.
+    `dirichlet` gives alpha to every client, this one shares it out among the classes: the same number is more uneven
+    here. Samples are drawn without replacement; a class that runs out leaves the mixes, which are renormalised."""
+
+
 class QuantityPartition(Section):
     """Clients of very different sizes, each with the same mix of classes."""
 
     name: Literal["quantity"]
-    alpha: Positive = 0.5
+    alpha: Concentration = 0.5
     """Sizes are a draw from Dir(alpha, ..., alpha): the smaller, the more uneven."""
     min_samples: Annotated[int, Field(ge=0)] = 1
     """The sizes are redrawn until every client has as many."""
@@ -128,7 +142,13 @@ class PoolPartition(Section):
 
 
 PartitionConfig = Annotated[
-    IidPartition | DirichletPartition | QuantityPartition | ShardsPartition | NaturalPartition | PoolPartition,
+    IidPartition
+    | DirichletPartition
+    | DirichletMixPartition
+    | QuantityPartition
+    | ShardsPartition
+    | NaturalPartition
+    | PoolPartition,
     Field(discriminator="name"),
 ]
 
