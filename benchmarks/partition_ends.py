@@ -3,7 +3,7 @@
     python benchmarks/partition_ends.py [--seeds 20]
 
 Two data sets over 64 clients with alpha 0.1: CIFAR-100's sizes (100 classes of 500), and glyphs100 as
-configs/offline/glyphs100/base.yaml has it. Where a partition prefers no client, its three columns differ by chance alone.
+configs/offline/glyphs100/base.yaml has it. Where no client is preferred, the three columns differ by chance alone.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def test_mixed_clients_have_one_size() -> None:
 
 @pytest.mark.parametrize("alpha", [0.3, 3.0, 100.0])
 def test_a_clients_mix_of_classes_varies_as_the_dirichlets(alpha: float) -> None:
-    """In a mix, a class of prior p has mean p and variance p (1 - p) / (alpha + 1); the draws of n samples add theirs."""
+    """A mix has mean p and variance p (1 - p) / (alpha + 1) for a class of prior p; drawing n samples adds its own."""
     prior, size, clients = np.array([0.1, 0.2, 0.3, 0.4]), 100, 4000
     train = image_set(np.repeat(np.arange(4), (prior * size * clients).astype(int)))
     shares = class_counts(split(mix(alpha), train, clients), train.labels, 4, clients) / size
