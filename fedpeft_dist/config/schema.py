@@ -434,7 +434,8 @@ class ParticipationConfig(Section):
     """uniform: `cohort` of the available clients; poisson: each of them by itself, with probability cohort / N
     (under user-level privacy, cohort over the number available);
     weighted: `cohort` of them, drawn one after another in proportion to their samples. In the mean of updates a client
-    weighs as many as it has samples, whichever way it was drawn."""
+    weighs as many as it has samples, whichever way it was drawn. N counts the clients that have samples: no others
+    are selected."""
     over_selection: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
     """So many times `cohort` clients are selected, and the first `cohort` to report count; not for poisson."""
     availability: AvailabilityConfig = AlwaysAvailable(name="always")

@@ -134,7 +134,7 @@ class Simulation:
         if config.privacy.name != "user":
             return Aggregator(size, self.participation.largest_weight, self.runtime)
         cohort, plan = config.federation.cohort, self.privacy_plan
-        largest = self.partition.num_clients if config.privacy.sampling == "poisson" else cohort
+        largest = self.participation.population if config.privacy.sampling == "poisson" else cohort
         noise = (plan.delta_noise_multiplier, plan.count_noise)
         return UserAggregator(size, largest, cohort, config.privacy, *noise, self.runtime, self.noise_seed)
 
