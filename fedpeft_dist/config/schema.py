@@ -535,6 +535,7 @@ class ClientConfig(Section):
     steps: Count | None = None
     """Where given, every client takes this many local steps in place of `epochs`."""
     batch_size: Count = 64
+    """A client with fewer samples takes all of them in every step; what exceeds the largest client costs nothing."""
     proximal: NonNegative = 0.0
     """FedProx's mu (arXiv 1812.06127): adds mu * (theta - global) to the gradient."""
     clip_norm: Positive | None = None

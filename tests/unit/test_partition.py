@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy.stats import beta, kstest
 
 from fedpeft_dist.config import schema
@@ -398,6 +401,21 @@ def test_class_counts_stop_at_the_clients_asked_for() -> None:
 def test_a_partition_that_cannot_be_is_refused(partition: schema.PartitionConfig, clients: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split(partition, balanced(4, 10), clients)
+
+
+@pytest.mark.parametrize("make", [dirichlet, mix, quantity])
+@pytest.mark.parametrize("alpha", [1e308, 1e-12, float("inf"), 0.0, -1.0])
+def test_an_alpha_that_nothing_can_be_drawn_from_is_refused(make: Callable[[float], Any], alpha: float) -> None:
+    with pytest.raises(ValidationError, match="alpha"):
+        make(alpha)
+
+
+@pytest.mark.parametrize("make", [dirichlet, mix, lambda alpha: quantity(alpha, min_samples=0)])
+@pytest.mark.parametrize("alpha", [1e-9, 1e9])
+def test_the_smallest_and_the_largest_alpha_deal_everything_out(make: Callable[[float], Any], alpha: float) -> None:
+    made = split(make(alpha), balanced(10, 41), 7)
+    assert sorted(chain(*lists(made))) == list(range(410))
+    assert (made.sizes().max() < 70) == (alpha == 1e9 or isinstance(make(alpha), schema.DirichletMixPartition))
 
 
 def test_a_wrong_number_of_natural_clients_is_refused() -> None:
