@@ -129,7 +129,7 @@ def privacy(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
         return
     print(f"{config}: {section.name}, {num_rounds} rounds")
     for name, value in ({} if figures is None else figures).items():
-        if name not in ("name", "clients"):
+        if name not in ("name", "clients", "ranges"):
             print(f"  {name:<21} {value if isinstance(value, str) else f'{value:.6g}':>10}")
     if figures is not None and "clients" in figures:
         quantiles = figures["clients"]

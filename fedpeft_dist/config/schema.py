@@ -21,6 +21,8 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Channels = Annotated[tuple[Probability, ...], Field(strict=False, min_length=1)]
+Concentration = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""A Dirichlet distribution's alpha, as far as float64 can draw from it."""
 
 
 class Section(BaseModel):
@@ -112,19 +114,31 @@ class IidPartition(Section):
 
 
 class DirichletPartition(Section):
+    """Every class is dealt out by a draw of its own over the clients (Yurochkin et al. 2019, arXiv 1905.12022)."""
+
     name: Literal["dirichlet"]
-    alpha: Positive = 0.1
+    alpha: Concentration = 0.1
     min_samples: Annotated[int, Field(ge=0)] = 10
     """The partition is redrawn until every client has as many."""
     top_up: bool = False
     """Draw once in place of redrawing: a client below `min_samples` takes samples from the largest client."""
 
 
+class DirichletMixPartition(Section):
+    """Every client draws a mix of classes of its own (Hsu et al. 2019, arXiv 1909.06335); all have the same size."""
+
+    name: Literal["dirichlet_mix"]
+    alpha: Concentration = 1.0
+    """A mix is a draw from Dir(alpha * p), where p are the classes' shares of the training samples and add up to 1.
+    `dirichlet` gives alpha to every client, this one shares it out among the classes: the same number is more uneven
+    here. Samples are drawn without replacement; a class that runs out leaves the mixes, which are renormalised."""
+
+
 class QuantityPartition(Section):
     """Clients of very different sizes, each with the same mix of classes."""
 
     name: Literal["quantity"]
-    alpha: Positive = 0.5
+    alpha: Concentration = 0.5
     """Sizes are a draw from Dir(alpha, ..., alpha): the smaller, the more uneven."""
     min_samples: Annotated[int, Field(ge=0)] = 1
     """The sizes are redrawn until every client has as many."""
@@ -147,7 +161,13 @@ class PoolPartition(Section):
 
 
 PartitionConfig = Annotated[
-    IidPartition | DirichletPartition | QuantityPartition | ShardsPartition | NaturalPartition | PoolPartition,
+    IidPartition
+    | DirichletPartition
+    | DirichletMixPartition
+    | QuantityPartition
+    | ShardsPartition
+    | NaturalPartition
+    | PoolPartition,
     Field(discriminator="name"),
 ]
 
@@ -441,7 +461,8 @@ class ParticipationConfig(Section):
     """uniform: `cohort` of the available clients; poisson: each of them by itself, with probability cohort / N
     (under user-level privacy, cohort over the number available);
     weighted: `cohort` of them, drawn one after another in proportion to their samples. In the mean of updates a client
-    weighs as many as it has samples, whichever way it was drawn."""
+    weighs as many as it has samples, whichever way it was drawn. N counts the clients that have samples: no others
+    are selected."""
     over_selection: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
     """So many times `cohort` clients are selected, and the first `cohort` to report count; not for poisson."""
     availability: AvailabilityConfig = AlwaysAvailable(name="always")
@@ -541,6 +562,7 @@ class ClientConfig(Section):
     steps: Count | None = None
     """Where given, every client takes this many local steps in place of `epochs`."""
     batch_size: Count = 64
+    """A client with fewer samples takes all of them in every step; what exceeds the largest client costs nothing."""
     proximal: NonNegative = 0.0
     """FedProx's mu (arXiv 1812.06127): adds mu * (theta - global) to the gradient."""
     clip_norm: Positive | None = None

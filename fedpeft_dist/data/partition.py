@@ -20,7 +20,7 @@ from fedpeft_dist.lanes.random import derive_seed, permutation
 
 
 class Partition(Protocol):
-    """What a run needs to know of it; no method costs O(N) but `largest_total` and `sizes`."""
+    """What a run needs to know of it; no method costs O(N) but `largest_total`, `sizes` and `holders`."""
 
     num_clients: int
 
@@ -35,6 +35,9 @@ class Partition(Protocol):
 
     def sizes(self) -> np.ndarray:
         """Every client's size: int64 [N]."""
+
+    def holders(self) -> np.ndarray | None:
+        """The clients that have samples, ascending, int64; None where all have."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class IndexPartition:
     def sizes(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def holders(self) -> np.ndarray | None:
+        found = np.flatnonzero(self.sizes())
+        return None if len(found) == self.num_clients else found
+
 
 @dataclass(frozen=True)
 class SharedPoolPartition:
@@ -89,6 +96,9 @@ class SharedPoolPartition:
 
     def sizes(self) -> np.ndarray:
         return np.broadcast_to(np.int64(self.samples_per_client), (self.num_clients,))  # one number in memory
+
+    def holders(self) -> None:
+        return None
 
 
 def make_partition(config: schema.DataConfig, train: ImageSet, seed: int) -> Partition:

@@ -1,6 +1,7 @@
 """The ways to deal training samples out to clients. SPLITS maps a partition's config class to one of them.
 
-Each is a function of (config, training set, numpy generator) to one int64 array of sample indices per client.
+Each is a function of (config, training set, numpy generator) to one int64 array of sample indices per client. No rule
+prefers a client for its number: what rounding leaves over is dealt out by chance.
 
 Shapes: N clients, K classes.
 """
@@ -19,11 +20,13 @@ MAX_DRAWS = 1000
 
 
 def _split_iid(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
-    return [np.sort(part) for part in np.array_split(rng.permutation(len(train)), config.clients)]
+    order = rng.permutation(len(train))
+    return [np.sort(part) for part in np.split(order, _cut(_even(config.clients), len(train), rng))]
 
 
 def _split_dirichlet(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
-    """Each class is dealt out by its own draw from Dir(alpha, ..., alpha) (Hsu et al. 2019, arXiv 1909.06335)."""
+    """Each class is dealt out by its own draw of shares from Dir(alpha, ..., alpha) over the clients (Yurochkin et al.
+    2019, arXiv 1905.12022)."""
     partition, clients = config.partition, config.clients
     labels = train.labels.numpy()
     sizes = np.bincount(labels)
@@ -31,19 +34,44 @@ def _split_dirichlet(config: schema.DataConfig, train: ImageSet, rng: np.random.
     def draw() -> tuple[np.ndarray, np.ndarray]:
         """Where each class is cut, [K, N - 1], and how many samples each client gets, [N]."""
         shares = rng.dirichlet(np.full(clients, partition.alpha), size=len(sizes))
-        cuts = np.floor(np.cumsum(shares, axis=1)[:, :-1] * sizes[:, None]).astype(np.int64)
+        cuts = _cut(shares, sizes[:, None], rng)
         return cuts, np.diff(cuts, axis=1, prepend=0, append=sizes[:, None]).sum(axis=0)
 
     cuts = _draw_until_enough(draw, config, len(train), redraw=not partition.top_up)
-    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
-    for label in range(len(sizes)):
-        own = rng.permutation(np.flatnonzero(labels == label))
-        for client, part in enumerate(np.split(own, cuts[label])):
-            parts[client].append(part)
-    lists = [np.concatenate(part) for part in parts]
+    lists = _deal_classes(labels, cuts, rng)
     if partition.top_up:
         _top_up(lists, partition.min_samples, rng)
     return [np.sort(part) for part in lists]
+
+
+def _split_dirichlet_mix(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
+    """Clients of equal size, each with a mix of classes drawn from Dir(alpha * p), where p are the classes' shares of
+    the training samples (Hsu et al. 2019, arXiv 1909.06335).
+
+    Every sample has one client. Each client draws the classes of its samples from its mix, all clients at once. Where
+    more are drawn of a class than there are, random ones of these draws are taken back; they are drawn anew from the
+    client's mix without the exhausted classes, renormalised. A client whose classes are all exhausted draws in
+    proportion to what is left.
+    """
+    labels = train.labels.numpy()
+    left = np.bincount(labels)
+    present = np.flatnonzero(left)
+    left = left[present]
+    mixes = rng.dirichlet(config.partition.alpha * left / len(train), size=config.clients)
+    lacking = np.diff(_cut(_even(config.clients), len(train), rng), prepend=0, append=len(train))
+    counts = np.zeros(mixes.shape, dtype=np.int64)
+    while lacking.any():
+        chances = mixes * (left > 0)
+        chances[chances.sum(axis=1) == 0] = left
+        drawn = rng.multinomial(lacking, chances / chances.sum(axis=1, keepdims=True))
+        for label in np.flatnonzero(drawn.sum(axis=0) > left):
+            drawn[:, label] = rng.multivariate_hypergeometric(drawn[:, label], left[label])
+        counts += drawn
+        left -= drawn.sum(axis=0)
+        lacking -= drawn.sum(axis=1)
+    cuts = np.zeros((present[-1] + 1, config.clients - 1), dtype=np.int64)
+    cuts[present] = np.cumsum(counts.T, axis=1)[:, :-1]
+    return [np.sort(part) for part in _deal_classes(labels, cuts, rng)]
 
 
 def _split_quantity(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
@@ -51,12 +79,37 @@ def _split_quantity(config: schema.DataConfig, train: ImageSet, rng: np.random.G
     arXiv 2102.02079, quantity skew)."""
 
     def draw() -> tuple[np.ndarray, np.ndarray]:
-        shares = rng.dirichlet(np.full(config.clients, config.partition.alpha))
-        cuts = np.floor(np.cumsum(shares)[:-1] * len(train)).astype(np.int64)
+        cuts = _cut(rng.dirichlet(np.full(config.clients, config.partition.alpha)), len(train), rng)
         return cuts, np.diff(cuts, prepend=0, append=len(train))
 
     cuts = _draw_until_enough(draw, config, len(train))
     return [np.sort(part) for part in np.split(rng.permutation(len(train)), cuts)]
+
+
+def _cut(shares: np.ndarray, total: int | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Where a row of samples is cut, so that each client gets its share of the total: int64 [..., N - 1].
+
+    Rounding starts at a random place of every row (systematic sampling). So a client's count differs from its share
+    times the total by less than one, equals it on average, and does not depend on the client's number.
+
+    Args:
+        shares: [..., N], which add up to 1.
+        total: samples of each row, [..., 1].
+    """
+    ends = np.cumsum(shares, axis=-1)[..., :-1] * total + rng.random((*shares.shape[:-1], 1))
+    return np.minimum(np.floor(ends).astype(np.int64), total)
+
+
+def _even(clients: int) -> np.ndarray:
+    return np.full(clients, 1 / clients)
+
+
+def _deal_classes(labels: np.ndarray, cuts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each class in random order, cut at its row of `cuts` [K, N - 1]: the samples of every client."""
+    parts = [
+        np.split(rng.permutation(np.flatnonzero(labels == label)), own_cuts) for label, own_cuts in enumerate(cuts)
+    ]
+    return [np.concatenate(own) for own in zip(*parts)]
 
 
 def _draw_until_enough(
@@ -83,11 +136,14 @@ def _draw_until_enough(
 
 
 def _top_up(lists: list[np.ndarray], min_samples: int, rng: np.random.Generator) -> None:
-    """Gives every client below `min_samples` samples of the client that is the largest at that moment, one by one."""
+    """Gives every client below `min_samples` samples of the client that is the largest at that moment, one by one.
+
+    Clients come in random order, and chance decides between the largest ones.
+    """
     sizes = np.array([len(part) for part in lists])
-    for client in np.flatnonzero(sizes < min_samples):
+    for client in rng.permutation(np.flatnonzero(sizes < min_samples)):
         while sizes[client] < min_samples:
-            largest = int(sizes.argmax())
+            largest = int(rng.choice(np.flatnonzero(sizes == sizes.max())))
             given = int(rng.integers(sizes[largest]))
             lists[client] = np.append(lists[client], lists[largest][given])
             lists[largest] = np.delete(lists[largest], given)
@@ -135,6 +191,7 @@ def _split_natural(config: schema.DataConfig, train: ImageSet, rng: np.random.Ge
 SPLITS = {
     schema.IidPartition: _split_iid,
     schema.DirichletPartition: _split_dirichlet,
+    schema.DirichletMixPartition: _split_dirichlet_mix,
     schema.QuantityPartition: _split_quantity,
     schema.ShardsPartition: _split_shards,
     schema.NaturalPartition: _split_natural,

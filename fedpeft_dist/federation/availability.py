@@ -63,9 +63,14 @@ class Trace:
 
     Raises:
         ConfigError: a file that cannot be read, unknown or missing clients, gaps, overlaps.
+
+    Args:
+        holders: the only clients that are asked for, int64; None for all.
     """
 
-    def __init__(self, config: schema.TraceAvailability, population: int, seconds_per_round: float):
+    def __init__(
+        self, config: schema.TraceAvailability, population: int, seconds_per_round: float, holders: np.ndarray | None
+    ):
         path, self.seconds_per_round = config.path, seconds_per_round
         columns = {"client": "i8", "start": "f8", "end": "f8", "available": "i8"}
         rows = read_columns(path, columns, KEY)
@@ -73,6 +78,8 @@ class Trace:
         check_all_present(path, rows["client"], population, KEY)
         rows = rows[np.lexsort((rows["start"], rows["client"]))]
         _check_intervals(path, rows)
+        if holders is not None:
+            rows, population = rows[np.isin(rows["client"], holders)], len(holders)
         self.length = float(rows["end"][-1])
         on = rows["available"] == 1
         # Times by their rank among all starts, so that the search is over integers and exact.
@@ -90,15 +97,21 @@ class Trace:
         return self.on[np.searchsorted(self.starts, clients * len(self.times) + rank, side="right") - 1]
 
 
-def make_availability(config: schema.ParticipationConfig, population: int, seed: int) -> Availability | None:
-    """None where everyone is always available."""
+def make_availability(
+    config: schema.ParticipationConfig, population: int, seed: int, holders: np.ndarray | None
+) -> Availability | None:
+    """None where everyone is always available.
+
+    Args:
+        holders: the clients that have samples, int64, of which a trace's `most` and `share` tell; None for all.
+    """
     match config.availability:
         case schema.OnOffAvailability() as on_off:
             return OnOff(on_off, population, seed)
         case schema.DiurnalAvailability() as diurnal:
             return Diurnal(diurnal, population, seed, config.seconds_per_round)
         case schema.TraceAvailability() as trace:
-            return Trace(trace, population, config.seconds_per_round)
+            return Trace(trace, population, config.seconds_per_round, holders)
     return None
 
 

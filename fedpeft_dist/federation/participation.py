@@ -5,7 +5,9 @@ sends its update; the round ends as soon as as many updates as it wants are ther
 before anything is trained, for it follows from the config, the seed and the number of the round: every rank plans the
 same, nothing is sent or kept, and clients whose update would not count are not trained.
 
-Shapes: N clients, M cohort, P trainable parameters.
+A client without samples is never selected: the population that cohorts are drawn from is the clients that have some.
+
+Shapes: N clients, H clients that have samples, M cohort, P trainable parameters.
 """
 
 from __future__ import annotations
@@ -99,14 +101,17 @@ class Participation:
         federation, self.client_config = config.federation, config.client
         self.config, self.cohort, self.seed = federation.participation, federation.cohort, config.seed
         self._cohort_seed = config.seed
-        self.partition, self.population = partition, partition.num_clients
+        self.partition, self.holders = partition, partition.holders()
+        """Every client's samples, and the clients that have some: int64 [H], None where all have."""
+        self.population = partition.num_clients if self.holders is None else len(self.holders)
+        """H."""
         self.bytes = num_parameters * BYTES_PER_PARAMETER
         self._work = cache(self._work_of)
         self.available = cache(self.available)  # costs O(N) a round, and is asked for again
         self.is_user_level, self.is_sample_level = config.privacy.name == "user", config.privacy.name == "sample"
-        self.availability = make_availability(self.config, self.population, self.seed)
-        self.dropout = make_dropout(self.config.dropout, self.population, self.seed)
-        self.devices = make_devices(self.config.devices, self.population, self.seed)
+        self.availability = make_availability(self.config, partition.num_clients, self.seed, self.holders)
+        self.dropout = make_dropout(self.config.dropout, partition.num_clients, self.seed)
+        self.devices = make_devices(self.config.devices, partition.num_clients, self.seed)
         self.deadline = math.inf if self.config.deadline is None else self.config.deadline
         self.weighted = WeightedOrder(partition.sizes()) if self.config.name == "weighted" else None
         sections = (self.config.availability, self.config.dropout, self.config.devices)
@@ -129,15 +134,15 @@ class Participation:
             ConfigError: more clients are wanted than there can be, or nobody can meet the deadline; costs O(N).
         """
         cohort, wanted = f"federation.cohort: {self.cohort}", self.num_selected
+        if self.cohort > self.population:
+            raise ConfigError(
+                f"{cohort} is larger than the {self.population} clients that have samples, of "
+                f"{self.partition.num_clients}, and others are never selected; give at most {self.population}"
+            )
         if wanted > self.population:
             raise ConfigError(
                 f"federation.participation.over_selection: {self.config.over_selection} selects {wanted} clients of a "
                 f"population of {self.population}; give at most {self.population / self.cohort:.6g}"
-            )
-        if self.weighted is not None and self.cohort > (most := np.count_nonzero(self.weighted.sizes)):
-            raise ConfigError(
-                f"{cohort} is larger than the {most} clients that have samples, and participation.name: weighted draws "
-                f"no others; give at most {most}"
             )
         if self.availability is not None and self.cohort > self.availability.most:
             raise ConfigError(
@@ -164,22 +169,31 @@ class Participation:
 
     def describe(self) -> str | None:
         """A line on how many clients there are to choose from; None where all are."""
-        if self.availability is None:
-            return None
-        mean = self.availability.share * self.population
-        return f"{mean:,.4g} of {self.population:,} clients are available on average"
+        told, everyone = [], f"{self.population:,} clients"
+        if self.holders is not None:
+            without = self.partition.num_clients - self.population
+            told.append(f"{without:,} of {self.partition.num_clients:,} clients have no samples and are never selected")
+            everyone = f"the other {self.population:,}"
+        if self.availability is not None:
+            told.append(f"{self.availability.share * self.population:,.4g} of {everyone} are available on average")
+        return "; ".join(told) or None
 
     def draw_cohorts_from(self, secret: int) -> None:
         """From now on cohorts do not follow from the config's seed, which others may know and other runs may have."""
         self._cohort_seed = secret
 
     def available(self, round_number: int) -> int:
-        """How many clients could be reached in a round, counted from 0; costs O(N) where not all of them can."""
+        """How many clients that have samples could be reached in a round, counted from 0; costs O(N) where not all of
+        them can."""
         if self.availability is None:
             return self.population
         starts = range(0, self.population, _CHUNK)
         chunks = (np.arange(start, min(start + _CHUNK, self.population)) for start in starts)
-        return sum(int(np.count_nonzero(self.availability.of(chunk, round_number))) for chunk in chunks)
+        return sum(int(np.count_nonzero(self.availability.of(self._at(chunk), round_number))) for chunk in chunks)
+
+    def _at(self, places: np.ndarray) -> np.ndarray:
+        """The clients at these places of the population: int64."""
+        return places if self.holders is None else self.holders[places]
 
     def sampling_probability(self, round_number: int) -> float:
         """With which poisson draws each available client. Under user-level privacy, whose noise is that of `cohort`
@@ -193,13 +207,16 @@ class Participation:
         def available(clients: np.ndarray) -> np.ndarray:
             return clients if self.availability is None else clients[self.availability.of(clients, round_number)]
 
-        where, wanted = (self._cohort_seed, round_number, available), self.num_selected
+        def available_at(places: np.ndarray) -> np.ndarray:
+            return available(self._at(places))
+
+        where, wanted = (self._cohort_seed, round_number), min(self.num_selected, self.population)
         match self.config.name:
             case "poisson":
-                return poisson_draw(self.population, self.sampling_probability(round_number), *where)
+                return poisson_draw(self.population, self.sampling_probability(round_number), *where, available_at)
             case "weighted":
-                return first(self.weighted(wanted, *where), wanted)
-        return first(uniform_order(self.population, wanted, *where), wanted)
+                return first(self.weighted(wanted, *where, available), wanted)
+        return first(uniform_order(self.population, wanted, *where, available_at), wanted)
 
     def plan(self, round_number: int) -> RoundPlan:
         """What becomes of a round, counted from 0: a function of config, seed and round alone."""

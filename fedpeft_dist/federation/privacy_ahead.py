@@ -22,14 +22,24 @@ def plan_ahead(config: RunConfig) -> PrivacyPlan | None:
         return None
     takes_time = config.federation.participation.devices.name != "none"
     num_parameters = compute_cost(config).trainable_parameters if takes_time else 0
-    participation = Participation(config, _partition(config), num_parameters)
-    if config.privacy.name == "sample":  # else nothing depends on who is late, nor are the clients' sizes known here
+    needs_sizes = config.privacy.name == "sample" or _may_leave_clients_empty(config)
+    partition = _partition(config) if needs_sizes or config.data.clients is None else _stand_in(config)
+    participation = Participation(config, partition, num_parameters)
+    if needs_sizes:  # else nothing depends on who is late, nor are the clients' sizes known here
         participation.check()
     return make_privacy_plan(config, participation)
 
 
 def _partition(config: RunConfig) -> Partition:
-    if config.privacy.name == "user" and config.data.clients is not None:
-        return SharedPoolPartition(config.data.clients, samples_per_client=config.client.batch_size, pool=1)
     dataset = load_dataset(config.data, derive_seed(config.seed, "data"))
     return make_clients(config, dataset.train)[0]
+
+
+def _stand_in(config: RunConfig) -> Partition:
+    """As many clients as the config says, all of one size."""
+    return SharedPoolPartition(config.data.clients, samples_per_client=config.client.batch_size, pool=1)
+
+
+def _may_leave_clients_empty(config: RunConfig) -> bool:
+    """Whether only the data tells how many clients there are to draw from. Other partitions give each a sample."""
+    return getattr(config.data.partition, "min_samples", None) == 0

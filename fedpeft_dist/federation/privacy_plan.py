@@ -1,7 +1,7 @@
 """What a run spends of its privacy budget, and the noise it needs for that, before anything is trained.
 
 Who takes part in which round, with how many local steps, follows from the config, the seed and the round; so does what
-is released. Sizes, schedule and partition are public.
+is released. Sizes, schedule and partition are public, and with them which clients have samples: no other is ever drawn.
 
 Shapes: N clients.
 """
@@ -54,8 +54,9 @@ class PrivacyPlan(ABC):
     @abstractmethod
     def figures(self, rounds: int) -> dict[str, Any]:
         """For JSON, after so many rounds: name, epsilon, dp_delta, noise_multiplier, steps, sampling_probability,
-        accountant, clip_norm. Where clients differ, each number is the largest of any, and `clients` has the quantiles:
-        of epsilon and steps over all clients, of the others over those that take part."""
+        accountant, clip_norm. Where clients differ, these are the numbers of the one whose epsilon is the largest. Then
+        `clients` has one client's numbers for each quantile of epsilon over all clients (0 of one that never takes
+        part), and `ranges` the least and the largest of each number over those that take part."""
 
     @property
     @abstractmethod
@@ -123,22 +124,26 @@ class SamplePlan(PrivacyPlan):
 
     def figures(self, rounds: int) -> dict[str, Any]:
         steps = self._steps(rounds)
-        taking_part = np.flatnonzero(self.noise_multipliers.numpy())
+        noise = self.noise_multipliers.numpy()
+        taking_part = noise > 0
         epsilons = [self._epsilon_of(kind) for kind in self._kinds(rounds, every_client=True)]
+        probabilities = [self._probability(size) if takes else 0.0 for size, takes in zip(self.sizes, taking_part)]
         columns = {
             "epsilon": np.minimum(epsilons, self.epsilon(rounds)),  # who exposes less may have the coarser grid
-            "noise_multiplier": self.noise_multipliers.numpy()[taking_part],
+            "noise_multiplier": noise,
             "steps": steps,
-            "sampling_probability": np.array([self._probability(int(size)) for size in self.sizes[taking_part]]),
+            "sampling_probability": np.array(probabilities),
         }
+        order = np.lexsort((steps, noise, columns["epsilon"]))
+        chosen = {label: order[round(at * (len(order) - 1))] for label, at in QUANTILES.items()}
         clients = {
-            label: {
-                name: np.quantile(column, at, method="nearest").item() if len(column) else 0.0
-                for name, column in columns.items()
-            }
-            for label, at in QUANTILES.items()
+            label: {name: column[client].item() for name, column in columns.items()} for label, client in chosen.items()
         }
-        return self._figures(rounds, **clients["max"], clients=clients)
+        ranges = {
+            name: [column[taking_part].min().item(), column[taking_part].max().item()] if taking_part.any() else [0, 0]
+            for name, column in columns.items()
+        }
+        return self._figures(rounds, **clients["max"], clients=clients, ranges=ranges)
 
     @property
     def warning(self) -> str | None:
@@ -195,7 +200,7 @@ class SamplePlan(PrivacyPlan):
         return ((event, steps),)
 
     def _probability(self, size: int) -> float:
-        return min(1.0, self.batch_size / size)
+        return min(1.0, self.batch_size / int(size))
 
 
 class UserPlan(PrivacyPlan):

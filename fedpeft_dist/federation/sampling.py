@@ -18,7 +18,8 @@ import numpy as np
 from fedpeft_dist.lanes.random import derive_seed
 
 Available: TypeAlias = Callable[[np.ndarray], np.ndarray]
-"""Those of some clients, int64, that are available, in the same order."""
+"""Those of some clients, int64, that are available, in the same order. Draws that do not ask for sizes take clients by
+their places among those that can be drawn, and get their numbers back."""
 _FEW = 64
 """Until a 64th of the clients has been drawn they come one by one; then the rest at once, in O(N)."""
 

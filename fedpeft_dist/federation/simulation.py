@@ -56,6 +56,11 @@ class Simulation:
                 f"federation.cohort: {config.federation.cohort} is larger than the population of "
                 f"{self.partition.num_clients} clients"
             )
+        self.largest_client = self.partition.largest_total(1)
+        """Samples of the largest client."""
+        self.batch_size = min(config.client.batch_size, self.largest_client)
+        """B, the samples of a lane in a step. No batch has more than the population's largest client, so the bound is
+        the same on every rank, in every round and on resume."""
         self.model = build_lane_model(config, self.dataset.num_classes)
         self.initial_vector = self.model.initial_vector().to(runtime.device)
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
@@ -72,7 +77,7 @@ class Simulation:
         if self.config.privacy.name == "sample":
             lanes = choose_private_lanes(needed, self.model, self.runtime)
         else:
-            lanes = choose_lanes(needed, self.config.client.batch_size, self.model, self.train_store, self.runtime)
+            lanes = choose_lanes(needed, self.batch_size, self.model, self.train_store, self.runtime)
         return min_over_ranks(lanes, self.runtime)
 
     @cached_property
@@ -80,7 +85,7 @@ class Simulation:
         """R, the samples that share a pass under sample-level privacy, as configured or as the memory allows."""
         if self.config.privacy.slots != "auto":
             return self.config.privacy.slots
-        slots = choose_slots(self.lanes, self.config.client.batch_size, self.model, self.train_store, self.runtime)
+        slots = choose_slots(self.lanes, self.batch_size, self.model, self.train_store, self.runtime)
         return min_over_ranks(slots, self.runtime)
 
     def plan_privacy(self, noise_multipliers: torch.Tensor | None = None) -> None:
@@ -123,7 +128,7 @@ class Simulation:
         if config.privacy.name != "user":
             return Aggregator(size, self.participation.largest_weight, self.runtime)
         cohort, plan = config.federation.cohort, self.privacy_plan
-        largest = self.partition.num_clients if config.privacy.sampling == "poisson" else cohort
+        largest = self.participation.population if config.privacy.sampling == "poisson" else cohort
         noise = (plan.delta_noise_multiplier, plan.count_noise)
         return UserAggregator(size, largest, cohort, config.privacy, *noise, self.runtime, self.noise_seed)
 
@@ -141,12 +146,12 @@ class Simulation:
     @cached_property
     def trainer(self) -> LocalTrainer | PrivateTrainer:
         config, privacy = self.config, self.config.privacy
-        work = (self.model, self.train_store, config.client)
+        work = (self.model, self.train_store, config.client.model_copy(update={"batch_size": self.batch_size}))
         place = (self.runtime, config.seed)
         compiled = {"compile_model": config.runtime.compile}
         if privacy.name == "sample":
-            noise, largest = self.privacy_plan.noise_multipliers, int(self.partition.sizes().max())
-            own = (self.noise_seed, self.lanes, self.slots)
+            noise, largest = self.privacy_plan.noise_multipliers, self.largest_client
+            own = (self.noise_seed, self.lanes, min(self.slots, self.lanes * largest))
             return PrivateTrainer(*work, privacy, noise, largest, *place, *own, **compiled)
         noise = privacy.standard_deviation if privacy.name == "paper_noise" else 0.0
         return LocalTrainer(*work, *place, self.lanes, **compiled, gradient_noise=noise)

@@ -50,7 +50,7 @@ def guarantee(privacy: PrivacyConfig) -> str:
         neighbours = "replaced" if privacy.sampling == "without_replacement" else "added or removed"
         return (
             f"any one client's contribution, {neighbours}, against whoever sees the global parameters; the server is "
-            "trusted, and how many clients there are and could be reached is public"
+            "trusted, and how many clients have samples and could be reached is public"
         )
     return "none"
 

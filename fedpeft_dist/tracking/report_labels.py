@@ -55,6 +55,8 @@ class AxisValue:
     label: str
     order: tuple = ()
     """What values of this axis are sorted by."""
+    number: int | float | None = None
+    """The config's number or boolean, as it is, where the axis is one key and has one."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def find_axes(groups: Sequence[Keys], populations: Sequence[int | None]) -> Axes
         axes = {key: _single(group, key) for key in (*single, NUM_CLIENTS, COHORT)}
         for axis, found in composite.items():
             label = _composite_label(axis, found, group, population, shown[axis])
-            axes[axis] = AxisValue(label, _order(group, found))
+            axes[axis] = _axis_value(label, group, found)
         axes[PARTITION_KIND] = _single(group, "data.partition.name")
         axes[NUM_CLIENTS] = replace(axes[NUM_CLIENTS], label=f"N={group[NUM_CLIENTS] or 'all'}")
         if group[CHECKPOINT] is None:
@@ -230,7 +232,12 @@ def _population(keys: Keys, population: int | None) -> str:
 
 
 def _single(keys: Keys, key: str) -> AxisValue:
-    return AxisValue(show(keys[key]) if key in keys else _ABSENT, _order(keys, [key]))
+    return _axis_value(show(keys[key]) if key in keys else _ABSENT, keys, [key])
+
+
+def _axis_value(label: str, keys: Keys, names: Sequence[str]) -> AxisValue:
+    value = keys.get(names[0]) if len(names) == 1 else None
+    return AxisValue(label, _order(keys, names), value if isinstance(value, int | float) else None)
 
 
 def _order(keys: Keys, names: Iterable[str]) -> tuple:

@@ -141,17 +141,18 @@ def private_row(group: Group) -> dict[str, Any] | None:
 
 def _figure(group: Group, key: str) -> Cell:
     """A number that its runs and their clients agree on, or their least and largest."""
-    said = [figures for found in group.privacy for figures in (found, *_clients(found).values())]
-    values = sorted({figures[key] for figures in said if is_number(figures.get(key))})
+    values = sorted({value for found in group.privacy for value in _said(found, key) if is_number(value)})
     if not values:
         return EMPTY
     texts = list(dict.fromkeys(f"{value:.4g}" for value in (values[0], values[-1])))
     return Cell("-".join(texts), values[0] if len(texts) == 1 else [values[0], values[-1]])
 
 
-def _clients(privacy: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """By quantile, the figures of clients that differ."""
-    return privacy.get("clients") or {}
+def _said(privacy: Mapping[str, Any], key: str) -> list[Any]:
+    """A run's values of a key: the ends of its range over the clients, where these differ. Earlier runs have no ranges
+    but the range's ends among their quantiles."""
+    found = (privacy.get("ranges") or {}).get(key)
+    return found or [figures.get(key) for figures in (privacy, *(privacy.get("clients") or {}).values())]
 
 
 def _by_mechanism(group: Group) -> tuple:

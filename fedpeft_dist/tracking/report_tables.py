@@ -44,7 +44,8 @@ NEVER, ALWAYS = 0, 9
 class Cell:
     text: str
     value: Any = None
-    """What --json gives: a number, a text, the least and the largest number, or mean, std and seeds."""
+    """What --json gives: a number or boolean of its own type, a text, the least and the largest number, or mean, std
+    and seeds."""
 
     @property
     def sort_value(self) -> float | str | None:
@@ -291,8 +292,7 @@ def accuracy_cell(group: Group) -> Cell:
 
 def label_cell(group: Group, axis: str) -> Cell:
     value = group.axes[axis]
-    first = value.order[0] if len(value.order) == 1 else None
-    return Cell(value.label, first[1] if first and first[0] == 0 else value.label)
+    return Cell(value.label, value.label if value.number is None else value.number)
 
 
 def hours_cell(group: Group) -> Cell:

@@ -41,14 +41,15 @@ def test_noise_for_epsilon_and_epsilon_for_noise(privacy: Command) -> None:
     assert 4.9 < for_epsilon["epsilon"] <= 5.0
     assert (for_epsilon["dp_delta"], for_epsilon["accountant"], for_epsilon["rounds"]) == (1e-3, "pld", 20)
     clients = for_epsilon["clients"]
-    assert clients["min"]["noise_multiplier"] < clients["median"]["noise_multiplier"] < for_epsilon["noise_multiplier"]
+    least, noise = for_epsilon["ranges"]["noise_multiplier"]
+    assert 0 < least < noise
+    assert clients["max"]["noise_multiplier"] == for_epsilon["noise_multiplier"] <= noise
     assert clients["max"]["steps"] == for_epsilon["steps"]
     assert clients["max"]["sampling_probability"] == for_epsilon["sampling_probability"] <= 1.0
-    noise = for_epsilon["noise_multiplier"]
     for_noise = privacy.plan(QUICKSTART, f"privacy={{name: sample, noise_multiplier: {noise}}}")
     assert for_noise["epsilon"] == pytest.approx(for_epsilon["epsilon"], rel=5e-3)
     assert for_noise["clients"]["median"]["epsilon"] < 3.0
-    assert for_noise["steps"] == for_epsilon["steps"]
+    assert for_noise["ranges"]["steps"] == for_epsilon["ranges"]["steps"]
 
 
 def test_users_need_no_data(privacy: Command) -> None:

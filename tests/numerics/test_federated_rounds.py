@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from fedpeft_dist.backbones.timm_backbone import build_backbone
-from fedpeft_dist.config.load import parse_config
-from fedpeft_dist.config.schema import ServerSgdConfig
+from fedpeft_dist.config.load import parse_config, with_values
+from fedpeft_dist.config.schema import RunConfig, ServerSgdConfig
+from fedpeft_dist.federation import simulation as simulation_module
 from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.rounds import run_federation
 from fedpeft_dist.federation.server_optimizers import make_server_optimizer
@@ -59,7 +60,7 @@ RUNS = {
 }
 
 
-def make_config(method: str, output) -> dict:
+def make_config(method: str, output, batch: int = BATCH, **data) -> RunConfig:
     name, arguments = VIT
     run = RUNS[method]
     return parse_config(
@@ -78,9 +79,10 @@ def make_config(method: str, output) -> dict:
                 "max_train": 120,
                 "clients": CLIENTS,
                 "partition": {"name": "dirichlet", "alpha": 0.5, "min_samples": 3},
+                **data,
             },
             "federation": {"rounds": ROUNDS, "cohort": COHORT},
-            "client": {"epochs": EPOCHS, "batch_size": BATCH, **run["client"]},
+            "client": {"epochs": EPOCHS, "batch_size": batch, **run["client"]},
             "server": run.get("server", {}),
             "runtime": {"device": "cpu", "precision": "fp32", "lanes": 3},
             "output": {"root": str(output), "name": method},
@@ -122,7 +124,7 @@ def plain_fedavg(config, plain, vector, clients, images, labels) -> tuple[dict, 
         weight, loss = 0, 0.0
         for client in cohort:
             task = clients[client]
-            ticks = schedule_lanes([task], 1, BATCH, config.seed, number)
+            ticks = schedule_lanes([task], 1, config.client.batch_size, config.seed, number)
             batches = (tick.indices[0][tick.mask[0]] for tick in ticks)
             pairs = ((images[batch], labels[batch]) for batch in batches)
             result = train_plain(plain, vector, pairs, {**settings, "lr": rate}, **extra)
@@ -137,9 +139,9 @@ def plain_fedavg(config, plain, vector, clients, images, labels) -> tuple[dict, 
     return vector, rounds
 
 
-@pytest.mark.parametrize("method", RUNS)
-def test_a_run_is_federated_averaging(method, tmp_path):
-    config, runtime = make_config(method, tmp_path), make_runtime()
+@pytest.mark.parametrize(("method", "batch"), [*((method, BATCH) for method in RUNS), ("bias", 1024), ("lora-all", 50)])
+def test_a_run_is_federated_averaging(method, batch, tmp_path):
+    config, runtime = make_config(method, tmp_path, batch), make_runtime()
     assert run_federation(config, runtime) == "complete"
     final = load_file(tmp_path / method / "trainable.safetensors")
     rows = [json.loads(line) for line in (tmp_path / method / "metrics.jsonl").read_text().splitlines()]
@@ -149,7 +151,7 @@ def test_a_run_is_federated_averaging(method, tmp_path):
     sizes = [len(task.samples) for task in clients]
     assert sum(sizes) == 120
     assert len(set(sizes)) > 4
-    assert all(task.num_steps == EPOCHS * math.ceil(size / BATCH) for task, size in zip(clients, sizes))
+    assert all(task.num_steps == EPOCHS * math.ceil(size / batch) for task, size in zip(clients, sizes))
     backbone = build_backbone(config.backbone, 10, 16, derive_seed(config.seed, "backbone"))
     plain = make_plain(backbone.model, METHODS[method], ("head",))
     start = simulation.model.layout.split(simulation.initial_vector)
@@ -175,6 +177,28 @@ def test_runs_differ_and_cohorts_are_partial(tmp_path):
     cohorts = [tuple(plain_cohort(config, number)) for number in range(ROUNDS)]
     assert len(set(cohorts)) == ROUNDS
     assert all(len(cohort) == COHORT < CLIENTS for cohort in cohorts)
+
+
+@pytest.mark.parametrize("partition", [{"name": "iid"}, {"name": "quantity", "alpha": 1.0}, {"name": "dirichlet_mix"}])
+@pytest.mark.parametrize("batch", [2, 13, 64, 1024])
+def test_a_lane_has_no_more_slots_than_the_largest_client_has_samples(partition, batch, tmp_path, monkeypatch):
+    """Whatever the batch size: the trainer's shapes and the measurement of memory for `lanes: auto` follow the bound,
+    and a client's update is that of a batch of just that size, to the bit."""
+    measured = []
+    monkeypatch.setattr(simulation_module, "choose_lanes", lambda needed, batch, *rest: measured.append(batch) or 3)
+    config = with_values(make_config("bias", tmp_path, batch, partition=partition), "runtime", lanes="auto")
+    simulation = Simulation(config, make_runtime())
+    largest = int(simulation.partition.sizes().max())
+    assert simulation.lanes == 3
+    assert simulation.trainer.config.batch_size == min(batch, largest)
+    assert measured == [min(batch, largest)]
+    tight = Simulation(with_values(config, "client", batch_size=min(batch, largest)), make_runtime())
+    updates = [
+        list(found.trainer.train(found.tasks(range(CLIENTS)), found.initial_vector, 0)) for found in (simulation, tight)
+    ]
+    for ours, theirs in zip(*updates, strict=True):
+        assert (ours.client, ours.num_samples) == (theirs.client, theirs.num_samples)
+        assert torch.equal(ours.delta, theirs.delta)
 
 
 RATE = 0.3

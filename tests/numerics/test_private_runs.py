@@ -312,6 +312,24 @@ def make_private_simulation(config: RunConfig) -> Simulation:
     return simulation
 
 
+@pytest.mark.parametrize("slots", ["auto", 9, 500])
+def test_slots_and_draws_are_bounded_by_the_largest_client(slots, tmp_path):
+    """A batch size above every client draws everything in each step, as one of the largest client's size does."""
+    simulations = []
+    for batch in (1024, None):
+        config = make_config(tmp_path, {"name": "sample", "noise_multiplier": 1.0, "dp_delta": 0.01, "slots": slots})
+        largest = int(Simulation(config, make_runtime()).partition.sizes().max())
+        simulations.append(make_private_simulation(with_values(config, "client", batch_size=batch or largest)))
+        simulations[-1].noise_seed = 5
+    updates = [list(s.trainer.train(s.tasks(range(6)), s.initial_vector, 0)) for s in simulations]
+    for ours, theirs in zip(*updates, strict=True):
+        assert ours.num_samples == theirs.num_samples == simulations[0].partition.size(ours.client)
+        assert torch.equal(ours.delta, theirs.delta)
+    for simulation in simulations:
+        most = simulation.lanes * largest
+        assert simulation.trainer.samples.num_lanes == (most if slots == "auto" else min(slots, most))
+
+
 def test_a_run_may_end_where_it_was_interrupted(tmp_path, monkeypatch):
     """Its budget is cut to what it has spent; the accuracy is that of its last round all the same."""
     config = make_config(tmp_path, {**USER, "name": "sample"}, rounds=4, evaluate_every=0)

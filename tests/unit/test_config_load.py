@@ -305,6 +305,7 @@ def test_counts_are_strict(load: Load, value: str) -> None:
         "client: {optimizer: {momentum: 1.0}}\n",
         "client: {optimizer: {nesterov: 1}}\n",
         "backbone: {pretrained: 'yes'}\n",
+        "data: {partition: {alpha: 1.0e+308}}\n",
         "seed: -1\n",
         "output: {name: 12}\n",
     ],

@@ -23,6 +23,7 @@ from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, make_pa
 
 NUM_ERRORS = 5
 """Standard errors that a frequency may be off."""
+CLIENT = {"epochs": 1, "batch_size": 8}
 
 
 def cohorts(participation: Participation, rounds: int) -> list[tuple[int, ...]]:
@@ -124,6 +125,69 @@ def test_bound_on_the_weights() -> None:
     assert make_participation(sizes, 2).largest_weight == 12
     assert make_participation(sizes, 2, over_selection=2.0).largest_weight == 12
     assert make_participation(sizes, 2, name="poisson").largest_weight == 16
+
+
+# --- clients without samples -------------------------------------------------------------------------------------
+
+HOLDERS = [8 * (1 + n % 5) if n % 3 == 1 else 0 for n in range(60)]
+"""20 of 60 clients have samples: 1, 4, 7, ..."""
+CONDITIONS = {
+    "uniform": {},
+    "poisson": {"name": "poisson"},
+    "weighted": {"name": "weighted"},
+    "over-selected": {"over_selection": 1.5},
+    "on and off": {"availability": {"name": "on_off", "share": 0.6}},
+    "by day": {"name": "poisson", "availability": {"name": "diurnal"}},
+    "lost": {"dropout": {"name": "random", "before": 0.2, "during": 0.2, "after": 0.2}},
+    "late": {"over_selection": 2.0, "devices": {"name": "lognormal"}, "deadline": 0.2, "late": "partial"},
+    "late, weighted": {"name": "weighted", "devices": {"name": "lognormal"}, "deadline": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    ("condition", "privacy"),
+    [
+        *((condition, None) for condition in CONDITIONS),
+        *((condition, "sample") for condition, keys in CONDITIONS.items() if "over_selection" not in keys),
+        *((condition, "user") for condition in ("uniform", "poisson", "on and off", "by day", "lost")),
+    ],
+)
+def test_a_client_without_samples_is_never_selected(condition: str, privacy: str | None) -> None:
+    section = None if privacy is None else {"name": privacy, "noise_multiplier": 1.0}
+    if privacy == "user" and CONDITIONS[condition].get("name") != "poisson":
+        section["sampling"] = "without_replacement"
+    participation = make_participation(HOLDERS, 8, client=CLIENT, privacy=section, **CONDITIONS[condition])
+    participation.check()
+    seen = set()
+    for number in range(60):
+        selected, plan = participation.select(number), participation.plan(number)
+        seen |= set(selected.tolist())
+        assert all(steps > 0 for steps in plan.steps.values())
+        assert set(plan.steps) <= set(selected.tolist())
+        if CONDITIONS[condition].get("name") != "poisson" and "availability" not in CONDITIONS[condition]:
+            assert len(selected) == participation.num_selected
+    assert seen == set(range(1, 60, 3)), "every other one is"
+
+
+@pytest.mark.parametrize("name", ["uniform", "poisson"])
+def test_clients_with_samples_are_drawn_as_if_there_were_no_others(name: str) -> None:
+    among_others = make_participation(HOLDERS, 8, name=name)
+    alone = make_participation([size for size in HOLDERS if size], 8, name=name)
+    for number in range(20):
+        assert among_others.select(number).tolist() == (1 + 3 * alone.select(number)).tolist()
+    assert among_others.sampling_probability(0) == 8 / 20
+    assert among_others.available(0) == 20
+    assert among_others.describe() == "40 of 60 clients have no samples and are never selected"
+
+
+def test_availability_is_counted_over_clients_with_samples() -> None:
+    participation = make_participation(HOLDERS, 8, availability={"name": "on_off", "share": 0.5})
+    for number in range(5):
+        on = participation.availability.of(np.arange(60), number)
+        assert participation.available(number) == on[1::3].sum()
+    assert participation.describe() == (
+        "40 of 60 clients have no samples and are never selected; 10 of the other 20 are available on average"
+    )
 
 
 # --- availability ------------------------------------------------------------------------------------------------
@@ -273,7 +337,6 @@ def test_no_samples_are_no_work() -> None:
 # --- plans -------------------------------------------------------------------------------------------------------
 
 # 3 local steps of 8 samples (0.5 s each at 16 a second), 1,000 bytes each way.
-CLIENT = {"epochs": 1, "batch_size": 8}
 PARAMETERS = 250
 
 
@@ -303,8 +366,8 @@ def test_random_batches_take_the_time_that_they_take_on_average(tmp_path: Path) 
     trace = write_trace(tmp_path / "devices.csv", DEVICES, [(client, 16, 1000, 1000) for client in range(3)])
     settings = {"client": CLIENT, "parameters": PARAMETERS, "devices": {"name": "trace", "path": trace}}
     private = {"privacy": {"name": "sample", "noise_multiplier": 1.0}}
-    plans = [make_participation([20, 3, 0], 3, **settings, **own).plan(0) for own in ({}, private)]
-    assert plans[0].steps == plans[1].steps == {0: 3, 1: 1, 2: 0}
+    plans = [make_participation([20, 3, 0], 2, **settings, **own).plan(0) for own in ({}, private)]
+    assert plans[0].steps == plans[1].steps == {0: 3, 1: 1}
     assert [plan.seconds for plan in plans] == [2 + 20 / 16, 2 + 24 / 16]
 
 
@@ -446,10 +509,22 @@ def test_more_selected_than_there_are() -> None:
 
 
 def test_more_than_have_samples() -> None:
-    assert "federation.cohort: 3 is larger than the 2 clients that have samples" in refusal(
-        [4, 0, 4], 3, name="weighted"
+    for name in ("uniform", "poisson", "weighted"):
+        message = refusal([4, 0, 4], 3, name=name)
+        assert "federation.cohort: 3 is larger than the 2 clients that have samples, of 3" in message
+        assert "at most 2" in message
+        make_participation([4, 0, 4], 2, name=name).check()
+    assert "selects 3 clients of a population of 2" in refusal([4, 0, 4], 2, over_selection=1.5)
+
+
+def test_more_than_have_samples_at_once(tmp_path: Path) -> None:
+    """Clients 0 and 1 are always available, client 2 never is, and client 0 has no samples."""
+    path = write_trace(tmp_path / "a.csv", AVAILABILITY, [(0, 0, 9, 1), (1, 0, 9, 1), (2, 0, 9, 0)])
+    availability = {"name": "trace", "path": path}
+    assert "cohort: 2 is larger than the 1 clients that are ever available" in refusal(
+        [0, 4, 4], 2, availability=availability
     )
-    make_participation([4, 0, 4], 3).check()
+    assert make_participation([0, 4, 4], 1, availability=availability).availability.share == pytest.approx(1 / 2)
 
 
 @pytest.mark.parametrize(("late", "what"), [("drop", "all its local steps"), ("partial", "a single local step")])
@@ -461,4 +536,4 @@ def test_a_deadline_that_nobody_can_meet(devices: dict[str, str], late: str, wha
     assert f"federation.participation.deadline: {fastest - 1e-6:g} seconds are met by no client" in message
     assert what in message
     assert f"{fastest:.4g} to receive 1,000 bytes" in message
-    assert "met by no client" in refusal([0, *[24] * 5], 6, deadline=1.6, **settings), "an empty client helps nobody"
+    assert "met by no client" in refusal([0, *[24] * 5], 5, deadline=1.6, **settings), "an empty client helps nobody"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy.stats import beta, kstest
 
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, SharedPoolPartition, class_counts, hold_out, make_partition
-from fedpeft_dist.data.splits import SPLITS
+from fedpeft_dist.data.splits import SPLITS, _cut, _top_up
 
 
 def image_set(labels: np.ndarray, groups: np.ndarray | None = None) -> ImageSet:
@@ -42,6 +45,10 @@ def dirichlet(alpha: float, min_samples: int = 0, top_up: bool = False) -> schem
     return schema.DirichletPartition(name="dirichlet", alpha=alpha, min_samples=min_samples, top_up=top_up)
 
 
+def mix(alpha: float) -> schema.DirichletMixPartition:
+    return schema.DirichletMixPartition(name="dirichlet_mix", alpha=alpha)
+
+
 def quantity(alpha: float, min_samples: int = 1) -> schema.QuantityPartition:
     return schema.QuantityPartition(name="quantity", alpha=alpha, min_samples=min_samples)
 
@@ -57,7 +64,17 @@ def shards(classes_per_client: int) -> schema.ShardsPartition:
 @pytest.mark.parametrize("clients", [1, 7, 10])
 @pytest.mark.parametrize(
     "partition",
-    [IID, dirichlet(0.3, 5), dirichlet(10.0), dirichlet(0.05, 20, top_up=True), quantity(0.5), shards(1), shards(3)],
+    [
+        IID,
+        dirichlet(0.3, 5),
+        dirichlet(10.0),
+        dirichlet(0.05, 20, top_up=True),
+        mix(0.1),
+        mix(100.0),
+        quantity(0.5),
+        shards(1),
+        shards(3),
+    ],
     ids=str,
 )
 def test_every_sample_belongs_to_exactly_one_client(partition: schema.PartitionConfig, clients: int) -> None:
@@ -68,7 +85,7 @@ def test_every_sample_belongs_to_exactly_one_client(partition: schema.PartitionC
     assert [made.size(client) for client in range(clients)] == [len(own) for own in lists(made)]
 
 
-@pytest.mark.parametrize("partition", [IID, dirichlet(0.3), quantity(0.5), shards(2)], ids=str)
+@pytest.mark.parametrize("partition", [IID, dirichlet(0.3), mix(0.3), quantity(0.5), shards(2)], ids=str)
 def test_the_split_is_a_function_of_the_seed(partition: schema.PartitionConfig) -> None:
     train = balanced(10, 40)
     assert lists(split(partition, train, 8, seed=3)) == lists(split(partition, train, 8, seed=3))
@@ -89,6 +106,92 @@ def test_iid_clients_differ_by_one_sample_at_most_and_mix_all_classes() -> None:
     assert np.abs(counts - 12.9).max() < 5 * 3.6
 
 
+@pytest.mark.parametrize(
+    "partition",
+    [
+        IID,
+        dirichlet(0.1),
+        dirichlet(2.0),
+        dirichlet(0.3, 4),
+        dirichlet(0.1, 6, top_up=True),
+        mix(0.3),
+        mix(5.0),
+        quantity(0.5, min_samples=0),
+        quantity(2.0, min_samples=3),
+        shards(2),
+    ],
+    ids=str,
+)
+def test_no_client_is_preferred_for_its_number(partition: schema.PartitionConfig) -> None:
+    """Over seeds, the first and the last client hold as many samples and classes as the others, and their shares of the
+    samples are 1 / N on average, within three standard errors."""
+    clients, seeds = 12, 200
+    train = image_set(np.repeat(np.arange(9), [5, 40, 8, 31, 17, 2, 23, 29, 30]))
+    counts = np.stack(
+        [class_counts(split(partition, train, clients, s), train.labels, 9, clients) for s in range(seeds)]
+    )
+    shares = counts.sum(axis=2) / len(train)
+    assert_is_near(shares[:, 0] - 1 / clients)
+    assert_is_near(shares[:, -1] - 1 / clients)
+    for held in (counts.sum(axis=2), (counts > 0).sum(axis=2)):
+        others = held[:, 1:-1].mean(axis=1)
+        assert_is_near(held[:, 0] - others)
+        assert_is_near(held[:, -1] - others)
+
+
+def assert_is_near(differences: np.ndarray) -> None:
+    """Their mean is 0 within three standard errors."""
+    assert abs(differences.mean()) <= 3 * differences.std(ddof=1) / len(differences) ** 0.5
+
+
+@pytest.mark.parametrize("total", [1, 7, 500])
+@pytest.mark.parametrize("shares", [[0.25] * 4, [0.001, 0.499, 0.4985, 0.0015], [0.0, 0.34, 0.66], [1.0]], ids=str)
+def test_counts_are_within_one_of_the_share_and_equal_it_on_average(shares: list[float], total: int) -> None:
+    draws, expected = 2000, np.array(shares) * total
+    cuts = _cut(np.tile(shares, (draws, 1)), total, np.random.default_rng(0))
+    counts = np.diff(cuts, axis=1, prepend=0, append=total)
+    assert (counts.sum(axis=1) == total).all()
+    assert (np.abs(counts - expected) < 1).all()
+    errors = np.maximum(np.sqrt(expected % 1 * (1 - expected % 1) / draws), 1e-9)
+    assert (np.abs(counts.mean(axis=0) - expected) < 4 * errors).all()
+
+
+def test_dirichlets_last_client_holds_few_classes_where_alpha_is_small() -> None:
+    """With CIFAR-100's sizes over 64 clients at alpha 0.1, where it once held 98 to 100 of the classes."""
+    train = balanced(100, 500)
+    for seed in range(3):
+        counts = class_counts(split(dirichlet(0.1), train, 64, seed), train.labels, 100, 64)
+        held = (counts > 0).sum(axis=1)
+        assert 38 - 20 < held[-1] < 38 + 20
+        assert held.mean() == pytest.approx(38.6, abs=1.5)
+
+
+def test_mixed_clients_have_one_size() -> None:
+    for alpha, clients in ((0.05, 7), (1.0, 40), (1000.0, 13)):
+        sizes = split(mix(alpha), balanced(10, 41), clients).sizes()
+        assert sizes.max() - sizes.min() <= 1
+
+
+@pytest.mark.parametrize("alpha", [0.3, 3.0, 100.0])
+def test_a_clients_mix_of_classes_varies_as_the_dirichlets(alpha: float) -> None:
+    """A mix has mean p and variance p (1 - p) / (alpha + 1) for a class of prior p; drawing n samples adds its own."""
+    prior, size, clients = np.array([0.1, 0.2, 0.3, 0.4]), 100, 4000
+    train = image_set(np.repeat(np.arange(4), (prior * size * clients).astype(int)))
+    shares = class_counts(split(mix(alpha), train, clients), train.labels, 4, clients) / size
+    assert shares.mean(axis=0) == pytest.approx(prior)
+    expected = prior * (1 - prior) * ((1 - 1 / size) / (alpha + 1) + 1 / size)
+    assert shares.var(axis=0) == pytest.approx(expected, rel=0.1)
+
+
+def test_mixed_clients_of_a_tiny_alpha_hold_one_class_unless_it_runs_out() -> None:
+    train = balanced(10, 500)
+    counts = class_counts(split(mix(1e-6), train, 100), train.labels, 10, 100)
+    held = (counts > 0).sum(axis=1)
+    assert np.median(held) == 1
+    # A class that fewer than ten clients want is left over for those whose own class has run out.
+    assert held.max() > 1
+
+
 @pytest.mark.parametrize("alpha", [1.0, 5.0])
 def test_a_clients_share_of_a_class_follows_the_dirichlets_marginal(alpha: float) -> None:
     """A component of Dir(alpha, ..., alpha) over N clients is Beta(alpha, (N - 1) alpha)."""
@@ -96,8 +199,7 @@ def test_a_clients_share_of_a_class_follows_the_dirichlets_marginal(alpha: float
     train = balanced(classes, per_class)
     counts = class_counts(split(dirichlet(alpha), train, clients), train.labels, classes, clients)
     for own in counts:
-        # Half a sample up: counts are rounded down at both ends of a client's piece.
-        assert kstest((own + 0.5) / (per_class + 1), beta(alpha, (clients - 1) * alpha).cdf).pvalue > 1e-3
+        assert kstest(own / per_class, beta(alpha, (clients - 1) * alpha).cdf).pvalue > 1e-3
 
 
 def test_a_small_alpha_concentrates_and_a_large_one_levels() -> None:
@@ -139,6 +241,15 @@ def test_topping_up_moves_the_fewest_samples_from_the_largest_clients(seed: int)
     assert all(free.indices(c).tolist() == topped.indices(c).tolist() for c in untouched)
     given = np.flatnonzero((before > after) & ~empty)
     assert before[given].min() >= before[untouched].max()
+
+
+def test_topping_up_takes_from_equal_clients_by_chance() -> None:
+    givers = set()
+    for seed in range(20):
+        lists = [np.arange(3), np.arange(3, 6), np.arange(0), np.arange(6, 9)]
+        _top_up(lists, 1, np.random.default_rng(seed))
+        givers |= {client for client in (0, 1, 3) if len(lists[client]) == 2}
+    assert givers == {0, 1, 3}
 
 
 def test_quantity_skew_has_uneven_sizes_and_even_classes() -> None:
@@ -290,6 +401,21 @@ def test_class_counts_stop_at_the_clients_asked_for() -> None:
 def test_a_partition_that_cannot_be_is_refused(partition: schema.PartitionConfig, clients: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split(partition, balanced(4, 10), clients)
+
+
+@pytest.mark.parametrize("make", [dirichlet, mix, quantity])
+@pytest.mark.parametrize("alpha", [1e308, 1e-12, float("inf"), 0.0, -1.0])
+def test_an_alpha_that_nothing_can_be_drawn_from_is_refused(make: Callable[[float], Any], alpha: float) -> None:
+    with pytest.raises(ValidationError, match="alpha"):
+        make(alpha)
+
+
+@pytest.mark.parametrize("make", [dirichlet, mix, lambda alpha: quantity(alpha, min_samples=0)])
+@pytest.mark.parametrize("alpha", [1e-9, 1e9])
+def test_the_smallest_and_the_largest_alpha_deal_everything_out(make: Callable[[float], Any], alpha: float) -> None:
+    made = split(make(alpha), balanced(10, 41), 7)
+    assert sorted(chain(*lists(made))) == list(range(410))
+    assert (made.sizes().max() < 70) == (alpha == 1e9 or isinstance(make(alpha), schema.DirichletMixPartition))
 
 
 def test_a_wrong_number_of_natural_clients_is_refused() -> None:

@@ -15,6 +15,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import IndexPartition
 from fedpeft_dist.federation.participation import Participation
+from fedpeft_dist.federation.privacy_ahead import plan_ahead
 from fedpeft_dist.federation.privacy_plan import PrivacyPlan, make_privacy_plan
 from fedpeft_dist.federation.sampling import poisson_draw
 from fedpeft_dist.privacy import accounting
@@ -127,7 +128,7 @@ def test_a_client_without_samples() -> None:
     assert 0.98 * 2.0 < plan.epsilon(6) <= 2.0
 
 
-def test_figures_are_the_largest_of_any_client_and_their_quantiles() -> None:
+def test_figures_are_those_of_one_client_at_each_quantile_of_epsilon() -> None:
     plan, steps = sample_plan(epsilon=4.0, cohort=2), steps_of(6, cohort=2)
     figures = json.loads(json.dumps(plan.figures(6)))
     assert {key: figures[key] for key in ("name", "dp_delta", "accountant", "clip_norm")} == {
@@ -137,16 +138,47 @@ def test_figures_are_the_largest_of_any_client_and_their_quantiles() -> None:
         "clip_norm": 1.0,
     }
     assert figures["epsilon"] == plan.epsilon(6)
-    assert figures["noise_multiplier"] == plan.noise_multipliers.max()
-    assert figures["steps"] == max(steps.values())
-    assert figures["sampling_probability"] == max(min(1.0, 16 / SIZES[client]) for client in steps)
     clients = figures["clients"]
     assert list(clients) == ["min", "p25", "median", "p75", "max"]
-    assert clients["min"]["epsilon"] == clients["min"]["steps"] == 0, "of a client that never takes part"
-    assert clients["min"]["noise_multiplier"] == plan.noise_multipliers[list(steps)].min() > 0
+    assert set(clients["min"].values()) == {0}, "of a client that never takes part"
     assert clients["max"] == {key: figures[key] for key in clients["max"]}
-    every = sorted(steps.get(client, 0) for client in range(len(SIZES)))
-    assert clients["median"]["steps"] in every[3:5]
+    noise = plan.noise_multipliers[list(steps)]
+    assert figures["ranges"]["noise_multiplier"] == [noise.min(), noise.max()]
+    assert figures["ranges"]["steps"] == [min(steps.values()), max(steps.values())]
+    shares = [min(1.0, 16 / SIZES[client]) for client in steps]
+    assert figures["ranges"]["sampling_probability"] == [min(shares), max(shares)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"noise_multiplier": 1.0},
+        {"noise_multiplier": 0.6, "cohort": 6},
+        {"epsilon": 4.0},
+        {"epsilon": 2.0, "cohort": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rounds", [1, 6])
+def test_each_row_of_figures_is_one_client(settings: dict[str, Any], rounds: int) -> None:
+    plan = sample_plan(**settings)
+    figures, steps = plan.figures(rounds), steps_of(rounds, cohort=settings.get("cohort", 3))
+    noise = plan.noise_multipliers.tolist()
+    rows = [
+        (noise[client], steps.get(client, 0), min(1.0, 16 / size) if noise[client] else 0.0)
+        for client, size in enumerate(SIZES)
+    ]
+    quantiles = figures["clients"].values()
+    assert {tuple(row[key] for key in ("noise_multiplier", "steps", "sampling_probability")) for row in quantiles} <= {
+        *rows
+    }
+    epsilons = [row["epsilon"] for row in quantiles]
+    assert epsilons == sorted(epsilons)
+    assert epsilons[-1] == plan.epsilon(rounds)
+    for row in quantiles:  # its epsilon follows from its own numbers
+        places = (row["noise_multiplier"], row["steps"], row["sampling_probability"])
+        own = [spent_by(client, *places[:2]) for client, found in enumerate(rows) if found == places]
+        assert row["epsilon"] == pytest.approx(own[0] if row["steps"] else 0.0, rel=1e-3)
 
 
 def test_batches_cut_short_need_more_noise() -> None:
@@ -268,6 +300,36 @@ def test_the_fewer_are_available_the_likelier_each_is_drawn(share: float) -> Non
     spent = [plan.epsilon(rounds) for rounds in range(7)]
     assert spent == sorted(spent)
     assert plan.epsilon(6) > user_plan(noise_multiplier=1.0).epsilon(6)
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "without_replacement"])
+def test_clients_without_samples_do_not_thin_out_the_draw(sampling: str) -> None:
+    """Three of four clients are empty: what is spent is what a population of the rest would spend."""
+    settings = {"noise_multiplier": 1.0, "sampling": sampling, "accountant": "rdp"}
+    settings["participation"] = {"name": "poisson" if sampling == "poisson" else "uniform"}
+    sizes = [8 * (n % 4 == 0) for n in range(80)]
+    among_others, alone = (user_plan(sizes=found, **settings) for found in (sizes, [8] * 20))
+    assert among_others.figures(6) == alone.figures(6)
+    assert among_others.epsilon(6) > user_plan(sizes=[8] * 80, **settings).epsilon(6)
+    assert among_others.warning is None
+    assert "1 / N for 20 clients" in user_plan(sizes=sizes, dp_delta=0.06, **settings).warning
+
+
+@pytest.mark.parametrize(
+    "partition", [{"name": "dirichlet", "alpha": 0.02}, {"name": "quantity", "alpha": 0.01}], ids=str
+)
+def test_a_plan_ahead_counts_the_clients_that_a_run_would_draw_from(partition: dict[str, Any]) -> None:
+    tree = {
+        "data": {"name": "digits", "clients": 64, "partition": {**partition, "min_samples": 0}},
+        "federation": {"rounds": 2, "cohort": 4, "participation": {"name": "poisson"}},
+        "privacy": {"name": "user", "noise_multiplier": 1.0},
+    }
+    plan = plan_ahead(parse_config(tree, "test"))
+    assert plan.population < 64
+    assert plan.figures(2)["sampling_probability"] == 4 / plan.population
+    tree["federation"]["cohort"] = plan.population + 1
+    with pytest.raises(ConfigError, match=f"larger than the {plan.population} clients that have samples, of 64"):
+        plan_ahead(parse_config(tree, "test"))
 
 
 def test_cohorts_of_a_fixed_size() -> None:

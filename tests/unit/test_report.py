@@ -758,6 +758,44 @@ def test_csv_has_whole_numbers_and_every_key_that_varies(tmp_path: Path) -> None
     assert [float(group["final accuracy"]) for group in groups] == [1 / 3, 1 / 3]
 
 
+def test_csv_and_json_keep_the_type_of_every_key(tmp_path: Path) -> None:
+    """Whole numbers, booleans, fractions, texts and null, each as its config has it, in every column of an axis."""
+    both = (
+        {"max_train": 300, "epochs": 2, "steps": None, "nesterov": True, "proximal": 2.0, "rounds": 3},
+        {"max_train": 500, "epochs": 10, "steps": 7, "nesterov": False, "proximal": 0.5, "rounds": 12},
+    )
+    for number, values in enumerate(both):
+        sections = {
+            "data": {**DIGITS, "max_train": values["max_train"]},
+            "federation": {"rounds": values["rounds"], "cohort": COHORT},
+            "client": {key: values[key] for key in ("epochs", "steps", "proximal")},
+        }
+        sections["client"]["optimizer"] = {"nesterov": values["nesterov"]}
+        make_run(tmp_path / f"run{number}", tree(**sections), curve(0.5))
+    report = make_report(tmp_path)
+    table = json_report(report)["tables"][0]
+    shown = [dict(zip(table["columns"], row)) for row in table["rows"]]
+    expected = [{**values, "steps": values["steps"] or "null"} for values in both]
+    assert [{key: repr(row[key]) for key in both[0]} for row in shown] == [
+        {key: repr(value) for key, value in values.items()} for values in expected
+    ]
+    counts = ("trained parameters", "clients a round", "seeds")
+    assert all(type(row[key]) is int for row in shown for key in counts)
+    write_report(tmp_path, report)
+    rows = csv_rows(tmp_path / "report_groups.csv")
+    assert [{key: row[key] for key in both[0]} for row in rows] == [
+        {key: str(value) for key, value in values.items()} for values in expected
+    ]
+
+
+def test_either_dirichlet_partition_is_told_by_its_name(tmp_path: Path) -> None:
+    for name in ("dirichlet", "dirichlet_mix"):
+        data = {**DIGITS, "partition": {"name": name, "alpha": 0.5}}
+        make_run(tmp_path / name, tree(data=data), curve(0.5))
+    (table,) = tables(make_report(tmp_path), "partition")
+    assert headings(table) == ["method", "dirichlet 0.5", "dirichlet_mix 0.5"]
+
+
 def test_csv_tells_mean_and_spread_apart(tmp_path: Path) -> None:
     for seed in (1, 2):
         make_run(tmp_path / f"a{seed}", tree(seed=seed), curve(seed / 4))
