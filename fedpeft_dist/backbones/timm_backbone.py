@@ -39,12 +39,12 @@ class Backbone:
     """Of all its tensors, head included; empty on the meta device. What was trained goes with this backbone only."""
     interpolation: str = "bicubic"
     """How images are resized for it: as it was pre-trained, or bicubic where that is neither bicubic nor bilinear."""
+    warning: str = ""
+    """For the user, where the images may not be normalised as the weights want them."""
     plain: nn.Module | None = None
     """The model as no method has changed it, over the same tensors: what plain PyTorch would train."""
     shared_layers: frozenset[nn.Module] = frozenset()
     """Layers that compute something all samples share. Their dropout stays off: no sample's key can decide it."""
-    warning: str = ""
-    """For the user, where the images may not be normalised as the weights want them."""
 
     @property
     def channels(self) -> int:
