@@ -138,10 +138,11 @@ def make_family_model(family: str, with_dropout: bool = False) -> nn.Module:
                 if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                     module.momentum = 1.0
             model.train()(torch.randn(4, 3, image_size, image_size))  # fills the statistics
-            model.eval()
-            for module in model.modules():
-                if isinstance(module, nn.Dropout) and not with_dropout:
-                    module.p = 0.0
-                if hasattr(module, "drop_prob") and not with_dropout:
-                    module.drop_prob = 0.0
-    return model
+    if not with_dropout:
+        model.drop_rate = 0.0
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+    return model.eval()
