@@ -361,8 +361,8 @@ def _python() -> str:
 
 
 def _setup_line(text: str) -> str:
-    path = Path(text).expanduser()
-    return f". {shlex.quote(str(path.absolute()))}" if path.is_file() else text
+    path = os.path.expanduser(text)
+    return f". {shlex.quote(os.path.abspath(path))}" if os.path.isfile(path) else text
 
 
 def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:

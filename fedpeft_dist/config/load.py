@@ -36,6 +36,9 @@ RESULT_NEUTRAL = (
 )
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and a date as text, as no key takes a date.
 
@@ -62,6 +65,23 @@ class _Loader(yaml.SafeLoader):
             if keys.count((tag, key)) > 1:
                 raise yaml.composer.ComposerError(None, None, f"key {key!r} is given twice", node.start_mark)
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Resolves merges as YAML says: a mapping's own keys come first, then those of what it merges, in order.
+
+        In some of PyYAML's versions a mapping that is merged loses its own keys to those it has merged itself.
+        """
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        for _, value in (pair for pair in node.value if pair[0].tag == _MERGE):
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(None, None, "<< takes mappings", source.start_mark)
+                self.flatten_mapping(source)
+                own += source.value
+        first: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in own:
+            first.setdefault((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key), (key, value))
+        node.value = list(first.values())
 
 
 _Loader.add_implicit_resolver(
