@@ -1,7 +1,7 @@
 """The commands. Each is thin: it reads its arguments, calls one function and prints.
 
 Exit codes: 0 done; 2 the user's mistake, told in one `error:` line; 75 interrupted at a round boundary, run the same
-command to go on; 1 anything else.
+command to go on; 1 anything else. Where nobody reads what a command prints, it goes on and its code does not change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from rich.console import Console
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, load_config, with_values
+from fedpeft_dist.config.paths import expand_path
 from fedpeft_dist.runtime.errors import FirstToldError, PeerLostError, ToldElsewhereError
+from fedpeft_dist.runtime.streams import lost_output, open_streams
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75
 GRACE_SECONDS = 5
@@ -31,7 +33,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+
+
+def user_path(text: str | Path) -> Path:
+    """The parser of arguments that are paths.
+
+    Raises:
+        BadParameter: what no path can be.
+    """
+    try:
+        return Path(expand_path(str(text)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False, parser=user_path)
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to override.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -53,6 +71,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         from fedpeft_dist.federation.rounds import start_and_run
 
         outcome = start_and_run(run_config, stop)
+    _warn_of_lost_progress()
     if outcome == "interrupted":
         _leave_interrupted()
 
@@ -84,7 +103,9 @@ def cost(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
 def partition(
     config: ConfigPath,
     overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option(help="Where the picture is written.")] = Path("partition.png"),
+    picture: Annotated[
+        Path, typer.Option(metavar="PATH", help="Where the picture is written.", parser=user_path)
+    ] = Path("partition.png"),
 ) -> None:
     """Show which client holds which classes: a table here and a picture in a file."""
     run_config = load_config(config, overrides or ())
@@ -141,7 +162,7 @@ def privacy(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.", parser=user_path)],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -164,13 +185,16 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's directory.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's directory.", show_default=False, parser=user_path)
+    ],
     overrides: Overrides = None,
     export_format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="timm, peft or safetensors.", show_default=False)
     ] = ...,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The export's folder; RUN/export/FORMAT without it.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The export's folder; RUN/export/FORMAT without it.", parser=user_path),
     ] = None,
 ) -> None:
     """Write what a run has trained for use elsewhere: in timm, in Hugging Face peft, or as named tensors."""
@@ -223,7 +247,9 @@ def prefetch(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where runs are; searched recursively.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where runs are; searched recursively.", parser=user_path)
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Compare the runs below a directory: tables here, and markdown, CSV and a page to look at (report.html) there."""
@@ -251,7 +277,9 @@ def report(
 
 @app.command()
 def pretrain(
-    output: Annotated[Path, typer.Option(help="Where the weights go.")] = Path("glyph_vit.safetensors"),
+    output: Annotated[Path, typer.Option(metavar="PATH", help="Where the weights go.", parser=user_path)] = Path(
+        "glyph_vit.safetensors"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer make a weaker backbone.")] = 6000,
 ) -> None:
     """Rebuild the embedded backbone, glyph_vit, from its recipe."""
@@ -262,7 +290,9 @@ def pretrain(
 
 sweep_app = typer.Typer(help="Work through many runs that one file describes.", no_args_is_help=True)
 app.add_typer(sweep_app, name="sweep")
-SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's YAML file.", show_default=False)]
+SweepPath = Annotated[
+    Path, typer.Argument(metavar="SWEEP", help="A sweep's YAML file.", show_default=False, parser=user_path)
+]
 
 
 @sweep_app.command("list")
@@ -294,6 +324,7 @@ def sweep_run(
         follow_agent()
         cells = load_sweep(sweep, overrides or ())
         outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)], stop)
+    _warn_of_lost_progress()
     if outcome.interrupted:
         _leave_interrupted()
     if outcome.failed:
@@ -302,8 +333,12 @@ def sweep_run(
 
 def main() -> None:
     """The console script: runs a command and turns what goes wrong into an exit code."""
+    open_streams()
     try:
         if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
+            raise SystemExit(1)
+        if reason := lost_output():
+            print(f"error: stdout: cannot be written ({reason})", file=sys.stderr)
             raise SystemExit(1)
     except ConfigError as error:
         _fail(error, str(error))
@@ -317,6 +352,12 @@ def main() -> None:
         raise SystemExit(1) from None
     except (typer.Abort, KeyboardInterrupt):
         raise SystemExit(1) from None
+
+
+def _warn_of_lost_progress() -> None:
+    """What a run prints is its progress; what it did is in its files, so its exit code does not change."""
+    if reason := lost_output():
+        print(f"warning: stdout: cannot be written ({reason}); the run went on without it", file=sys.stderr)
 
 
 def _leave_interrupted() -> NoReturn:

@@ -42,10 +42,11 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, Uncomplet
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from submitit.slurm.slurm import _make_sbatch_string
 
-from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, Overrides, UsageError
+from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, Overrides, UsageError, user_path
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, is_sweep, load_config, read_yaml, with_values
 from fedpeft_dist.runtime.interrupts import listen_for_stop
+from fedpeft_dist.runtime.streams import open_streams
 from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
@@ -61,6 +62,7 @@ class Job:
     """Where the command was called: what a config's relative paths start from."""
 
     def __call__(self) -> None:
+        open_streams()
         os.chdir(self.folder)
         here = submitit.JobEnvironment()
         if here.cluster == "local" and here.num_tasks > 1:
@@ -158,7 +160,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command(help=__doc__.partition("\n")[0])
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG|SWEEP", help="A YAML file.", show_default=False)],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG|SWEEP", help="A YAML file.", show_default=False, parser=user_path)
+    ],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of a job.")] = 1,
     tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on a node, one for each GPU.")] = 1,
@@ -244,6 +248,11 @@ def submit(
             "tasks_per_node": tasks_per_node,
             "gpus_per_node": gpus_per_node or 0,
         }
+    if "%" in str(home.absolute()):
+        raise ConfigError(
+            f"{home.absolute()}: Slurm and submitit take % for a pattern in the paths of logs, which go below this "
+            "folder; give output.root and output.name without %"
+        )
     folder = home.absolute() / "jobs" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     if dry_run:
         if cluster is Cluster.slurm:
@@ -352,8 +361,8 @@ def _python() -> str:
 
 
 def _setup_line(text: str) -> str:
-    path = Path(text)
-    return f". {shlex.quote(str(path.absolute()))}" if path.is_file() else text
+    path = os.path.expanduser(text)
+    return f". {shlex.quote(os.path.abspath(path))}" if os.path.isfile(path) else text
 
 
 def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:
@@ -370,6 +379,7 @@ def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:
 
 
 def main() -> None:
+    open_streams()
     try:
         if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
             raise SystemExit(1)

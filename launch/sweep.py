@@ -32,9 +32,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, UsageError
+from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, UsageError, user_path
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
+from fedpeft_dist.runtime.streams import open_streams
 from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, record_failure
 from fedpeft_dist.sweeps.attempts import Attempt, Task
 from fedpeft_dist.sweeps.places import Place, find_places
@@ -66,7 +67,7 @@ def sweep(
     ] = 1,
 ) -> None:
     overrides = [argument for argument in arguments if "=" in argument]
-    sweeps = [Path(argument) for argument in arguments if "=" not in argument]
+    sweeps = [user_path(argument) for argument in arguments if "=" not in argument]
     if not sweeps:
         raise ConfigError("SWEEP: missing; give a sweep's YAML file")
     cells = [(path, cell) for path in sweeps for cell in load_sweep(path, overrides)]
@@ -308,6 +309,7 @@ def _time(seconds: float) -> str:
 
 
 def main() -> None:
+    open_streams()
     try:
         if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
             raise SystemExit(1)

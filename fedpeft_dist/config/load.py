@@ -15,13 +15,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.paths import derived_name, expand_path
 from fedpeft_dist.config.schema import RunConfig
 
 # These change how a run is carried out or watched, never what it computes.
@@ -35,15 +36,52 @@ RESULT_NEUTRAL = (
 )
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
+_MERGE = "tag:yaml.org,2002:merge"
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and a date as text, as no key takes a date.
+
+    It refuses a key given twice, and a section that contains itself.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and node.end_mark is None:
+            raise yaml.composer.ComposerError(None, None, "an alias stands inside of what it names", node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Here, where a merge (<<) has not yet laid other keys beside the mapping's own.
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for tag, key in keys:
+            if keys.count((tag, key)) > 1:
+                raise yaml.composer.ComposerError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Resolves merges as YAML says: a mapping's own keys come first, then those of what it merges, in order.
+
+        In some of PyYAML's versions a mapping that is merged loses its own keys to those it has merged itself.
+        """
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        for _, value in (pair for pair in node.value if pair[0].tag == _MERGE):
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(None, None, "<< takes mappings", source.start_mark)
+                self.flatten_mapping(source)
+                own += source.value
+        first: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in own:
+            first.setdefault((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key), (key, value))
+        node.value = list(first.values())
 
 
 _Loader.add_implicit_resolver(
@@ -101,7 +139,7 @@ def with_values(config: RunConfig, section: str, **values: Any) -> RunConfig:
 def default_run_name(path: str | Path, config: RunConfig) -> str:
     """`<folder>-<file>-<hash>`, from the config's path and its result-affecting keys."""
     path = Path(path).resolve()
-    return f"{path.parent.name}-{path.stem}-{config_digest(config)[:8]}"
+    return derived_name(f"{path.parent.name}-{path.stem}", f"-{config_digest(config)[:8]}")
 
 
 def config_digest(config: RunConfig) -> str:
@@ -161,7 +199,19 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: {parent!r} is not a path relative to this file")
-    return merge_trees(_read_chain(path.parent / parent, (*seen, resolved)), tree)
+    return merge_trees(_read_chain(named_beside(path, "extends", parent), (*seen, resolved)), tree)
+
+
+def named_beside(path: Path, key: str, name: str) -> Path:
+    """The file that a key of the file `path` names, relative to that file.
+
+    Raises:
+        ConfigError: what no path can be.
+    """
+    try:
+        return path.parent / expand_path(name)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {key}: {error}") from None
 
 
 def merge_trees(parent: Mapping[str, Any], child: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -286,12 +336,18 @@ def _explain(tree: Mapping[str, Any], item: Mapping[str, Any]) -> str:
 
 def explain_message(item: Mapping[str, Any]) -> str:
     """pydantic's own words, but for those that mean nothing to a writer of YAML."""
+    if item["type"] == "string_type" and item["input"] is None:
+        return "should be text; ~ alone means null in YAML, so give ~/ for the home folder"
+    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+        kind = "boolean" if isinstance(item["input"], bool) else "number"
+        return f"""YAML reads this as a {kind}, not as text; put it in quotes ("..." in a file, '"..."' in a shell)"""
     if item["type"] in _YAML_WORDS:
         return _YAML_WORDS[item["type"]]
     return f"{item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 _YAML_WORDS = {
+    "string_type": "should be text",
     "dict_type": "should be a mapping of keys to values",
     "model_type": "should be a mapping of keys to values",
     "model_attributes_type": "should be a mapping of keys to values, such as {name: ...}",

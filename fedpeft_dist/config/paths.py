@@ -1,26 +1,105 @@
-"""Paths that users give: a leading `~` is a home folder, as in a shell."""
+"""Paths that users give: a leading `~` and `$NAME` mean what they mean in a shell."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import AfterValidator
 
+PART_BYTES, PATH_BYTES = 255, 4095
+"""What Linux allows for the name of a file or a folder, and for a whole path."""
+NAME_BYTES = 200
+"""What a run's folder may have for its name: tools make names from it, such as a copy's or a temporary folder's."""
+FILE_BYTES = 400
+"""Room that a run's longest path takes below its folder."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_NOT_IN_NAMES = re.compile(rf"{_CONTROL.pattern}|[~$\ud800-\udfff]")
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
-def expand_path(path: str) -> str:
-    """
+
+def expand_path(path: str, part_bytes: int = PART_BYTES) -> str:
+    """The path with `~`, `~user`, `$NAME` and `${NAME}` replaced; a path without them stays as it is.
+
     Raises:
-        ValueError: the home folder of a user who is not known here.
+        ValueError: an unknown user, a variable without a value, or no path that a file system could have.
     """
+    if not path:
+        raise ValueError(f"{path!r} is no path; give . for the folder that the command runs in")
+    if "\0" in path:
+        raise ValueError(f"{path!r} holds a NUL character, which no path has; leave it out")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         name = path.partition("/")[0]
         raise ValueError(
             f"{path!r}: {name} is no user's home folder; give ~/..., a full path, or ./{name} for the name"
         )
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] if found[1] is not None else found[2]
+        if not os.environ.get(name):
+            raise ValueError(f"{path!r}: the environment variable {name!r} has no value here; set it, or write a path")
+        return os.environ[name]
+
+    expanded = _VARIABLE.sub(value, expanded)
+    for part in expanded.split("/"):
+        if (size := len(os.fsencode(part))) > part_bytes:
+            raise ValueError(f"{_shown(part)} has {size} bytes; give a name of {part_bytes} bytes at most")
     return expanded
+
+
+def check_run_name(name: str) -> str:
+    """A run's name with its variables replaced: one folder, or several as in `group/run`, all below `output.root`.
+
+    Raises:
+        ValueError: a name that stands for another place, or that leaves no room for names made from it.
+    """
+    if not name.strip():
+        raise ValueError(f"{name!r} is no name for a run's folder; give one, or null to derive it from the config")
+    expanded = expand_path(name, NAME_BYTES)
+    parts = PurePosixPath(expanded).parts
+    if expanded.startswith("/") or ".." in parts or not parts:
+        raise ValueError(f"{name!r} is no folder below output.root; give a name, and the folder above as output.root")
+    if _CONTROL.search(expanded):
+        raise ValueError(f"{name!r} holds a line break or another control character; leave it out")
+    return expanded
+
+
+def check_run_place(root: str, name: str | None) -> None:
+    """
+    Raises:
+        ValueError: a folder for runs that leaves no room for their files.
+    """
+    if _CONTROL.search(root):
+        raise ValueError(f"root: {root!r} holds a line break or another control character; leave it out")
+    size = len(os.fsencode(root)) + (NAME_BYTES if name is None else len(os.fsencode(name)))
+    if size > (most := PATH_BYTES - FILE_BYTES):
+        raise ValueError(f"root and name have {size} bytes, too many for the paths below them; give {most} at most")
+
+
+def derived_name(text: str, ending: str = "") -> str:
+    """A folder's name from a text, cut to NAME_BYTES with a digest of the whole in place of what is cut; then `ending`.
+
+    A text that a run's name may have stays as it is.
+    """
+    text = _NOT_IN_NAMES.sub("_", text)
+    room, encoded = NAME_BYTES - len(ending), text.encode()
+    if len(encoded) > room:
+        digest = f"-{hashlib.sha256(encoded).hexdigest()[:8]}"
+        text = encoded[: room - len(digest)].decode(errors="ignore") + digest
+    return text + ending
+
+
+def _shown(text: str) -> str:
+    """A text as a message quotes it: a very long one is cut."""
+    return repr(text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}")
 
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
 """The type of a config key that holds a path."""
+
+RunName = Annotated[str, AfterValidator(check_run_name)]
+"""The type of the key that names a run's folder."""

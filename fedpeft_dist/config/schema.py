@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedpeft_dist.config.paths import UserPath
+from fedpeft_dist.config.paths import RunName, UserPath, check_run_place
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -375,7 +375,7 @@ class TraceAvailability(Section):
     """
 
     name: Literal["trace"]
-    path: str
+    path: UserPath
 
 
 AvailabilityConfig = Annotated[
@@ -416,7 +416,7 @@ class TraceDropout(Section):
     """
 
     name: Literal["trace"]
-    path: str
+    path: UserPath
 
 
 DropoutConfig = Annotated[NoDropout | RandomDropout | TraceDropout, Field(discriminator="name")]
@@ -448,7 +448,7 @@ class TraceDevices(Section):
     """
 
     name: Literal["trace"]
-    path: str
+    path: UserPath
 
 
 DevicesConfig = Annotated[NoDevices | LognormalDevices | TraceDevices, Field(discriminator="name")]
@@ -755,11 +755,18 @@ class RuntimeConfig(Section):
 
 
 class OutputConfig(Section):
-    root: str = "runs"
-    name: str | None = None
-    """The run's directory below root; null derives it from the config's path and content."""
+    root: UserPath = "runs"
+    """The folder of all runs, relative to the folder that the command runs in."""
+    name: RunName | None = None
+    """The run's directory below root, such as `lora4` or `ablation/lora4`; null derives it from the config's path and
+    content."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 1
     """In rounds; 0 writes one at the end only."""
+
+    @model_validator(mode="after")
+    def _place_leaves_room(self) -> OutputConfig:
+        check_run_place(self.root, self.name)
+        return self
 
 
 class RunConfig(Section):

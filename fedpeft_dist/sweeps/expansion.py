@@ -17,6 +17,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import (
     explain_message,
     merge_trees,
+    named_beside,
     nest_keys,
     parse_config,
     parse_overrides,
@@ -24,6 +25,7 @@ from fedpeft_dist.config.load import (
     read_yaml,
     with_values,
 )
+from fedpeft_dist.config.paths import UserPath, derived_name
 from fedpeft_dist.config.schema import RunConfig, Section
 from fedpeft_dist.tracking.run_directory import RunDirectory
 
@@ -35,8 +37,8 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 class SweepFile(Section):
     """What a sweep file may hold."""
 
-    base: str
-    output: str | None = None
+    base: UserPath
+    output: UserPath | None = None
     set: Choice = Field({})
     axes: dict[str, dict[str, Choice] | list[Any]] = Field({})
     cells: dict[str, Choice] = Field({})
@@ -77,7 +79,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
             _refuse_own_place(keys, ("seed", "output.name", "output.root"), str(path))
         layers = [*(_extended(choice, base, path) for choice in choices), *own]
         for seed in seeds:
-            name = f"{variant}-seed{seed}"
+            name = derived_name(variant, f"-seed{seed}")
             if name in cells:
                 raise ConfigError(f"{path}: two cells are called {name!r}; give one of them another name")
             place = {"name": name} if sweep.output is None else {"name": name, "root": sweep.output}
@@ -117,9 +119,13 @@ def _explain(item: Mapping[str, Any]) -> str:
         return f"{key}: unknown key of a sweep; known here: {', '.join(SweepFile.model_fields)}"
     if item["type"] == "missing":
         return f"{key}: missing; a sweep names its base config"
+    if item["type"] == "value_error":
+        return f"{key}: {item['ctx']['error']}"
     if location[-1] == "[key]":
         key = ".".join(location[:-2])
-        return f"{key}: {item['input']!r} is no name; on, off, yes and no mean booleans in YAML: quote them"
+        return (
+            f"{key}: {item['input']!r} is no name; on, off, yes and no mean booleans in YAML: quote them, and numbers"
+        )
     if location[0] == "axes" and len(location) == 2:
         return f"{key}: {item['input']!r}: should be a list of values, or a mapping of names to keys"
     return f"{key}: {item['input']!r}: {explain_message(item)}"
@@ -187,7 +193,7 @@ def _extended(choice: Choice, base: Mapping[str, Any], path: Path) -> dict[str, 
         return {}
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: {parent!r} is not a path relative to this file")
-    return _differences(read_tree(path.parent / parent), base)
+    return _differences(read_tree(named_beside(path, "extends", parent)), base)
 
 
 def _differences(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,5 +226,5 @@ def _checked_name(name: str, path: Path) -> str:
 
 def _below_base_root(config: RunConfig, path: Path) -> RunConfig:
     resolved = path.resolve()
-    root = Path(config.output.root) / f"{resolved.parent.name}-{resolved.stem}"
+    root = Path(config.output.root) / derived_name(f"{resolved.parent.name}-{resolved.stem}")
     return with_values(config, "output", root=str(root))

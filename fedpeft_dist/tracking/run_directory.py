@@ -95,7 +95,7 @@ class RunDirectory:
         Raises:
             ConfigError: the directory is not there and cannot be made, or cannot be written to.
         """
-        existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path))
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(f"output.root: no run can be written to '{self.path}', because of '{existing}'")
 

@@ -413,11 +413,29 @@ def test_report_of_a_complete_run_without_summary(refuse: Refuse, folder: Path) 
         (["train", "config.yaml", "--jason"], ["--jason"]),
         (["cost", "config.yaml", "--jsn"], ["--jsn", "--json"]),
         (["partition", "config.yaml", "--picture"], ["--picture"]),
+        (["partition", "config.yaml", "--picture=$NOWHERE/p.png"], ["'--picture'", "'$NOWHERE/p.png'", "no value"]),
+        (["train", "~nobody-here/c.yaml"], ["'CONFIG'", "~nobody-here is no user's home folder"]),
+        (["evaluate", "$NOWHERE"], ["'RUN'", "'NOWHERE' has no value"]),
+        (["export", "runs/run", "--format=timm", "--output=~nobody-here/x"], ["'--output'", "~nobody-here"]),
+        (["report", "$NOWHERE"], ["'DIR'", "'NOWHERE' has no value"]),
+        (["sweep", "list", "$NOWHERE"], ["'SWEEP'", "'NOWHERE' has no value"]),
+        (["pretrain", "--output=$NOWHERE"], ["'--output'", "'NOWHERE' has no value"]),
+        (["train", "config.yaml", f"output.name={'x' * 256}"], ["output.name", "256 bytes", "200"]),
+        (["train", "config.yaml", "output.name=''"], ["output.name: ''", "null"]),
     ],
     ids=first,
 )
 def test_arguments(refuse: Refuse, arguments: list[str], words: list[str]) -> None:
     assert_tells(refuse(*arguments), *words)
+
+
+def test_paths_of_arguments_expand(fedpeft: Fedpeft, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("PICTURES", str(folder / "pictures"))
+    code, out, err = fedpeft("partition", "~/config.yaml", "--picture=$PICTURES/p.png")
+    assert (code, err) == (0, "")
+    assert out.endswith(f"picture: {folder}/pictures/p.png\n")
+    assert (folder / "pictures" / "p.png").exists()
 
 
 def test_no_arguments_print_the_help(fedpeft: Fedpeft) -> None:

@@ -14,6 +14,7 @@ from fedpeft_dist.config.load import (
     dump_config,
     load_config,
     parse_config,
+    read_yaml,
     result_keys,
     with_values,
 )
@@ -101,13 +102,72 @@ def test_empty_file_is_the_defaults(load: Load) -> None:
         ("seed: 1\nseed: 2\n", "'seed' is given twice"),
         ("client: {epochs: 1, epochs: 2}\n", "'epochs' is given twice"),
         ("data: {partition: {name: dirichlet, alpha: 1.0, alpha: 2.0}}\n", "'alpha' is given twice"),
+        ("client: &a {epochs: 1}\nserver: {<<: *a, <<: *a}\n", "'<<' is given twice"),
+        ("client: &a {epochs: 1}\nserver: {<<: *a, lr: 1, lr: 2}\n", "'lr' is given twice"),
+        ("client: &a {optimizer: *a}\n", "an alias stands inside of what it names"),
+        ("client: &a {<<: *a}\n", "an alias stands inside of what it names"),
+        ("client: {<<: 3}\n", "<< takes mappings"),
+        ("client: &a {epochs: 1}\nserver: {<<: [*a, 3]}\n", "<< takes mappings"),
     ],
-    ids=["list", "text", "syntax", "python tag", "twice", "twice in a section", "twice, deeper"],
+    ids=[
+        *("list", "text", "syntax", "python tag", "twice", "twice in a section", "twice, deeper", "merged twice"),
+        *("twice beside a merge", "alias of itself", "merge of itself", "merge of a number", "merge of more"),
+    ],
 )
 def test_files_that_are_no_config(load: Load, text: str, words: str) -> None:
     message = refusal(load, text)
     assert words in message
     assert "config.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{<<: *a, z: 3}", {"x": 1, "y": 2, "z": 3}),
+        ("{<<: *a, x: 3}", {"x": 3, "y": 2}),
+        ("{x: 3, <<: *a}", {"x": 3, "y": 2}),
+        ("&c {<<: *b}\ne: {<<: *c}", {"x": 4, "y": 2}),
+        ("{<<: [*b, *a]}", {"x": 4, "y": 2}),
+    ],
+    ids=["beside a key", "under a key", "after a key", "merge of a merge", "two at once"],
+)
+def test_merged_sections_yield_to_their_own_keys(tmp_path: Path, text: str, expected: dict[str, int]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"a: &a {{x: 1, y: 2}}\nb: &b {{<<: *a, x: 4}}\nd: {text}\n")
+    tree = read_yaml(path)
+    assert tree["d"] == expected
+    assert tree.get("e", expected) == expected
+    assert (tree["a"], tree["b"]) == ({"x": 1, "y": 2}, {"x": 4, "y": 2})
+
+
+def test_a_merge_makes_a_config(load: Load) -> None:
+    text = "client: {optimizer: &a {name: sgd, lr: 0.5}}\nserver: {optimizer: {<<: *a, momentum: 0.25}}\n"
+    assert load(text).server.optimizer == schema.ServerSgdConfig(name="sgd", lr=0.5, momentum=0.25)
+
+
+@pytest.mark.parametrize("value", ["2024-01-01", "2024-01-01T10:00:00", "2024-01-01 10:00:00", "'20240101'", "v1.5"])
+def test_text_is_taken_as_it_is_written(load: Load, value: str) -> None:
+    for config in (load(f"output: {{name: {value}}}\n"), load("", f"output.name={value}")):
+        assert config.output.name == value.strip("'")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("20240101", "output.name: 20240101: YAML reads this as a number"),
+        ("1.5", "output.name: 1.5: YAML reads this as a number"),
+        ("1e5", "number, not as text; put it in quotes"),
+        ("yes", "output.name: True: YAML reads this as a boolean, not as text; put it in quotes"),
+        ("[a]", "output.name: ['a']: should be text"),
+    ],
+)
+def test_text_that_yaml_reads_otherwise_is_to_be_quoted(load: Load, value: str, words: str) -> None:
+    assert words in refusal(load, f"output: {{name: {value}}}\n")
+    assert words.replace("output.name", "data.root") in refusal(load, "", f"data.root={value}")
+
+
+def test_a_lone_tilde_is_told_to_mean_null(load: Load) -> None:
+    assert "~ alone means null" in refusal(load, "output: {root: ~}\n")
 
 
 def test_file_that_is_no_text(tmp_path: Path) -> None:

@@ -143,6 +143,9 @@ def test_what_is_submitted_knows_its_cells_and_its_folder(folder: Path, environm
         ("sweep.yaml --nodes 2 --cells-per-task 2", "--cells-per-task: 2, but 2 ranks run one cell together; give 1"),
         ("base.yaml --nodes 2 --cluster local", "--nodes: 2, but --cluster local is this machine; give 1"),
         ("base.yaml --tasks-per-node 2 --cluster debug", "--tasks-per-node: 2, but --cluster debug is this process"),
+        ("base.yaml output.root=a%j", "{folder}/a%j/run: Slurm and submitit take % for a pattern in the paths of logs"),
+        ("base.yaml output.name=50% --dry-run", "{folder}/runs/50%: Slurm and submitit take % for a pattern"),
+        ("$NOWHERE/base.yaml", "Invalid value for 'CONFIG|SWEEP': '$NOWHERE/base.yaml': the environment variable"),
         ("base.yaml --cluster pbs", "Invalid value for '--cluster': "),
         ("base.yaml", "sbatch refuses: invalid partition specified: x; Batch job submission failed"),
     ],
@@ -157,7 +160,7 @@ def test_a_mistake_is_told_in_a_line(
     done = run(folder, environment, str(SUBMIT), *arguments.split(), check=False)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {message}")
+    assert line.startswith(f"error: {message.replace('{folder}', str(folder))}")
     assert sorted(folder.rglob("*")) == before
 
 

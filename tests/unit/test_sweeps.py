@@ -15,6 +15,7 @@ from fedpeft_dist import cli
 from fedpeft_dist.backbones import timm_backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import load_config, with_values
+from fedpeft_dist.config.paths import NAME_BYTES
 from fedpeft_dist.config.schema import BackboneConfig, DataConfig, RunConfig
 from fedpeft_dist.data import download
 from fedpeft_dist.federation import rounds
@@ -126,6 +127,25 @@ def test_dotted_and_nested_keys_of_one_section_go_together(folder: Path) -> None
         assert (client.optimizer.lr, client.epochs) == (0.5, 3)
 
 
+def test_long_names_of_cells_are_cut_with_a_digest(folder: Path) -> None:
+    axes = {f"backbone.model_args.{key * 60}": [1, 2] for key in "abcd"}
+    cells = expand(folder, axes=axes, seeds=[1, 23])
+    assert len(cells) == len({cell.name for cell in cells}) == 32
+    assert all(len(cell.name) <= NAME_BYTES and cell.config.output.name == cell.name for cell in cells)
+    assert cells[1].name.endswith("-seed23")
+    assert [cell.name for cell in expand(folder, axes=axes, seeds=[1, 23])] == [cell.name for cell in cells]
+    for cell in (cells[0], cells[-1]):
+        cell.directory.lock().release()
+        cell.directory.write_state(RUNNING, 0)
+
+
+def test_paths_in_a_sweep_expand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("CONFIGS", str(folder))
+    (cell,) = expand(folder, base="~/base.yaml", output="$CONFIGS/out", cells={"a": {"extends": "$CONFIGS/lora.yaml"}})
+    assert (cell.config.method.rank, cell.directory.path) == (4, folder / "out" / "a-seed1")
+
+
 def test_without_seeds_the_bases_own_is_taken(folder: Path) -> None:
     write(folder / "base.yaml", {**BASE, "seed": 7})
     assert [cell.name for cell in expand(folder, cells={"a": {}})] == ["a-seed7"]
@@ -206,6 +226,13 @@ def test_directories_lie_below_the_output_and_overrides_go_over_everything(folde
             r"cell a: federation\.cohort: federation is already",
         ),
         ({"base": 3, "cells": {"a": {}}}, r"sweep\.yaml: base: 3: "),
+        ({"base": "$NOWHERE/b.yaml", "cells": {"a": {}}}, r"sweep\.yaml: base: '\$NOWHERE/b\.yaml': the environment"),
+        (
+            {"output": "~nobody-here/b", "cells": {"a": {}}},
+            r"sweep\.yaml: output: '~nobody-here/b': ~nobody-here is no",
+        ),
+        ({"cells": {"a": {"extends": "$NOWHERE"}}}, r"sweep\.yaml: extends: '\$NOWHERE': the environment"),
+        ({"axes": {"a": {20240101: {}}}}, r"axes\.a: 20240101 is no name; .* quote them, and numbers"),
     ],
     ids=str,
 )
