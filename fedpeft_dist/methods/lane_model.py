@@ -95,6 +95,15 @@ class FoldedLaneModel:
         return (module for module in self.backbone.model.modules() if isinstance(module, LaneModule))
 
 
+MATRIX_PRODUCTS = (
+    nn.functional.linear,
+    nn.functional.conv1d,
+    nn.functional.conv2d,
+    nn.functional.conv3d,
+    nn.functional.conv_transpose2d,
+)
+
+
 class _CastMatrixProducts(TorchFunctionMode):
     """Autocast for the functions that it leaves alone under vmap: linear layers, convolutions and batch norm."""
 
@@ -103,7 +112,7 @@ class _CastMatrixProducts(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
-        if function in (nn.functional.linear, nn.functional.conv2d):
+        if function in MATRIX_PRODUCTS:
             arguments = [a.to(self.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
         if function is nn.functional.batch_norm:  # under vmap, its input must have the type of its statistics
             arguments = [arguments[0].float(), *arguments[1:]]
