@@ -7,6 +7,7 @@ command to go on; 1 anything else. Where nobody reads what a command prints, it 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -36,13 +37,13 @@ app = typer.Typer(
 
 
 def user_path(text: str | Path) -> Path:
-    """The parser of arguments that are paths.
+    """The parser of arguments that are paths. A path that exists as it is written is taken so.
 
     Raises:
         BadParameter: what no path can be.
     """
     try:
-        return Path(expand_path(str(text)))
+        return Path(text if os.path.lexists(text) else expand_path(str(text)))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

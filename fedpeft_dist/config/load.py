@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.paths import derived_name, expand_path
+from fedpeft_dist.config.paths import SURROGATE, derived_name, expand_path
 from fedpeft_dist.config.schema import RunConfig
 
 # These change how a run is carried out or watched, never what it computes.
@@ -42,7 +42,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and a date as text, as no key takes a date.
 
-    It refuses a key given twice, and a section that contains itself.
+    It refuses a key given twice, a section that contains itself, and text that no file could hold.
     """
 
     yaml_implicit_resolvers: ClassVar[dict] = {
@@ -55,6 +55,12 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if is_alias and node.end_mark is None:
             raise yaml.composer.ComposerError(None, None, "an alias stands inside of what it names", node.start_mark)
+        return node
+
+    def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if SURROGATE.search(node.value):
+            raise yaml.composer.ComposerError(None, None, f"{node.value!r} holds half a character", node.start_mark)
         return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
@@ -84,11 +90,16 @@ class _Loader(yaml.SafeLoader):
         node.value = list(first.values())
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -128,7 +139,7 @@ def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML with every default filled in; loading it gives the same config."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False)
 
 
 def with_values(config: RunConfig, section: str, **values: Any) -> RunConfig:
@@ -284,6 +295,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"{override!r} is not an override; give key=value, such as client.optimizer.lr=0.1")
+        if not text.strip():
+            raise ConfigError(f"{key}: no value stands after =; give one, or null for none")
         try:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:

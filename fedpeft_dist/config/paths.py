@@ -17,7 +17,9 @@ NAME_BYTES = 200
 FILE_BYTES = 400
 """Room that a run's longest path takes below its folder."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_NOT_IN_NAMES = re.compile(rf"{_CONTROL.pattern}|[~$\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half a character. Python reads one for a byte that is no UTF-8. No file of ours can hold it."""
+_NOT_IN_NAMES = re.compile(rf"{_CONTROL.pattern}|{SURROGATE.pattern}|[~$]")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 
@@ -31,12 +33,6 @@ def expand_path(path: str, part_bytes: int = PART_BYTES) -> str:
         raise ValueError(f"{path!r} is no path; give . for the folder that the command runs in")
     if "\0" in path:
         raise ValueError(f"{path!r} holds a NUL character, which no path has; leave it out")
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        name = path.partition("/")[0]
-        raise ValueError(
-            f"{path!r}: {name} is no user's home folder; give ~/..., a full path, or ./{name} for the name"
-        )
 
     def value(found: re.Match[str]) -> str:
         name = found[1] if found[1] is not None else found[2]
@@ -44,7 +40,14 @@ def expand_path(path: str, part_bytes: int = PART_BYTES) -> str:
             raise ValueError(f"{path!r}: the environment variable {name!r} has no value here; set it, or write a path")
         return os.environ[name]
 
-    expanded = _VARIABLE.sub(value, expanded)
+    expanded = os.path.expanduser(_VARIABLE.sub(value, path))
+    if expanded.startswith("~"):
+        name = expanded.partition("/")[0]
+        raise ValueError(
+            f"{path!r}: {name} is no user's home folder; give ~/..., a full path, or ./{name} for the name"
+        )
+    if SURROGATE.search(expanded) and not SURROGATE.search(path):
+        raise ValueError(f"{path!r}: {expanded!r} is no UTF-8; give a path that is")
     for part in expanded.split("/"):
         if (size := len(os.fsencode(part))) > part_bytes:
             raise ValueError(f"{_shown(part)} has {size} bytes; give a name of {part_bytes} bytes at most")

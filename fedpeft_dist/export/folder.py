@@ -52,7 +52,7 @@ def write_folder(output: Path, fill: Callable[[Path], None]) -> None:
         ConfigError: it cannot be written; what was there before stays.
     """
     output = output.resolve()
-    new, old = (output.with_name(f".{output.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    new, old = (output.with_name(f".{output.name[:40]}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         new.mkdir(parents=True)
         fill(new)

@@ -19,8 +19,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: with `path` as its filename: a full disk, a missing permission; `path` is then what it was before.
     """
-    # The name stays last: numpy, matplotlib and others choose a format, or append one, by its suffix.
-    temporary = path.with_name(f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{path.name}")
+    # The name's end stays last: numpy, matplotlib and others choose a format, or append one, by its suffix. Of a long
+    # name no more fits.
+    temporary = path.with_name(f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{path.name[-40:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -438,6 +438,15 @@ def test_paths_of_arguments_expand(fedpeft: Fedpeft, folder: Path, monkeypatch: 
     assert (folder / "pictures" / "p.png").exists()
 
 
+def test_an_existing_path_is_taken_as_it_is_written(fedpeft: Fedpeft, folder: Path) -> None:
+    for name in ("a$NOWHERE", "~nobody-here"):
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+        code, out, err = fedpeft("cost", f"{name}/config.yaml")
+        assert (code, err) == (0, "")
+        assert out.startswith(f"{name}/config.yaml: ")
+
+
 def test_no_arguments_print_the_help(fedpeft: Fedpeft) -> None:
     code, out, err = fedpeft()
     assert code in (0, 2)

@@ -166,6 +166,26 @@ def test_text_that_yaml_reads_otherwise_is_to_be_quoted(load: Load, value: str, 
     assert words.replace("output.name", "data.root") in refusal(load, "", f"data.root={value}")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['output: {name: "a\\ud800"}', 'output: {root: "\\udcff"}', '"\\udcff": 1', 'method: {name: "\\ud83d\\ude00"}'],
+)
+def test_half_a_character_is_refused_everywhere(load: Load, text: str) -> None:
+    assert "holds half a character" in refusal(load, text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("1e5", "12e34567", "-1e5", ".5e3", "1.0e+3", "20240101", "2024-01-01", "0x1f", "12:30", "1_000", "010"),
+        *("on", "null", "=", "<<", "a: b", "#x", "- a", "ünï", "'", '"', "{", " a", "a ", "?", "&x", "*x", "!x"),
+    ],
+)
+def test_a_name_is_read_back_from_the_resolved_config(load: Load, name: str) -> None:
+    config = parse_config({"output": {"name": name}}, "test")
+    assert load(dump_config(config)) == config
+
+
 def test_a_lone_tilde_is_told_to_mean_null(load: Load) -> None:
     assert "~ alone means null" in refusal(load, "output: {root: ~}\n")
 
@@ -228,6 +248,8 @@ def test_a_later_override_wins(load: Load) -> None:
         (["rounds"], "'rounds' is not an override; give key=value"),
         (["=3"], "is not an override"),
         (["client..lr=3"], "is not an override"),
+        (["output.name="], "output.name: no value stands after =; give one, or null for none"),
+        (["data.store= "], "data.store: no value stands after ="),
         (["seed=[1"], "seed: '[1' is not a YAML value"),
         (["client=3", "client.epochs=2"], "client is already given a value"),
     ],

@@ -16,6 +16,8 @@ def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("BELOW_HOME", "~/x")
+    monkeypatch.setenv("NOT_UTF8", "/\udcff")
     monkeypatch.delenv("NOWHERE", raising=False)
 
 
@@ -27,6 +29,7 @@ def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ("$SCRATCH/runs", "/scratch/me/runs"),
         ("${SCRATCH}2/runs", "/scratch/me2/runs"),
         ("~/$SCRATCH", "/home/me//scratch/me"),
+        ("$BELOW_HOME/runs", "/home/me/x/runs"),
     ],
 )
 def test_expands_home_folders_and_variables(path: str, expected: str) -> None:
@@ -47,6 +50,7 @@ def test_leaves_other_paths_as_they_are(path: str) -> None:
         ("a/${NOWHERE}", "variable 'NOWHERE' has no value"),
         ("$EMPTY/x", "variable 'EMPTY' has no value"),
         ("${SCRATCH:-/tmp}", "variable 'SCRATCH:-/tmp' has no value"),
+        ("$NOT_UTF8/x", r"'$NOT_UTF8/x': '/\udcff/x' is no UTF-8"),
         ("a\0b", "NUL"),
         ("a/" + "x" * 256, "has 256 bytes; give a name of 255 bytes at most"),
         ("é" * 128, "has 256 bytes"),
