@@ -19,6 +19,7 @@ from rich.console import Console
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, load_config, with_values
 from fedpeft_dist.runtime.errors import FirstToldError, PeerLostError, ToldElsewhereError
+from fedpeft_dist.runtime.output import outlive_output
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75
 GRACE_SECONDS = 5
@@ -302,6 +303,7 @@ def sweep_run(
 
 def main() -> None:
     """The console script: runs a command and turns what goes wrong into an exit code."""
+    outlive_output()
     try:
         if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
             raise SystemExit(1)

@@ -46,6 +46,7 @@ from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, Overrides, UsageErr
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import default_run_name, is_sweep, load_config, read_yaml, with_values
 from fedpeft_dist.runtime.interrupts import listen_for_stop
+from fedpeft_dist.runtime.output import outlive_output
 from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
@@ -370,6 +371,7 @@ def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:
 
 
 def main() -> None:
+    outlive_output()
     try:
         if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
             raise SystemExit(1)
