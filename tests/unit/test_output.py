@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).parents[2]
 NOTE = "note: nobody reads the output any more; the command goes on without it\n"
 COMMAND = """
 import sys
@@ -78,6 +79,17 @@ def test_goes_on_and_says_so_once_when_its_reader_goes(
 @pytest.mark.parametrize("open_ends", [open_pipe, open_terminal, open_socket])
 def test_goes_on_when_its_errors_go_nowhere_either(tmp_path: Path, open_ends: Callable[[], tuple[int, int]]) -> None:
     run_until_reader_goes(tmp_path / "work", open_ends(), [], has_own_stderr=False)
+
+
+@pytest.mark.parametrize("program", [["-m", "fedpeft_dist"], ["launch/sweep.py"], ["launch/submit.py"]])
+def test_each_program_keeps_its_exit_code_without_a_reader(program: list[str]) -> None:
+    reader, output = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, *program, "--help"], cwd=REPOSITORY, stdout=output, stderr=subprocess.PIPE, text=True
+    )
+    os.close(output)
+    assert (process.returncode, process.stderr) == (0, NOTE)
 
 
 def test_a_full_disk_is_still_told(tmp_path: Path) -> None:
