@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import write_atomically
 
 NUM_KEPT = 2
+_NAME = re.compile(r"round-([0-9]{6}|[1-9][0-9]{6,17})\.safetensors")
 
 
 def library_versions() -> dict[str, str]:
@@ -83,6 +85,8 @@ class Checkpoint:
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     """Writes `round-<n>.safetensors` whole or not at all, and keeps the newest two.
 
+    Whatever has another name than a checkpoint's stays untouched.
+
     Raises:
         OSError: a full disk; the older ones are still there.
     """
@@ -102,7 +106,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     path = directory / f"round-{checkpoint.next_round:06d}.safetensors"
     # Not by save_file, which tells of a full disk in an exception of its own.
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
-    for old in _paths(directory)[:-NUM_KEPT]:
+    for old in [path for path in _paths(directory) if not path.is_dir()][:-NUM_KEPT]:
         old.unlink()
     return path
 
@@ -135,11 +139,15 @@ def set_newer_aside(directory: Path, next_round: int) -> None:
 
 
 def _load(path: Path) -> Checkpoint:
+    if path.is_dir():
+        raise ValueError("a folder")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     if metadata.pop("sha256", None) != _digest(tensors, metadata):
         raise ValueError("its content does not match its digest")
+    if int(metadata["next_round"]) != _round_of(path):
+        raise ValueError(f"it holds the state after round {metadata['next_round']}")
     origin = json.loads(metadata["origin"])
     return Checkpoint(
         next_round=int(metadata["next_round"]),
@@ -167,7 +175,8 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 
 def _paths(directory: Path) -> list[Path]:
-    return sorted(directory.glob("round-*.safetensors"), key=_round_of)
+    """By round. What a user keeps beside the checkpoints has another name, such as a copy's, and is left out."""
+    return sorted((path for path in directory.glob("round-*.safetensors") if _NAME.fullmatch(path.name)), key=_round_of)
 
 
 def _round_of(path: Path) -> int:

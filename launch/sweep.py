@@ -6,9 +6,10 @@ The cells of all sweeps given are one queue. A cell is a process of its own (`fe
 that one that crashes or runs out of memory touches no other; what it says is appended to `log.txt` in its run's
 directory. On a terminal a live table tells how far the cells are, on a pipe plain lines do.
 
-Ctrl-C, SIGTERM and SIGUSR1 stop cleanly: the running cells write a checkpoint, nothing new is started, and the same
-command goes on later. A second Ctrl-C kills the cells. If it is this process that is killed, its running cells go on to
-their end, where nothing follows them; until then their locks keep other workers away.
+Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal (SIGHUP) stop cleanly: the running cells write a checkpoint, nothing new
+is started, and the same command goes on later. Under nohup, a closed terminal stops nothing. A second Ctrl-C kills the
+cells. If it is this process that is killed, its running cells go on to their end, where nothing follows them; until
+then their locks keep other workers away.
 
 Exit codes: 0 all cells are complete; 1 some failed; 2 the user's mistake; 75 interrupted.
 """

@@ -34,7 +34,7 @@ LATE_SIGNALS = """
 import os, signal
 
 class Late:
-    def __del__(self, os=os, numbers=(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)):
+    def __del__(self, os=os, numbers=(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)):
         os.write(2, b"late signals\\n")
         for number in numbers:
             os.kill(os.getpid(), number)
@@ -77,8 +77,7 @@ class Launched:
                 env=variables,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # A shell that runs the tests in its background lets them ignore SIGINT, and so their children.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=hear_signals,
             )
 
     @property
@@ -127,6 +126,12 @@ class Launched:
             for pid in found:
                 send(pid, signal.SIGKILL)
         self.process.wait()
+
+
+def hear_signals() -> None:
+    """For a child: a shell lets its background ignore SIGINT, and nohup SIGHUP, and so the children of the tests."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def send(pid: int, number: signal.Signals) -> bool:

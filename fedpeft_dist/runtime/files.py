@@ -38,7 +38,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def remove_temporaries(directory: Path) -> None:
     """Removes what writers that were killed have left; for whoever is the directory's only writer."""
     for path in directory.glob(f"{_TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        if not path.is_dir():  # no writer makes a folder here
+            path.unlink(missing_ok=True)
 
 
 def give_usual_mode(path: Path) -> None:

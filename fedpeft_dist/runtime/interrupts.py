@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""SIGHUP comes when the terminal is closed."""
 GRACE_SECONDS = 10.0
 """How long a round, or what comes before the first, may still go on once it has noticed the request; it is dropped
 then."""
@@ -86,6 +87,8 @@ class StopRequest:
 def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
     """Turns the stop signals into a flag for as long as the context lasts; a second SIGINT interrupts at once.
 
+    SIGHUP stays ignored where it is ignored already: nohup starts a process like that, so that it goes on.
+
     Args:
         is_last: this process ends after it. Where nothing was raised, it is then deaf to what launchers and Slurm send:
             that would turn the exit code of a run that is complete, or interrupted, into that of a signal.
@@ -98,11 +101,13 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.notice()
 
-    previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+    is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in STOP_SIGNALS if not (is_kept and number == signal.SIGHUP)]
+    previous = {number: signal.signal(number, remember) for number in heard}
     try:
         yield request
         if is_last:
-            previous |= {signal.SIGTERM: signal.SIG_IGN, signal.SIGUSR1: signal.SIG_IGN}
+            previous |= {number: signal.SIG_IGN for number in heard if number != signal.SIGINT}
     finally:
         request.is_heard = False
         for number, handler in previous.items():

@@ -5,10 +5,15 @@ A run's ranks are started by torchrun, or without an agent, as srun starts them:
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
 import signal
 import socket
+import subprocess
 import sys
+import termios
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +29,8 @@ from tests.real_runs import (
     Launched,
     complete,
     differences,
+    hear_signals,
+    rounds_logged,
     run_of,
     send,
     start,
@@ -60,7 +67,7 @@ def assert_interrupted(run: RunDirectory, code: int, output: str) -> int:
 def test_each_signal_at_any_time_interrupts_and_the_run_ends_all_the_same(config: Path, whole: RunDirectory) -> None:
     """First while it imports and builds, when nothing or a whole state may be there; then between its rounds."""
     run = run_of(config)
-    early = [(0.3, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGUSR1), (4, signal.SIGTERM)]
+    early = [(0.3, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGHUP), (3, signal.SIGUSR1), (4, signal.SIGTERM)]
     for seconds, number in early:
         with start(config) as launched:
             time.sleep(seconds)
@@ -101,6 +108,32 @@ def test_a_round_that_would_last_for_days_is_dropped(
     assert not differences(run, whole)
 
 
+def test_a_closed_terminal_interrupts_a_run(config: Path, whole: RunDirectory) -> None:
+    """The kernel sends SIGHUP, and whatever the run still says on its terminal fails."""
+    run = run_of(config)
+    terminal, end = pty.openpty()
+
+    def take_terminal() -> None:
+        hear_signals()
+        fcntl.ioctl(end, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, "-m", "fedpeft_dist", "train", str(config), "output.checkpoint_every=0"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), end)
+    with subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=take_terminal) as process:
+        try:
+            os.close(end)
+            wait_until(lambda: rounds_logged(run) >= 3 or process.poll() is not None)
+            os.close(terminal)
+            assert process.wait(timeout=60) == 75
+        finally:
+            process.kill()
+    state = run.read_state()
+    assert state["state"] == INTERRUPTED
+    assert 3 <= state["next_round"] < ROUNDS
+    assert f"going on after round {state['next_round']}\n" in complete(config)
+    assert not differences(run, whole)
+
+
 def test_a_second_sigint_stops_at_once(config: Path, whole: RunDirectory) -> None:
     run = run_of(config)
     with start(config, faulty=True, FAULT=f"endless:{ENDLESS}:") as launched:
@@ -124,6 +157,7 @@ def test_a_second_sigint_stops_at_once(config: Path, whole: RunDirectory) -> Non
     [
         signal.SIGTERM,
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
         signal.SIGUSR1,
         pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
     ],
@@ -178,7 +212,7 @@ def test_ranks_that_wait_for_an_earlier_attempt_are_interrupted_together(config:
 
 def test_what_comes_after_the_last_round_changes_no_exit_code(config: Path) -> None:
     (config.parent / "sitecustomize.py").write_text(LATE_SIGNALS.replace("signal.SIGUSR2, ", ""))
-    with start(config, PYTHONPATH=str(config.parent)) as launched:
+    with start(config, PYTHONPATH=os.pathsep.join([str(config.parent), *sys.path])) as launched:
         assert launched.wait() == 0, launched.output
         assert launched.output.endswith("late signals\n")
     assert run_of(config).read_state()["state"] == COMPLETE

@@ -185,6 +185,86 @@ def test_damaged_files_do_not_push_good_ones_out(tmp_path: Path) -> None:
     assert names == ["damaged-round-000010.safetensors", "round-000005.safetensors", "round-000006.safetensors"]
 
 
+STRAYS = [
+    "round-000004 (copy).safetensors",
+    "round-000004.safetensors.bak",
+    "round-000004.bak.safetensors",
+    "round-000004-old.safetensors",
+    "round-latest.safetensors",
+    "round-.safetensors",
+    "round--00004.safetensors",
+    "round-4.safetensors",
+    "round-0000009.safetensors",
+    "round-00000\N{ARABIC-INDIC DIGIT NINE}.safetensors",
+    "round-000009\n.safetensors",
+    "Round-000009.safetensors",
+]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "symlink", "dangling symlink"])
+@pytest.mark.parametrize("name", STRAYS)
+def test_leaves_alone_what_has_another_name_than_a_checkpoint(tmp_path: Path, name: str, kind: str) -> None:
+    newest_path = [save_checkpoint(tmp_path, checkpoint_of(next_round)) for next_round in (3, 4)][-1]
+    stray = tmp_path / name
+    match kind:
+        case "file":
+            stray.write_bytes(newest_path.read_bytes())
+        case "folder":
+            stray.mkdir()
+        case "symlink":
+            stray.symlink_to(newest_path)
+        case "dangling symlink":
+            stray.symlink_to("nowhere")
+    before = stray.lstat().st_ino
+    assert_same(newest(tmp_path), checkpoint_of(4))
+    set_newer_aside(tmp_path, 4)
+    remove_temporaries(tmp_path)
+    for next_round in (5, 6, 7):
+        save_checkpoint(tmp_path, checkpoint_of(next_round))
+    assert_same(newest(tmp_path), checkpoint_of(7))
+    assert stray.lstat().st_ino == before
+
+
+def test_names_a_checkpoint_that_stands_under_another_round(tmp_path: Path) -> None:
+    """Such a copy must not take the run back behind the newest checkpoint."""
+    for next_round in (3, 4):
+        save_checkpoint(tmp_path, checkpoint_of(next_round))
+    copy = tmp_path / "round-000009.safetensors"
+    copy.write_bytes((tmp_path / "round-000003.safetensors").read_bytes())
+    found, damaged = load_newest_checkpoint(tmp_path)
+    assert_same(found, checkpoint_of(4))
+    assert damaged == [f"{copy}: a damaged checkpoint (it holds the state after round 3)"]
+
+
+def test_sets_a_folder_aside_that_has_the_name_of_a_later_checkpoint(tmp_path: Path) -> None:
+    for next_round in (3, 4):
+        save_checkpoint(tmp_path, checkpoint_of(next_round))
+    for name in ("round-000002.safetensors", "round-000005.safetensors", ".tmp-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+    found, damaged = load_newest_checkpoint(tmp_path)
+    assert_same(found, checkpoint_of(4))
+    assert damaged == [f"{tmp_path / 'round-000005.safetensors'}: a damaged checkpoint (a folder)"]
+    set_newer_aside(tmp_path, 4)
+    remove_temporaries(tmp_path)
+    for next_round in (5, 6):
+        save_checkpoint(tmp_path, checkpoint_of(next_round))
+    assert_same(newest(tmp_path), checkpoint_of(6))
+    kept = sorted(path.parent.name for path in tmp_path.rglob("notes.txt"))
+    assert kept == [".tmp-notes", "damaged-round-000005.safetensors", "round-000002.safetensors"]
+
+
+def test_follows_a_link_that_has_a_checkpoints_name(tmp_path: Path) -> None:
+    """Some keep their checkpoints on another disk; one that is not there is told instead of starting anew."""
+    path = save_checkpoint(tmp_path, checkpoint_of(4))
+    elsewhere = path.rename(tmp_path / "elsewhere")
+    path.symlink_to(elsewhere)
+    assert_same(newest(tmp_path), checkpoint_of(4))
+    elsewhere.unlink()
+    with pytest.raises(ConfigError, match=r"round-000004\.safetensors: cannot be read \(No such file"):
+        load_newest_checkpoint(tmp_path)
+
+
 def test_a_write_that_was_killed_leaves_no_checkpoint(tmp_path: Path) -> None:
     """A process that dies while writing leaves its temporary file, which is not taken for a checkpoint and removed."""
     save_checkpoint(tmp_path, checkpoint_of(1))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,16 @@ from fedpeft_dist.runtime import interrupts
 from fedpeft_dist.runtime.interrupts import STOP_SIGNALS, StopRequest, listen_for_stop
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as a terminal's shell leaves it, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_remembered_and_the_handlers_go_back(number: int) -> None:
+def test_a_signal_is_remembered_and_the_handlers_go_back(hangup: None, number: int) -> None:
     before = signal.getsignal(number)
     with listen_for_stop() as stop:
         assert not stop.received
@@ -26,6 +35,31 @@ def test_a_signal_is_remembered_and_the_handlers_go_back(number: int) -> None:
         if number != signal.SIGINT:
             os.kill(os.getpid(), number)  # again, with no more effect
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_hangup_that_is_ignored_stays_ignored(hangup: None, is_last: bool) -> None:
+    """nohup starts a process like that."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with listen_for_stop(is_last) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.received
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+LAST = """
+import os, signal
+from fedpeft_dist.runtime.interrupts import STOP_SIGNALS, listen_for_stop
+with listen_for_stop(is_last=True):
+    pass
+for number in STOP_SIGNALS:
+    if number != signal.SIGINT:
+        os.kill(os.getpid(), number)
+"""
+
+
+def test_a_signal_after_the_last_work_changes_no_exit_code() -> None:
+    assert subprocess.run([sys.executable, "-c", LAST], timeout=60).returncode == 0
 
 
 def test_a_second_interrupt_stops_at_once() -> None:
