@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedpeft_dist.backbones.timm_backbone import classifier_names
+from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import AdapterConfig, LoraConfig, MethodConfig, PromptConfig
 from fedpeft_dist.export.folder import README, SIGNATURE
 from fedpeft_dist.export.trained_run import LORA_A, TrainedRun, merge
@@ -63,6 +64,12 @@ class PeftFormat:
     def write(self, run: TrainedRun, folder: Path) -> None:
         method = run.config.method
         assert isinstance(method, LoraConfig)
+        modules = run.backbone.model.modules()
+        if "qkv" in method.targets and any(getattr(m, "q_bias", None) is not None for m in modules):
+            raise ConfigError(
+                f"--format peft: {type(run.backbone.model).__name__} reads the weight of qkv itself and would pass "
+                "peft's layer by; give --format timm or safetensors"
+            )
         adapter = {
             "peft_type": "LORA",
             "task_type": None,
