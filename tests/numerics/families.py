@@ -120,9 +120,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 # Those whose cells take longest: --slow runs them.
 LONG_FAMILIES = frozenset(
-    """coat convmixer crossvit davit focalnet gcvit inception_resnet_v2 inception_v3 inception_v4 lcnetv2 lowformer
-    metaformer mlp_mixer mobilenetv5 mobilevit mvitv2 nasnet nest nextvit pnasnet rdnet selecsls volo xception
-    xception_aligned xcit""".split()
+    [
+        "coat",
+        "convmixer",
+        "crossvit",
+        "davit",
+        "focalnet",
+        "gcvit",
+        "inception_resnet_v2",
+        "inception_v3",
+        "inception_v4",
+        "lcnetv2",
+        "lowformer",
+        "metaformer",
+        "mlp_mixer",
+        "mobilenetv5",
+        "mobilevit",
+        "mvitv2",
+        "nasnet",
+        "nest",
+        "nextvit",
+        "pnasnet",
+        "rdnet",
+        "selecsls",
+        "volo",
+        "xception",
+        "xception_aligned",
+        "xcit",
+    ]
 )
 
 
