@@ -445,6 +445,18 @@ def test_plain_peft_computes_what_the_run_does(
         assert accuracy(merged, config) == final_accuracy(run)
 
 
+def test_lora_on_an_attention_that_reads_the_weight_itself_goes_to_timm_and_not_to_peft(
+    train: Train, command: Any, refused: Any
+) -> None:
+    """BEiT adds its biases to `qkv.weight @ x` and never calls the layer that peft would put in its place."""
+    arguments = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    run = train(LORA, {"name": "beit_base_patch16_224", "model_args": arguments})
+    assert_same_function(reload(command("export", run, "--format", "timm")), run)
+    line = refused("export", run, "--format", "peft")
+    assert "--format peft: Beit reads the weight of qkv itself" in line
+    assert not (run / "export" / "peft").exists()
+
+
 def test_peft_adapts_the_trained_layers_and_no_other(train: Train, command: Any) -> None:
     model = reload(command("export", train(LORA), "--format", "peft"))
     config = model.peft_config["default"]
