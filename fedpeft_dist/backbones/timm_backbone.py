@@ -169,7 +169,7 @@ def _create(
 def _weights_file(config: BackboneConfig) -> WeightsFile | None:
     """The file that a real model is filled from; None where it stays fresh, or the package carries its weights."""
     if config.checkpoint is not None:
-        path = Path(config.checkpoint).expanduser()
+        path = Path(config.checkpoint)
         check_checkpoint(path)
         return WeightsFile(path, is_published=False)
     if not config.pretrained or config.name == GLYPH_VIT:

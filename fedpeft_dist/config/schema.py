@@ -34,7 +34,7 @@ class BackboneConfig(Section):
     """Any timm model, with its pre-training tag, or `glyph_vit`, the small one that the package carries."""
     pretrained: bool = True
     """Take timm's own weights, which must be on this machine (`fedpeft prefetch` downloads them), or the package's."""
-    checkpoint: str | None = None
+    checkpoint: UserPath | None = None
     """A local file to take the weights from instead: .safetensors, .pth, .pth.tar, .pt, .bin, .npz, or the
     .index.json of several .safetensors or .bin files.
 
