@@ -47,7 +47,8 @@ SHORT_FAMILIES = sorted(set(FAMILIES) - LONG_FAMILIES)
 LANES, BATCH = 2, 3
 OPTIMIZER = {**OPTIMIZERS["sgd"], "lr": 0.01}
 """With clipped gradients, for deep networks without training to stay finite."""
-SIZES, STEPS = (5, 2, 4), (2, 2, 2)
+SIZES, STEPS = (5, 2, 5), (2, 2, 2)
+"""Without a batch of one sample, for which some of PyTorch's convolutions on the CPU compute a wrong gradient."""
 
 
 def is_in_this_part(family: str) -> bool:
