@@ -165,7 +165,7 @@ def _lora(
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     for target in targets:
         places = MIXERS if target in ("qkv", "proj") else ("mlp",)
-        blocks = [m for m in model.modules() if hasattr(m, "mlp") and any(hasattr(m, name) for name in MIXERS)]
+        blocks = [m for m in model.modules() if any(hasattr(m, name) for name in MIXERS)]
         parents = [getattr(block, place) for block in blocks for place in places if hasattr(block, place)]
         parents = [parent for parent in parents if isinstance(getattr(parent, target, None), nn.Linear)]
         assert parents
