@@ -42,7 +42,7 @@ class Backbone:
     warning: str = ""
     """For the user, where the images may not be normalised as the weights want them."""
     plain: nn.Module | None = None
-    """The model as no method has changed it, over the same tensors: what plain PyTorch would train."""
+    """The model before a method changes it, over the same tensors. Plain PyTorch trains this one."""
     shared_layers: frozenset[nn.Module] = frozenset()
     """Layers that compute something all samples share. Their dropout stays off: no sample's key can decide it."""
 

@@ -63,12 +63,12 @@ def lane_aligned(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
 
     Elementwise kernels may round differently in their vectorised body and their tail (see lanes/parameters.py).
     """
-    lanes = x.reshape(num_lanes, -1)
-    size = lanes.shape[1]
+    size = x.numel() // num_lanes
     padding = -size % ALIGNMENT
     if padding == 0:
         return function(x)
-    return function(torch.nn.functional.pad(lanes, (0, padding)))[:, :size].reshape(x.shape)
+    lanes = torch.nn.functional.pad(x.reshape(num_lanes, size), (0, padding))
+    return function(lanes)[:, :size].reshape(x.shape)
 
 
 def _over_channels(x: torch.Tensor, per_lane: torch.Tensor, channel_dim: int) -> torch.Tensor:

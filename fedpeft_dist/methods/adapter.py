@@ -20,7 +20,8 @@ from fedpeft_dist.lanes.ops import lane_aligned, lane_linear
 from fedpeft_dist.methods.head import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
 
-# What blocks mix tokens with, in front of their MLP: most transformers; ConvNeXt; CoaT; EfficientFormer; EdgeNeXt.
+# Names of the part that mixes tokens in front of a block's MLP: in most transformers, ConvNeXt, CoaT, EfficientFormer
+# and EdgeNeXt.
 MIXERS = ("attn", "conv_dw", "factoratt_crpe", "token_mixer", "xca")
 
 

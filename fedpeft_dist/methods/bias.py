@@ -41,7 +41,7 @@ class LaneBias(LaneModule):
         self.layer = layer
 
     def __getattr__(self, name: str) -> Any:
-        """What else a model reads of the layer, such as a convolution's kernel size."""
+        """Gives a model what else it reads from the layer, such as a convolution's kernel size."""
         try:
             return super().__getattr__(name)
         except AttributeError:

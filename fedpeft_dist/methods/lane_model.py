@@ -24,8 +24,8 @@ from fedpeft_dist.lanes.dropout import KeyedDropPath, SampleKeys, make_dropout, 
 from fedpeft_dist.lanes.ops import fold, lane_aligned, unfold
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
 
-# Activations whose CPU kernels have another formula for a tensor's last elements than for the others. So has the GELU
-# that tanh approximates.
+# The CPU kernels of these activations compute a tensor's last elements by another formula than the others. So does the
+# kernel of the GELU that tanh approximates.
 PLACE_ROUNDING = (
     nn.SiLU, nn.Sigmoid, nn.LogSigmoid, nn.Mish, nn.Softplus,
     activations.Swish, activations.Sigmoid, activations.Mish, activations.GELUTanh, activations.QuickGELU,
@@ -122,7 +122,7 @@ class _CastMatrixProducts(TorchFunctionMode):
 class VmapLaneModel:
     """Every parameter is trained: the whole model is mapped over the lanes, any timm model as it is.
 
-    One lane after another runs where vmap has no rule: recurrent layers, and some convolutions on the meta device.
+    vmap has no rule for recurrent layers, nor for some convolutions on the meta device. Lanes run one by one there.
     """
 
     def __init__(self, backbone: Backbone):
@@ -170,7 +170,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 def make_randomness_keyed(backbone: Backbone) -> SampleKeys:
     """Replaces the backbone's own dropout and drop-path layers by keyed ones, and drops those that never act.
 
-    Layers that all samples share have none: a mask there would be no single sample's.
+    Layers that all samples share get no dropout, because a mask there would belong to no single sample.
 
     Returns:
         The keys that all keyed layers of the model, the method's included, read from now on.
@@ -205,7 +205,7 @@ def make_randomness_keyed(backbone: Backbone) -> SampleKeys:
 
 
 class AlignedActivation(nn.Module):
-    """An activation that rounds by an element's place, kept from doing so."""
+    """Pads the input of an activation, so that an element's place does not change how it rounds."""
 
     def __init__(self, activation: nn.Module):
         super().__init__()
@@ -216,17 +216,17 @@ class AlignedActivation(nn.Module):
 
 
 def _align_activations(model: nn.Module) -> None:
-    """Has the frozen activations, too, round by their arguments alone (see `lane_aligned`)."""
+    """Wraps the frozen activations whose rounding depends on an element's place (see `lane_aligned`)."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PLACE_ROUNDING) or getattr(module, "approximate", None) == "tanh":
             replace_module(model, name, AlignedActivation(module))
 
 
 def stop_caching(model: nn.Module) -> None:
-    """Has timm's attention layers look their trained biases up at every call.
+    """Makes timm's attention layers look up their biases at every call.
 
-    In eval mode they keep the first call's, so that nothing would train them. Their own flag decides; their children
-    stay in eval mode.
+    In eval mode they keep the biases of the first call, so no gradient would reach them. Only the flag of the attention
+    itself decides. Its children stay in eval mode.
     """
     for module in model.modules():
         if hasattr(module, "attention_bias_cache"):

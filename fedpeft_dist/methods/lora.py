@@ -65,7 +65,7 @@ def build_lora(backbone: Backbone, config: LoraConfig) -> FoldedLaneModel:
             if f".{name}".endswith(ending):
                 attention = replace_module(model, name, LaneLora(name, module, config))
                 if target == "qkv" and hasattr(attention, "qkv_bias_separate"):
-                    attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 else read the weight and skip the module
+                    attention.qkv_bias_separate = True  # else BEiT, EVA and SwinV2 read only the frozen weight
                 matched[target] += 1
     for target, count in matched.items():
         if not count:

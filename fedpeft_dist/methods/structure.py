@@ -1,7 +1,7 @@
-"""What shapes alone tell of a backbone and a method: whether they fit, before any weight is read.
+"""Checks by shapes alone whether a method fits a backbone, before any weight is read.
 
-Everything here runs on the meta device, in a fraction of a second for any size. `training/lane_check.py` does the same
-with values, at the start of a run.
+Everything here runs on the meta device, in a fraction of a second for any size. `training/lane_check.py` compares
+values at the start of a run.
 
 Shapes: L lanes, B batch, K classes, C channels, H x W pixels.
 """
@@ -107,7 +107,7 @@ def check_structure(model: LaneModel, method: str) -> None:
 
 
 def _shared_lane_modules(model: LaneModel) -> list[str]:
-    """Names on the wire of trained layers without a sample axis. The backbone's caches are full after this."""
+    """Names on the wire of trained layers without a sample axis. This also fills the backbone's caches."""
     model.bind(LaneParameters(model.layout, 1, "meta", with_grad=False))
     layers = [m for m in model.backbone.model.modules() if isinstance(m, LaneModule)]
     shared = _without_sample_axis(layers, lambda batch: model.logits(_images(model.backbone, batch).unsqueeze(0)))
@@ -126,7 +126,7 @@ def _idle_tensors(model: LaneModel) -> list[str]:
 
 
 class _OutputSizes(TorchDispatchMode):
-    """Notes the number of elements of whatever an operation gives."""
+    """Notes the number of elements of every operation's outputs."""
 
     def __init__(self) -> None:
         super().__init__()

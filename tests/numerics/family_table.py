@@ -16,7 +16,7 @@ from .test_every_family import make_config
 def print_table() -> None:
     print("| family | model | " + " | ".join(f"`{method}`" for method in METHODS) + " |")
     print("| --- | --- |" + " :-: |" * len(METHODS))
-    reasons: dict[str, list[str]] = {}
+    reasons = {}
     for family, (name, _, _) in sorted(FAMILIES.items()):
         cells = []
         for method in METHODS:
@@ -25,10 +25,10 @@ def print_table() -> None:
                 cells.append("=")
             except ConfigError as error:
                 cells.append("-")
-                reasons.setdefault(f"{family}, `{method}`", []).append(str(error))
+                reasons[f"{family}, `{method}`"] = error
         print(f"| {family} | `{name}` | " + " | ".join(cells) + " |", flush=True)
     print()
-    for cell, (reason,) in reasons.items():
+    for cell, reason in reasons.items():
         print(f"- {cell}: {reason}")
 
 

@@ -82,6 +82,7 @@ BROKEN = {
     ),
     "a bias that is kept": ("bias", keep_the_first_answer, "plain PyTorch: patch_embed.proj.bias differs"),
     "a layer doubled": ("norm", hook("blocks.0.norm1", lambda x: 2 * x), "plain PyTorch"),
+    "scores that are no numbers": ("norm", hook("blocks.0.norm1", lambda x: x * float("nan")), "plain PyTorch"),
     "full, a block scaled": ("full", hook("blocks.0", lambda x: 1.1 * x), "plain PyTorch"),
 }
 
@@ -105,6 +106,14 @@ def test_sees_a_leak_between_samples_under_sample_privacy():
     hook("blocks.0", lambda x: x - 0.5 * x.mean(0))(model)
     with pytest.raises(ConfigError, match="mixes lanes"):
         check_lanes(model, config, make_runtime())
+
+
+def test_a_wrong_gradient_of_plain_pytorch_for_one_row_refuses_no_private_run():
+    """LeViT's convolutions have one on the CPU. A run computes several rows at a time."""
+    backbone = {"name": "levit_128s", "pretrained": False}
+    data = {**DATA, "image_size": 32, "partition": {"name": "iid"}}
+    config = make_config("full", backbone, privacy={"name": "sample", "noise_multiplier": 1.0}, data=data)
+    check_lanes(build(config), config, make_runtime())
 
 
 def test_one_lane_has_no_neighbour_to_be_checked_against():
