@@ -158,6 +158,8 @@ def privacy(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
         print(f"  {'over the clients':<21} {' '.join(f'{label:>10}' for label in quantiles)}")
         for name in quantiles["max"]:
             print(f"  {name:<21} {' '.join(f'{row[name]:>10.6g}' for row in quantiles.values())}")
+        ranges = ", ".join(f"{name} {least:.6g} to {most:.6g}" for name, (least, most) in figures["ranges"].items())
+        print(f"Each column is one client, at that quantile of epsilon. Clients that take part have {ranges}.")
     print("\n".join(describe(section, figures)))
 
 
