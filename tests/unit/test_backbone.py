@@ -19,6 +19,7 @@ from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone, class
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.methods import METHODS, attach_method
+from tests.weight_fixtures import with_changed_tensors
 
 CLASSES, SIDE = 5, 32
 VIT, VIT_ARGS = "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 32, "num_heads": 2}
@@ -37,13 +38,7 @@ def build(
 def source_model(name: str = VIT, num_classes: int = 7, side: int = SIDE) -> nn.Module:
     """A model whose every parameter and buffer differs from what a fresh one has."""
     arguments = {**VIT_ARGS, "img_size": side} if name == VIT else {}
-    model = timm.create_model(name, num_classes=num_classes, **arguments).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.1)
-    return model
+    return with_changed_tensors(timm.create_model(name, num_classes=num_classes, **arguments).eval())
 
 
 @torch.no_grad()

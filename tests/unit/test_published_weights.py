@@ -20,6 +20,7 @@ from fedpeft_dist.backbones.checkpoints import loading_with
 from fedpeft_dist.backbones.timm_backbone import build_backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
+from tests.weight_fixtures import with_changed_tensors
 
 State = dict[str, torch.Tensor]
 CLASSES = 5
@@ -58,13 +59,7 @@ def source(family: Family, **changed: Any) -> nn.Module:
     """timm's model with classes of its own; every parameter and buffer differs from a fresh one's."""
     sized = timm.models.get_pretrained_cfg(family.name).fixed_input_size
     arguments = ({"img_size": family.side} if sized else {}) | family.arguments | changed
-    model = timm.create_model(family.name, num_classes=7, **arguments).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.1)
-    return model
+    return with_changed_tensors(timm.create_model(family.name, num_classes=7, **arguments).eval())
 
 
 @torch.no_grad()
