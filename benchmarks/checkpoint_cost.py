@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fedpeft_dist.config.load import load_config
 from fedpeft_dist.federation.opening import Run
-from fedpeft_dist.federation.rounds import run_federation
+from fedpeft_dist.federation.run import run_federation
 from fedpeft_dist.runtime import process
 from fedpeft_dist.tracking.run_directory import RunDirectory, read_json, read_metrics
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import SharedPoolPartition
-from fedpeft_dist.federation.participation import Participation
+from fedpeft_dist.participation.plan import Participation
 
 COHORT, SAMPLES, PARAMETERS = 50, 64, 100_000
 DAY = 86_400

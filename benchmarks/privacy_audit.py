@@ -35,12 +35,12 @@ from fedpeft_dist.config.schema import RunConfig, RuntimeConfig
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import SharedPoolPartition
 from fedpeft_dist.data.store import DeviceStore
-from fedpeft_dist.federation import user_aggregation
-from fedpeft_dist.federation.participation import Participation
-from fedpeft_dist.federation.privacy_plan import make_privacy_plan
 from fedpeft_dist.federation.user_aggregation import UserAggregator
 from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.participation.plan import Participation
+from fedpeft_dist.privacy import user_level as user_aggregation
 from fedpeft_dist.privacy.mechanisms import noise_on_grid
+from fedpeft_dist.privacy.plan import make_privacy_plan
 from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training import private_training

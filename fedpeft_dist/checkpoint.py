@@ -16,30 +16,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-import fedpeft_dist
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import config_digest
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import write_atomically
+from fedpeft_dist.runtime.versions import library_versions
 
 NUM_KEPT = 2
 _NAME = re.compile(r"round-([0-9]{6}|[1-9][0-9]{6,17})\.safetensors")
-
-
-def library_versions() -> dict[str, str]:
-    """Of what a run's rounding may depend on."""
-    return {
-        "fedpeft_dist": fedpeft_dist.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-    }
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         if run_config.output.name is None:
             run_config = with_values(run_config, "output", name=default_run_name(config, run_config))
 
-        from fedpeft_dist.federation.rounds import start_and_run
+        from fedpeft_dist.federation.run import start_and_run
 
         outcome = start_and_run(run_config, stop)
     _warn_of_lost_progress()
@@ -82,7 +82,8 @@ def cost(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     """Print what a config trains and sends, without data or weights."""
     run_config = load_config(config, overrides or ())
 
-    from fedpeft_dist.tracking.cost import MIB, compute_cost
+    from fedpeft_dist.federation.cost import compute_cost
+    from fedpeft_dist.lanes.wire import MIB
 
     result = compute_cost(run_config)
     if as_json:
@@ -256,8 +257,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Compare the runs below a directory: tables here, and markdown, CSV and a page to look at (report.html) there."""
-    from fedpeft_dist.tracking.report import json_report, make_report, printed_tables, write_report
-    from fedpeft_dist.tracking.report_formats import rich_tables
+    from fedpeft_dist.reports.formats import rich_tables
+    from fedpeft_dist.reports.report import json_report, make_report, printed_tables, write_report
 
     found = make_report(directory)
     if as_json:

@@ -18,7 +18,7 @@ PYTHON=$venv/bin/python
 
 # An environment that has what this package and its tests import is used as it is, with the package from here.
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
-needed="import fedpeft_dist.cli, fedpeft_dist.federation.rounds, fedpeft_dist.tracking.report, sklearn, submitit, tensorboard, h5py"
+needed="import fedpeft_dist.cli, fedpeft_dist.federation.run, fedpeft_dist.reports.report, sklearn, submitit, tensorboard, h5py"
 [ "$extras" = test ] && needed="$needed, pytest, pytest_timeout, xdist, hypothesis, importlinter, ruff, datasets, peft, selenium"
 if ! (cd / && "$PYTHON" -c "$needed") 2>/dev/null; then
     echo "installing fedpeft_dist into $venv (a few minutes the first time: PyTorch is large)"

@@ -11,7 +11,7 @@ import torch
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import IndexPartition, SharedPoolPartition
-from fedpeft_dist.federation.participation import Participation
+from fedpeft_dist.participation.plan import Participation
 
 SAMPLES, PARAMETERS = 64, 1000
 

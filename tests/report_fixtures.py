@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft_dist.config.load import parse_config
-from fedpeft_dist.tracking.cost import uplink_bytes
+from fedpeft_dist.lanes.wire import uplink_bytes
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
 FULL = 2**20

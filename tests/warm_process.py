@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 PRELOADED = [
     "fedpeft_dist.cli",
-    "fedpeft_dist.federation.rounds",
+    "fedpeft_dist.federation.run",
     "matplotlib.figure",
     "tensorboard.summary.writer.event_file_writer",
 ]

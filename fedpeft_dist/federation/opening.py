@@ -18,7 +18,6 @@ import torch
 from fedpeft_dist.checkpoint import (
     Checkpoint,
     Origin,
-    library_versions,
     load_newest_checkpoint,
     save_checkpoint,
     set_newer_aside,
@@ -32,6 +31,7 @@ from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.runtime.collectives import any_rank, assert_same_on_all_ranks, barrier, failing_together
 from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest
 from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.runtime.versions import library_versions
 from fedpeft_dist.tracking.run_directory import (
     INTERRUPTED,
     RUNNING,

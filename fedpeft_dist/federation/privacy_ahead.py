@@ -5,11 +5,11 @@ from __future__ import annotations
 from fedpeft_dist.config.schema import AccountedPrivacy, RunConfig
 from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.partition import Partition, SharedPoolPartition
-from fedpeft_dist.federation.participation import Participation
-from fedpeft_dist.federation.privacy_plan import PrivacyPlan, make_privacy_plan
+from fedpeft_dist.federation.cost import compute_cost
 from fedpeft_dist.federation.simulation import make_clients
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.tracking.cost import compute_cost
+from fedpeft_dist.participation.plan import Participation
+from fedpeft_dist.privacy.plan import PrivacyPlan, make_privacy_plan
 
 
 def plan_ahead(config: RunConfig) -> PrivacyPlan | None:

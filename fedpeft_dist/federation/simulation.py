@@ -23,11 +23,11 @@ from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
-from fedpeft_dist.federation.noise_seed import derive_noise_seed, draw_noise_seed
-from fedpeft_dist.federation.participation import Participation
 from fedpeft_dist.federation.user_aggregation import UserAggregator
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.participation.plan import Participation
+from fedpeft_dist.privacy.noise_seed import derive_noise_seed, draw_noise_seed
 from fedpeft_dist.runtime.collectives import min_over_ranks
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import RunDirectory, check_same_backbone
@@ -37,7 +37,7 @@ from fedpeft_dist.training.local_training import LocalTrainer
 from fedpeft_dist.training.private_training import PrivateTrainer
 
 if TYPE_CHECKING:
-    from fedpeft_dist.federation.privacy_plan import PrivacyPlan
+    from fedpeft_dist.privacy.plan import PrivacyPlan
 
 
 class Simulation:
@@ -98,7 +98,7 @@ class Simulation:
             ConfigError: a target that cannot be met.
         """
         if self.config.privacy.name not in ("none", "paper_noise"):
-            from fedpeft_dist.federation.privacy_plan import make_privacy_plan  # dp-accounting takes a second
+            from fedpeft_dist.privacy.plan import make_privacy_plan  # dp-accounting takes a second
 
             self.privacy_plan = make_privacy_plan(self.config, self.participation, noise_multipliers)
 

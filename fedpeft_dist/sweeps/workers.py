@@ -65,7 +65,7 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
         ConfigError: this process is one of several ranks and there is more than one cell.
         RunInUseError: the only cell is in work.
     """
-    from fedpeft_dist.federation.rounds import start_and_run
+    from fedpeft_dist.federation.run import start_and_run
     from fedpeft_dist.runtime.launch import find_launch
 
     launch, alone = find_launch(), len(cells) == 1

@@ -14,9 +14,9 @@ import torch
 
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.lanes.parameters import ParameterLayout
+from fedpeft_dist.lanes.wire import uplink_bytes
 from fedpeft_dist.runtime.memory import forget_peak_memory, peak_memory
 from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.tracking.cost import uplink_bytes
 from fedpeft_dist.tracking.progress import RoundProgress
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RUNNING, RunDirectory
 from fedpeft_dist.tracking.writer import MetricsWriter

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedpeft_dist.config.load import parse_config, with_values
 from fedpeft_dist.config.schema import RuntimeConfig
-from fedpeft_dist.federation import rounds
+from fedpeft_dist.federation import run as rounds
 from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
 from fedpeft_dist.runtime import process
 from fedpeft_dist.training import local_training

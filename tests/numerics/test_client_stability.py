@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fedpeft_dist.backbones.timm_backbone import build_backbone
 from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import ParticipationConfig
-from fedpeft_dist.federation.rounds import run_federation
+from fedpeft_dist.federation.run import run_federation
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.training.lane_schedule import schedule_lanes

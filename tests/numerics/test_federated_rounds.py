@@ -19,7 +19,7 @@ from fedpeft_dist.config.load import parse_config, with_values
 from fedpeft_dist.config.schema import RunConfig, ServerSgdConfig
 from fedpeft_dist.federation import simulation as simulation_module
 from fedpeft_dist.federation.aggregation import Aggregator
-from fedpeft_dist.federation.rounds import run_federation
+from fedpeft_dist.federation.run import run_federation
 from fedpeft_dist.federation.server_optimizers import make_server_optimizer
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.lanes.random import derive_seed

@@ -16,12 +16,13 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import load_config, parse_config, with_values
 from fedpeft_dist.config.schema import CosineSchedule, RunConfig
 from fedpeft_dist.data.datasets import Dataset, ImageSet
-from fedpeft_dist.federation import noise_seed, rounds
-from fedpeft_dist.federation.noise_seed import derive_noise_seed
-from fedpeft_dist.federation.rounds import run_federation
+from fedpeft_dist.federation import run as rounds
+from fedpeft_dist.federation.run import run_federation
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.lanes.random import derive_seed, fold_in
+from fedpeft_dist.privacy import noise_seed
 from fedpeft_dist.privacy.mechanisms import keyed_normal
+from fedpeft_dist.privacy.noise_seed import derive_noise_seed
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory, read_metrics
 from fedpeft_dist.training.local_training import _NOISE, LocalTrainer

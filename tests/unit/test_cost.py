@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.config.load import load_config
-from fedpeft_dist.tracking.cost import MIB, compute_cost, uplink_bytes
+from fedpeft_dist.federation.cost import compute_cost
+from fedpeft_dist.lanes.wire import MIB, uplink_bytes
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 COHORT, ROUNDS = 8, 50

@@ -17,7 +17,8 @@ from fedpeft_dist.checkpoint import load_newest_checkpoint
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config, with_values
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.federation import opening, rounds, simulation
+from fedpeft_dist.federation import opening, simulation
+from fedpeft_dist.federation import run as rounds
 from fedpeft_dist.federation.evaluation import Evaluator
 from fedpeft_dist.federation.opening import open_run
 from fedpeft_dist.federation.simulation import Simulation

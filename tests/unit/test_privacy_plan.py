@@ -14,11 +14,11 @@ import torch
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import IndexPartition
-from fedpeft_dist.federation.participation import Participation
 from fedpeft_dist.federation.privacy_ahead import plan_ahead
-from fedpeft_dist.federation.privacy_plan import PrivacyPlan, make_privacy_plan
-from fedpeft_dist.federation.sampling import poisson_draw
+from fedpeft_dist.participation.plan import Participation
+from fedpeft_dist.participation.sampling import poisson_draw
 from fedpeft_dist.privacy import accounting
+from fedpeft_dist.privacy.plan import PrivacyPlan, make_privacy_plan
 
 DELTA = 1e-3
 SIZES = [10, 16, 40, 40, 64, 100, 200, 400]

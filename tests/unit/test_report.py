@@ -22,13 +22,13 @@ from rich.console import Console
 from fedpeft_dist import cli
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config
-from fedpeft_dist.tracking import report_runs
-from fedpeft_dist.tracking.report import Report, json_report, make_report, markdown_report, run_rows, write_report
-from fedpeft_dist.tracking.report_formats import csv_text, rich_tables
-from fedpeft_dist.tracking.report_groups import Statistic, group_runs
-from fedpeft_dist.tracking.report_labels import short_names
-from fedpeft_dist.tracking.report_page import MAX_POINTS, epsilon_data, group_series, partition_pictures, script_json
-from fedpeft_dist.tracking.report_tables import Table, comparison_tables
+from fedpeft_dist.reports import runs as report_runs
+from fedpeft_dist.reports.formats import csv_text, rich_tables
+from fedpeft_dist.reports.groups import Statistic, group_runs
+from fedpeft_dist.reports.labels import short_names
+from fedpeft_dist.reports.page import MAX_POINTS, epsilon_data, group_series, partition_pictures, script_json
+from fedpeft_dist.reports.report import Report, json_report, make_report, markdown_report, run_rows, write_report
+from fedpeft_dist.reports.tables import Table, comparison_tables
 from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RunDirectory
 from tests.report_fixtures import FULL, PARAMETERS, curve, make_privacy_sweep, make_run, partition_counts, private
 
@@ -845,7 +845,7 @@ def test_the_report_itself_is_no_run(runs: Path) -> None:
 
 def test_reading_runs_imports_nothing_heavy(runs: Path) -> None:
     probe = (
-        "import sys; from pathlib import Path; from fedpeft_dist.tracking.report import make_report, json_report; "
+        "import sys; from pathlib import Path; from fedpeft_dist.reports.report import make_report, json_report; "
         f"json_report(make_report(Path({str(runs)!r}))); "
         "print([name for name in ('torch', 'timm', 'matplotlib', 'torchvision') if name in sys.modules])"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedpeft_dist.tracking.report_runs import read_runs
+from fedpeft_dist.reports.runs import read_runs
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory
 from tests.real_runs import LATE_SIGNALS
 

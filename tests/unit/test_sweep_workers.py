@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.federation import rounds
+from fedpeft_dist.federation import run as rounds
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.sweeps import cell_rows, load_sweep, work_through
 from fedpeft_dist.tracking.run_directory import FAILED

@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any, TypeAlias, get_args
 
 from fedpeft_dist.config.schema import DataSection, MethodConfig, ParticipationConfig
-from fedpeft_dist.tracking.report_runs import plain
+from fedpeft_dist.reports.runs import plain
 
 Keys: TypeAlias = dict[str, Any]
 """Dotted config key to value: what a group's runs have in common."""

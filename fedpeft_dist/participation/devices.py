@@ -12,8 +12,8 @@ import numpy as np
 
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.federation.traces import check_all_present, check_clients, read_columns
 from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.participation.traces import check_all_present, check_clients, read_columns
 
 KEY = "federation.participation.devices.path"
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedpeft_dist.tracking.cost import BYTES_PER_PARAMETER, MIB
-from fedpeft_dist.tracking.report_labels import COHORT, SPEAKING, AxisValue, Keys, find_axes, short_names
-from fedpeft_dist.tracking.report_runs import Point, Run, epsilon_of, is_number, privacy_of
+from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER, MIB
+from fedpeft_dist.reports.labels import COHORT, SPEAKING, AxisValue, Keys, find_axes, short_names
+from fedpeft_dist.reports.runs import Point, Run, epsilon_of, is_number, privacy_of
 
 ROUNDING_KEYS = ("runtime.device", "runtime.lanes", "runtime.threads", "runtime.evaluate_batch", "privacy.slots")
 """They follow the machine and move a result by rounding alone: runs may be averaged over them."""

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER, MIB
+from fedpeft_dist.reports.formats import csv_text, escape_markdown, json_table, markdown_table
+from fedpeft_dist.reports.groups import Group, Grouping, group_runs
+from fedpeft_dist.reports.page import write_page
+from fedpeft_dist.reports.plot import plot_accuracy, plot_epsilon
+from fedpeft_dist.reports.privacy import EpsilonPicture, epsilon_pictures, privacy_table, private_row
+from fedpeft_dist.reports.runs import Run, epsilon_of, read_runs
+from fedpeft_dist.reports.tables import Table, comparison_tables, main_table, run_table, unfinished_table
+from fedpeft_dist.reports.time import time_tables
 from fedpeft_dist.runtime.files import write_atomically, write_text
-from fedpeft_dist.tracking.cost import BYTES_PER_PARAMETER, MIB
-from fedpeft_dist.tracking.report_formats import csv_text, escape_markdown, json_table, markdown_table
-from fedpeft_dist.tracking.report_groups import Group, Grouping, group_runs
-from fedpeft_dist.tracking.report_page import write_page
-from fedpeft_dist.tracking.report_plot import plot_accuracy, plot_epsilon
-from fedpeft_dist.tracking.report_privacy import EpsilonPicture, epsilon_pictures, privacy_table, private_row
-from fedpeft_dist.tracking.report_runs import Run, epsilon_of, read_runs
-from fedpeft_dist.tracking.report_tables import Table, comparison_tables, main_table, run_table, unfinished_table
-from fedpeft_dist.tracking.report_time import time_tables
 from fedpeft_dist.tracking.run_directory import COMPLETE
 
 

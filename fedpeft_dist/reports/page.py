@@ -16,15 +16,15 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft_dist.reports.groups import Group, Grouping
+from fedpeft_dist.reports.labels import show
+from fedpeft_dist.reports.privacy import EpsilonPicture
+from fedpeft_dist.reports.runs import Point, Run
+from fedpeft_dist.reports.tables import Cell, Table
 from fedpeft_dist.runtime.files import write_text
-from fedpeft_dist.tracking.report_groups import Group, Grouping
-from fedpeft_dist.tracking.report_labels import show
-from fedpeft_dist.tracking.report_privacy import EpsilonPicture
-from fedpeft_dist.tracking.report_runs import Point, Run
-from fedpeft_dist.tracking.report_tables import Cell, Table
 
 if TYPE_CHECKING:
-    from fedpeft_dist.tracking.report import Report
+    from fedpeft_dist.reports.report import Report
 
 MAX_POINTS = 200
 """Of a curve; a longer one is thinned out."""

@@ -20,7 +20,7 @@ import torch
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import AccountedPrivacy, RunConfig, SamplePrivacy, UserPrivacy
-from fedpeft_dist.federation.participation import Participation
+from fedpeft_dist.participation.plan import Participation
 from fedpeft_dist.privacy import accounting
 from fedpeft_dist.privacy.accounting import Releases
 

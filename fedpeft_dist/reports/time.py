@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fedpeft_dist.tracking.report_groups import Group, Grouping, Statistic, count
-from fedpeft_dist.tracking.report_labels import PARTICIPATION
-from fedpeft_dist.tracking.report_runs import Point
-from fedpeft_dist.tracking.report_tables import (
+from fedpeft_dist.reports.groups import Group, Grouping, Statistic, count
+from fedpeft_dist.reports.labels import PARTICIPATION
+from fedpeft_dist.reports.runs import Point
+from fedpeft_dist.reports.tables import (
     Cell,
     Column,
     Table,

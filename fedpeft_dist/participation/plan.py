@@ -23,14 +23,14 @@ import numpy as np
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import Partition
-from fedpeft_dist.federation.availability import KEY as TRACE_KEY
-from fedpeft_dist.federation.availability import make_availability
-from fedpeft_dist.federation.client_dropout import STAYS, make_dropout
-from fedpeft_dist.federation.devices import make_devices
-from fedpeft_dist.federation.local_work import LocalWork
-from fedpeft_dist.federation.sampling import WeightedOrder, first, poisson_draw, uniform_order
-from fedpeft_dist.federation.traces import digest
-from fedpeft_dist.tracking.cost import BYTES_PER_PARAMETER
+from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER
+from fedpeft_dist.participation.availability import KEY as TRACE_KEY
+from fedpeft_dist.participation.availability import make_availability
+from fedpeft_dist.participation.devices import make_devices
+from fedpeft_dist.participation.dropout import STAYS, make_dropout
+from fedpeft_dist.participation.local_work import LocalWork
+from fedpeft_dist.participation.sampling import WeightedOrder, first, poisson_draw, uniform_order
+from fedpeft_dist.participation.traces import digest
 
 _CHUNK = 2**20
 """Clients that are asked at once whether they are available."""

@@ -15,7 +15,7 @@ from typing import Any
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.tracking.cost import MIB
+from fedpeft_dist.lanes.wire import MIB
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, read_json, read_metrics
 
 DAMAGED = "damaged"

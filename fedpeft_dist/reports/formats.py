@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedpeft_dist.tracking.report_tables import ALWAYS, NEVER, Table
+from fedpeft_dist.reports.tables import ALWAYS, NEVER, Table
 
 MAX_WORD = 24
 """Characters of a name that stay on one line of a terminal."""

@@ -12,8 +12,8 @@ import torch
 
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.federation.traces import check_clients, read_columns
 from fedpeft_dist.lanes.random import derive_seed, fold_in, uniform
+from fedpeft_dist.participation.traces import check_clients, read_columns
 
 KEY = "federation.participation.dropout.path"
 MOMENTS = ("before", "during", "after")

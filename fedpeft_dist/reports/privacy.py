@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft_dist.tracking.report_groups import Group, Grouping, count, refining, tell
-from fedpeft_dist.tracking.report_labels import DATA_SET, NO_GUARANTEE, PRIVACY, short_names
-from fedpeft_dist.tracking.report_runs import is_number
-from fedpeft_dist.tracking.report_tables import (
+from fedpeft_dist.reports.groups import Group, Grouping, count, refining, tell
+from fedpeft_dist.reports.labels import DATA_SET, NO_GUARANTEE, PRIVACY, short_names
+from fedpeft_dist.reports.runs import is_number
+from fedpeft_dist.reports.tables import (
     EMPTY,
     Cell,
     Column,

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedpeft_dist.tracking.report_groups import Group, Grouping, count, refining, tell
-from fedpeft_dist.tracking.report_labels import (
+from fedpeft_dist.reports.groups import Group, Grouping, count, refining, tell
+from fedpeft_dist.reports.labels import (
     BACKBONE,
     COHORT,
     DATA_SET,
@@ -25,7 +25,7 @@ from fedpeft_dist.tracking.report_labels import (
     SPEAKING,
     short_names,
 )
-from fedpeft_dist.tracking.report_runs import Run, epsilon_of, privacy_of
+from fedpeft_dist.reports.runs import Run, epsilon_of, privacy_of
 from fedpeft_dist.tracking.run_directory import COMPLETE
 
 TITLES = {

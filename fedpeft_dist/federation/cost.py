@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpeft_dist.config.schema import RunConfig
-
-BYTES_PER_PARAMETER = 4
-"""float32 on the wire."""
-MIB = 2**20
+from fedpeft_dist.lanes.wire import uplink_bytes
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,3 @@ def compute_cost(config: RunConfig) -> Cost:
         uplink_bytes_total=per_round * config.federation.rounds,
         share_of_full=parameters / model.backbone.num_parameters,
     )
-
-
-def uplink_bytes(num_parameters: int, cohort: int) -> int:
-    """Bytes that so many clients send in a round; downlink counts the same for clients that receive."""
-    return num_parameters * BYTES_PER_PARAMETER * cohort

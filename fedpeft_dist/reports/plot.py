@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpeft_dist.tracking.report_groups import Group, Grouping
-from fedpeft_dist.tracking.report_privacy import EpsilonPicture
-from fedpeft_dist.tracking.report_runs import Run
+from fedpeft_dist.reports.groups import Group, Grouping
+from fedpeft_dist.reports.privacy import EpsilonPicture
+from fedpeft_dist.reports.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,132 @@
+"""The `privacy` section: what is protected, and with how much noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedpeft_dist.config.schema.types import Count, Positive, Section
+
+CLIP_NORM_LIMIT, NOISE_LIMIT = 1.0e9, 1.0e6
+Delta = Annotated[float, Field(gt=0.0, lt=1.0)]
+ClipNorm = Annotated[float, Field(ge=1 / CLIP_NORM_LIMIT, le=CLIP_NORM_LIMIT)]
+Noise = Annotated[float, Field(gt=0.0, le=NOISE_LIMIT)]
+
+
+class NoPrivacy(Section):
+    name: Literal["none"]
+
+
+class AccountedPrivacy(Section):
+    """What the mechanisms with a guarantee have: Gaussian noise of `noise_multiplier` times `clip_norm`."""
+
+    clip_norm: ClipNorm = 1.0
+    """C, the Euclidean norm that one contribution is clipped to."""
+    epsilon: Positive | None = None
+    """The target at the end of the run: the noise is calibrated to it. Give this or `noise_multiplier`."""
+    noise_multiplier: Noise | None = None
+    """Standard deviation of the noise in units of `clip_norm`."""
+    dp_delta: Delta = 1.0e-3
+    """The delta of (epsilon, delta)-differential privacy; not a client's delta."""
+    stop_at_epsilon: Positive | None = None
+    """Ends the run before the first round after which epsilon would be above; goes with `noise_multiplier`."""
+    secure_noise: bool = False
+    """Draw noise, batches and, under user-level privacy, cohorts from the operating system's randomness, in place of
+    the seed, which must else be kept secret. Such a run cannot be repeated."""
+
+    @model_validator(mode="after")
+    def _one_of_epsilon_and_noise(self) -> AccountedPrivacy:
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError(
+                f"epsilon: {self.epsilon} and noise_multiplier: {self.noise_multiplier} are both given, and each "
+                "follows from the other; give one of them"
+            )
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("neither epsilon nor noise_multiplier is given; give one, such as epsilon: 5.0")
+        if self.stop_at_epsilon is not None and self.epsilon is not None:
+            raise ValueError(
+                f"stop_at_epsilon: {self.stop_at_epsilon} goes with noise_multiplier; with epsilon: {self.epsilon} the "
+                "noise is such that the budget lasts for all rounds"
+            )
+        return self
+
+
+class SamplePrivacy(AccountedPrivacy):
+    """DP-SGD (Abadi et al. 2016, arXiv 1607.00133) in every client: protects single samples from the server.
+
+    Each local step draws every sample of the client by itself with probability q = min(1, batch_size / n), clips each
+    sample's gradient, and adds the noise to their sum.
+    """
+
+    name: Literal["sample"]
+    accountant: Literal["pld", "rdp"] = "pld"
+    max_batch: Count | None = None
+    """Keep a random subset of so many where more samples were drawn; null keeps all of them."""
+    slots: Literal["auto"] | Count = "auto"
+    """Samples that a rank takes gradients of side by side; auto: `runtime.lanes` batches, as far as memory allows."""
+
+    @model_validator(mode="after")
+    def _truncation_needs_pld(self) -> SamplePrivacy:
+        if self.max_batch is not None and self.accountant != "pld":
+            raise ValueError(
+                f"max_batch: {self.max_batch} is accounted for by pld alone, not by {self.accountant}; give "
+                "accountant: pld, or max_batch: null"
+            )
+        return self
+
+
+class AdaptiveClipping(Section):
+    """`clip_norm` follows a quantile of the deltas' norms (Andrew et al. 2021, arXiv 1905.03871)."""
+
+    quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    lr: Positive = 0.2
+    """Of the geometric update."""
+    count_noise: Noise | None = None
+    """Standard deviation of the noise on the number of unclipped deltas; null: cohort / 20, but at least the noise
+    multiplier, of which it takes its share."""
+
+
+class UserPrivacy(AccountedPrivacy):
+    """Each client's delta is clipped, and noise is added to their sum (McMahan et al. 2018, arXiv 1710.06963): protects
+    whole clients from whoever sees the global parameters. Clients count alike, whatever they hold."""
+
+    name: Literal["user"]
+    sampling: Literal["poisson", "without_replacement"] = "poisson"
+    """How cohorts are drawn, which `federation.participation` must agree with. without_replacement: uniform cohorts of
+    a fixed size, for neighbours that differ in a replaced client."""
+    accountant: Literal["auto", "pld", "rdp"] = "auto"
+    """auto: pld, and rdp for without_replacement, which pld cannot account for."""
+    adaptive: AdaptiveClipping | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> UserPrivacy:
+        if self.sampling == "without_replacement" and self.accountant == "pld":
+            raise ValueError(
+                "accountant: pld cannot account for sampling: without_replacement; give rdp, or sampling: poisson"
+            )
+        return self
+
+    @property
+    def accountant_name(self) -> Literal["pld", "rdp"]:
+        if self.accountant == "auto":
+            return "rdp" if self.sampling == "without_replacement" else "pld"
+        return self.accountant
+
+
+class PaperNoise(Section):
+    """What the paper's first code did, for comparison: nothing is clipped, and noise of standard deviation
+    2 C sqrt(2 ln(1.25 / delta) / epsilon) is added to each batch's gradient. It carries no guarantee."""
+
+    name: Literal["paper_noise"]
+    clip_norm: Positive = 1.0
+    epsilon: Positive = 5.0
+    dp_delta: Delta = 1.0e-3
+
+    @property
+    def standard_deviation(self) -> float:
+        return 2 * self.clip_norm * math.sqrt(2 * math.log(1.25 / self.dp_delta) / self.epsilon)
+
+
+PrivacyConfig = Annotated[NoPrivacy | SamplePrivacy | UserPrivacy | PaperNoise, Field(discriminator="name")]

@@ -1,0 +1,19 @@
+"""Versions of the libraries that a run's rounding may depend on."""
+
+from __future__ import annotations
+
+import numpy as np
+import timm
+import torch
+
+import fedpeft_dist
+
+
+def library_versions() -> dict[str, str]:
+    """Of what a run's rounding may depend on."""
+    return {
+        "fedpeft_dist": fedpeft_dist.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+    }
