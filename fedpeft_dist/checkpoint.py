@@ -1,9 +1,7 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, in safetensors.
+"""Checkpoints: a run's state between two rounds, and where it came from, in safetensors.
 
-A run's state between two rounds is small: the global vector, the server optimizer, what its privacy's noise follows
-from and the number of the round. Clients keep nothing from round to round, and randomness has no history. Beside it
-stand what it belongs to (config, backbone, data, versions of libraries) and a digest of the whole, so that a damaged
-file is known for what it is.
+Beside the state stand the config, digests of backbone, data and traces, the versions of libraries, and a digest of the
+whole file, which shows damage. Randomness has no history, so nothing else is needed to go on.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fedpeft_dist.algorithms.state import State, with_rows
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import config_digest
 from fedpeft_dist.config.schema import RunConfig
@@ -27,6 +26,8 @@ from fedpeft_dist.runtime.files import write_atomically
 from fedpeft_dist.runtime.versions import library_versions
 
 NUM_KEPT = 2
+FORMAT = "2"
+"""Checkpoints of another format are refused."""
 _NAME = re.compile(r"round-([0-9]{6}|[1-9][0-9]{6,17})\.safetensors")
 
 
@@ -53,21 +54,21 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The state before round `next_round` (counted from 0)."""
+class Noise:
+    """The noise that a private run has begun with. It stays, whatever the run's config becomes."""
 
-    next_round: int
+    multipliers: torch.Tensor
+    """float64, on the CPU: [N] of the clients, or [1] of the server."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's state between two rounds, and what it belongs to."""
+
+    state: State
     origin: Origin
-    vector: torch.Tensor
-    """float32 [P]."""
-    server_state: dict[str, torch.Tensor]
-    totals: dict[str, float]
-    """Sums and records over the rounds so far, for the run's summary."""
-    aggregator_state: dict[str, torch.Tensor] = field(default_factory=dict)
-    noise_multipliers: torch.Tensor | None = None
-    """Of the run's privacy plan, which stay as they were calibrated: float64 [N], or [1]."""
-    noise_seed: int | None = None
-    """What a private run's noise follows from."""
+    noise: Noise | None = None
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -78,20 +79,26 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         OSError: a full disk; the older ones are still there.
     """
-    tensors = {"vector": checkpoint.vector}
-    tensors |= {f"server.{name}": tensor for name, tensor in checkpoint.server_state.items()}
-    tensors |= {f"aggregator.{name}": tensor for name, tensor in checkpoint.aggregator_state.items()}
-    if checkpoint.noise_multipliers is not None:
-        tensors["noise_multipliers"] = checkpoint.noise_multipliers
+    state, noise = checkpoint.state, checkpoint.noise
+    tensors = {"vector": state.vector}
+    tensors |= {f"server.{name}": tensor for name, tensor in state.server.items()}
+    tensors |= {f"algorithm.{name}": tensor for name, tensor in state.algorithm.items()}
+    if state.clients:
+        clients = sorted(state.clients)
+        tensors["clients.numbers"] = torch.tensor(clients)
+        tensors["clients.rows"] = torch.stack([state.clients[client] for client in clients])
+    if noise is not None:
+        tensors["noise_multipliers"] = noise.multipliers
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
-        "next_round": str(checkpoint.next_round),
+        "format": FORMAT,
+        "next_round": str(state.round),
         "origin": json.dumps(asdict(checkpoint.origin)),
-        "totals": json.dumps(checkpoint.totals),
-        "noise_seed": json.dumps(checkpoint.noise_seed),
+        "totals": json.dumps(state.totals),
+        "noise_seed": json.dumps(None if noise is None else noise.seed),
     }
     metadata["sha256"] = _digest(tensors, metadata)
-    path = directory / f"round-{checkpoint.next_round:06d}.safetensors"
+    path = directory / f"round-{state.round:06d}.safetensors"
     # Not by save_file, which tells of a full disk in an exception of its own.
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
     for old in [path for path in _paths(directory) if not path.is_dir()][:-NUM_KEPT]:
@@ -112,6 +119,8 @@ def load_newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str
     for path in reversed(_paths(directory)):
         try:
             return _load(path), damaged
+        except ConfigError:
+            raise
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -134,18 +143,23 @@ def _load(path: Path) -> Checkpoint:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     if metadata.pop("sha256", None) != _digest(tensors, metadata):
         raise ValueError("its content does not match its digest")
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(f"{path}: a checkpoint of another version of fedpeft_dist; go on with that one, or remove it")
     if int(metadata["next_round"]) != _round_of(path):
         raise ValueError(f"it holds the state after round {metadata['next_round']}")
-    origin = json.loads(metadata["origin"])
+    numbers = tensors.get("clients.numbers", torch.zeros(0)).tolist()
+    seed = json.loads(metadata["noise_seed"])
     return Checkpoint(
-        next_round=int(metadata["next_round"]),
-        origin=Origin(**{entry.name: origin[entry.name] for entry in fields(Origin) if entry.name in origin}),
-        vector=tensors["vector"],
-        server_state=_below("server.", tensors),
-        totals=json.loads(metadata["totals"]),
-        aggregator_state=_below("aggregator.", tensors),
-        noise_multipliers=tensors.get("noise_multipliers"),
-        noise_seed=json.loads(metadata.get("noise_seed", "null")),
+        state=State(
+            round=int(metadata["next_round"]),
+            vector=tensors["vector"],
+            server=_below("server.", tensors),
+            algorithm=_below("algorithm.", tensors),
+            clients=with_rows({}, numbers, tensors["clients.rows"]) if numbers else {},
+            totals=json.loads(metadata["totals"]),
+        ),
+        origin=Origin(**json.loads(metadata["origin"])),
+        noise=None if seed is None else Noise(tensors["noise_multipliers"], seed),
     )
 
 

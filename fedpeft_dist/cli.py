@@ -69,9 +69,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         if run_config.output.name is None:
             run_config = with_values(run_config, "output", name=default_run_name(config, run_config))
 
-        from fedpeft_dist.federation.run import start_and_run
+        from fedpeft_dist.federation.run import run
 
-        outcome = start_and_run(run_config, stop)
+        outcome = run(run_config, stop)
     _warn_of_lost_progress()
     if outcome == "interrupted":
         _leave_interrupted()
@@ -114,7 +114,7 @@ def partition(
 
     from fedpeft_dist.data import load_dataset
     from fedpeft_dist.data.partition import class_counts
-    from fedpeft_dist.federation.simulation import make_clients
+    from fedpeft_dist.federation.setup import make_clients
     from fedpeft_dist.lanes.random import derive_seed
     from fedpeft_dist.runtime.files import write_atomically
     from fedpeft_dist.tracking.partition_view import MAX_CLIENTS, partition_figure, partition_table
@@ -171,7 +171,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate what a run has trained, on what its config evaluates on, wherever it was trained."""
-    from fedpeft_dist.federation.simulation import evaluate_run
+    from fedpeft_dist.federation.setup import evaluate_run
     from fedpeft_dist.runtime import process
     from fedpeft_dist.tracking.run_directory import RunDirectory
 

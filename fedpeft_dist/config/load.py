@@ -163,6 +163,8 @@ def result_keys(config: RunConfig) -> dict[str, Any]:
     flat = dict(_flatten(json.loads(config.model_dump_json())))
     # A folder of images is known by its place alone; of the other data sets it is only where they happen to lie.
     kept = {"data.root"} if config.data.name == "image_folder" else set()
+    if config.algorithm.name == "fedavg":  # the digests of runs from before there were others stay the same
+        del flat["algorithm.name"]
     return {
         key: value
         for key, value in flat.items()

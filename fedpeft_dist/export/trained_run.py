@@ -19,7 +19,8 @@ from fedpeft_dist.data import count_classes
 from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import attach_method
-from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, check_same_backbone
+from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
+from fedpeft_dist.tracking.same_run import check_same
 
 # Where timm is told what to load; an export brings its own weights.
 SOURCE_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path")
@@ -76,7 +77,7 @@ def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
     num_classes = _count_classes(config, trained, file)
     seed = derive_seed(config.seed, "backbone")
     backbone = build_backbone(config.backbone, num_classes, config.data.image_size, seed)
-    check_same_backbone(metadata["backbone_sha256"], backbone.sha256, file)
+    check_same(metadata["backbone_sha256"], backbone.sha256, file, "backbone")
     frozen = dict(backbone.model.state_dict())  # the method takes modules apart, but no tensor changes
     try:
         attach_method(backbone, config.method, seed=0).layout.join(trained)

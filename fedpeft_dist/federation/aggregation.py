@@ -5,42 +5,78 @@
 W bounds the sum of a round's weights, which are integers, and |delta| < 1024 = 2^10: no sum leaves the int64 range.
 The cost is a rounding of each delta to 2^-s, far below float32's own for any delta that is not tiny.
 
-Shapes: P trainable parameters.
+Shapes: M cohort, V numbers that a client sends, S numbers that a client keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
-from fedpeft_dist.runtime.collectives import sum_over_ranks
+from fedpeft_dist.algorithms.algorithm import Algorithm
+from fedpeft_dist.algorithms.state import State
+from fedpeft_dist.runtime.collectives import gather_rows
 from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.training.local_training import ClientUpdate
+from fedpeft_dist.training.trainer import ClientUpdate
 
 DELTA_LIMIT = 1024.0
-"""A client with an element of this size, or one that is not finite, is rejected."""
+"""A client that sends an element of this size, or one that is not finite, is rejected."""
 _RANGE_BITS = 62
 _LIMIT_BITS = 10
-# The tail of the wire vector: what is summed beside the deltas.
-_WEIGHT, _REJECTED, _LOSS, _SAMPLES, UNCLIPPED, _STOP, _DROP, TAIL = range(8)  # TAIL is their number
+_WEIGHT, _REJECTED, _LOSS, _SAMPLES, _EXTRA, TAIL = range(6)
+"""Places of the numbers that are summed beside the vectors; TAIL is how many these are."""
+
+
+class MeanRule(Protocol):
+    """How vectors become integers, and their sum a mean again."""
+
+    counts_alike: bool
+    """Whether each client has weight 1, whatever the algorithm says."""
+
+    def to_integers(self, sent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+        """A vector [V] as int64 [V], for each unit of its weight, and an integer to sum beside it."""
+
+    def add_noise(self, total: torch.Tensor, extra: torch.Tensor, round_number: int) -> None:
+        """Changes the sums of one rank in place: int64 [V], and the sum of the integers beside them, int64 [1]."""
+
+    def mean(self, total: torch.Tensor, weight: int) -> torch.Tensor | None:
+        """The mean, float32 [V]; None if there is none."""
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """The mean of what accepted clients send, by their weights."""
+
+    bits: int
+    """s."""
+    counts_alike: ClassVar[bool] = False
+
+    def to_integers(self, sent: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return quantize(sent, self.bits), 0
+
+    def add_noise(self, total: torch.Tensor, extra: torch.Tensor, round_number: int) -> None:
+        """There is none."""
+
+    def mean(self, total: torch.Tensor, weight: int) -> torch.Tensor | None:
+        return (total.double() / (weight * 2.0**self.bits)).float() if weight else None
 
 
 @dataclass(frozen=True)
 class RoundTotal:
     """What a round's all-reduce brings, the same on every rank."""
 
-    mean_delta: torch.Tensor | None
-    """Weighted mean of the accepted deltas, float32 [P]; None where no client with any weight was accepted."""
+    mean: torch.Tensor | None
+    """Mean of the accepted vectors, float32 [V]. None without any weight, and for an algorithm that gathers."""
     num_rejected: int
     train_loss: float | None
-    """Weighted mean over the accepted clients; None where there is none."""
+    """Weighted mean over the accepted clients; None without any."""
     num_samples: int
     """Training samples processed, repetitions counted."""
-    stop_requested: bool
-    """Some rank was asked to stop."""
-    is_dropped: bool
-    """Some rank has not trained its whole share: the rest says nothing, and the round is as if it had never begun."""
+    extra: int
+    """The sum of the rule's own integers."""
 
 
 def fraction_bits(largest_total_weight: int) -> int:
@@ -53,84 +89,88 @@ def quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.round(values.double() * 2.0**bits).to(torch.int64)
 
 
-class Aggregator:
-    """Takes this rank's updates one by one, then sums over ranks in one collective of P + a few int64."""
+class Aggregation:
+    """Takes in this rank's updates of one round. `sums` of all ranks add up to the round's.
 
-    def __init__(self, num_parameters: int, largest_total_weight: int, runtime: Runtime):
-        self.runtime = runtime
-        self.total = torch.zeros(num_parameters + TAIL, dtype=torch.int64, device=runtime.device)
-        self.accepted: list[tuple[int, torch.Tensor]] = []
-        self.state = {"largest_total_weight": torch.tensor(largest_total_weight)}
-        """W, and what rounds leave to the next ones; a checkpoint keeps it. A round that moves it puts another
-        in its place, so that it can be taken back."""
+    Args:
+        state: before the round.
+        lr_factor: of the round.
+        largest_total_weight: W.
+        rule: how vectors become a mean.
+    """
+
+    def __init__(self, algorithm: Algorithm, state: State, lr_factor: float, largest_total_weight: int, rule: MeanRule):
+        self.algorithm, self.state, self.lr_factor, self.rule = algorithm, state, lr_factor, rule
+        self.loss_bits = fraction_bits(largest_total_weight)
+        size, device = len(state.vector), state.vector.device
+        self.num_summed = 0 if algorithm.gathers else algorithm.vectors_sent * size
+        self.sums = torch.zeros(self.num_summed + TAIL, dtype=torch.int64, device=device)
+        self.accepted: dict[int, torch.Tensor] = {}
+        self.sent: dict[int, torch.Tensor] = {}
+        self.rows: dict[int, torch.Tensor] = {}
+        self.no_row = torch.zeros(algorithm.row_size * size)
+
+    def row(self, client: int) -> torch.Tensor:
+        """What a client has kept: float32 [S], on the device."""
+        return self.state.clients.get(client, self.no_row).to(self.sums.device)
+
+    def offset(self, client: int) -> torch.Tensor | None:
+        return self.algorithm.offset(self.row(client), self.state)
 
     def add(self, update: ClientUpdate) -> None:
-        """Adds an update, or counts it as rejected; decided on the device, without waiting for it."""
-        accepted = (update.delta.abs() < DELTA_LIMIT).all()
-        weight = accepted.long() * self._weight(update)
-        tail = self.total[-TAIL:]
-        self.total[:-TAIL] += torch.where(accepted, self._quantized(update, accepted), 0) * weight
+        """Takes in an update, or counts it as rejected; decided on the device, without waiting for it."""
+        row = self.row(update.client)
+        sent = self.algorithm.send(update, row, self.state, self.lr_factor)
+        accepted = (sent.abs() < DELTA_LIMIT).all()
+        weight = accepted.long() * (1 if self.rule.counts_alike else self.algorithm.weight(update))
+        tail = self.sums[-TAIL:]
+        if self.algorithm.gathers:
+            self.sent[update.client] = torch.where(accepted, sent, torch.nan)
+        else:
+            integers, extra = self.rule.to_integers(sent)
+            self.sums[:-TAIL] += torch.where(accepted, integers, 0) * weight
+            tail[_EXTRA] += extra * accepted.long()
+        if self.algorithm.row_size:
+            self.rows[update.client] = torch.where(accepted, self.algorithm.next_row(update, row, sent), row)
         loss = torch.nan_to_num(update.loss, nan=DELTA_LIMIT).clamp(-DELTA_LIMIT, DELTA_LIMIT)
         tail[_WEIGHT] += weight
         tail[_REJECTED] += 1 - accepted.long()
         tail[_LOSS] += quantize(loss, self.loss_bits) * weight
         tail[_SAMPLES] += update.num_samples
-        self.accepted.append((update.client, accepted))
+        self.accepted[update.client] = accepted
+
+    def add_noise(self, round_number: int) -> None:
+        """Adds the rule's noise to the sums; on one rank alone."""
+        tail = self.sums[-TAIL:]
+        self.rule.add_noise(self.sums[:-TAIL], tail[_EXTRA : _EXTRA + 1], round_number)
 
     def rejected_clients(self) -> list[int]:
         """This rank's clients that were rejected."""
         if not self.accepted:
             return []
-        flags = torch.stack([accepted for _, accepted in self.accepted]).tolist()
-        return [client for (client, _), accepted in zip(self.accepted, flags) if not accepted]
+        flags = torch.stack(list(self.accepted.values())).tolist()
+        return [client for client, accepted in zip(self.accepted, flags) if not accepted]
 
-    def reduce(self, round_number: int, stop_requested: bool = False, is_dropped: bool = False) -> RoundTotal:
-        """Sums over ranks and starts over; every rank must call it once a round."""
-        if self.runtime.is_main:
-            self._add_noise(round_number)
-        self.total[-TAIL + _STOP] = int(stop_requested)
-        self.total[-TAIL + _DROP] = int(is_dropped)
-        total = sum_over_ranks(self.total, self.runtime)
-        weight, rejected, loss, samples, _, stop, drop = total[-TAIL:].tolist()
-        result = RoundTotal(
-            mean_delta=self._mean(total[:-TAIL], weight),
+    def total(self, sums: torch.Tensor) -> RoundTotal:
+        """Reads the sums over all ranks."""
+        weight, rejected, loss, samples, extra = sums[-TAIL:].tolist()
+        return RoundTotal(
+            mean=None if self.algorithm.gathers else self.rule.mean(sums[:-TAIL], weight),
             num_rejected=rejected,
             train_loss=loss / (weight * 2.0**self.loss_bits) if weight else None,
             num_samples=samples,
-            stop_requested=stop > 0,
-            is_dropped=drop > 0,
+            extra=extra,
         )
-        if not result.is_dropped:
-            self._end_round(total[-TAIL:])
-        self.total.zero_()
-        self.accepted.clear()
-        return result
 
-    def figures(self) -> dict[str, float]:
-        """What moves from round to round, for a log."""
-        return {}
+    def combined(self, total: RoundTotal, cohort: Sequence[int], runtime: Runtime) -> torch.Tensor | None:
+        """What the algorithm steps on, float32 [V]; None if no client was accepted. Every rank must call it."""
+        if not self.algorithm.gathers:
+            return total.mean
+        size = self.algorithm.vectors_sent * len(self.state.vector)
+        sent = gather_rows(self.sent, cohort, size, runtime)
+        sent = sent[sent.isfinite().all(dim=1)]
+        return self.algorithm.combine(sent) if len(sent) else None
 
-    @property
-    def loss_bits(self) -> int:
-        return fraction_bits(int(self.state["largest_total_weight"]))
-
-    @property
-    def bits(self) -> int:
-        """s."""
-        return self.loss_bits
-
-    def _weight(self, update: ClientUpdate) -> int:
-        return update.weight
-
-    def _quantized(self, update: ClientUpdate, accepted: torch.Tensor) -> torch.Tensor:
-        """What an update adds to the sum for each unit of its weight, in multiples of 2^-bits: int64 [P]."""
-        return quantize(update.delta, self.bits)
-
-    def _add_noise(self, round_number: int) -> None:
-        """On rank 0, to its own sum."""
-
-    def _mean(self, total: torch.Tensor, weight: int) -> torch.Tensor | None:
-        return (total.double() / (weight * 2.0**self.bits)).float() if weight else None
-
-    def _end_round(self, tail: torch.Tensor) -> None:
-        """With the tail of the sum over ranks."""
+    def gathered_rows(self, cohort: Sequence[int], runtime: Runtime) -> torch.Tensor:
+        """What the cohort's clients keep from now on: float32 [M, S]. Every rank must call it."""
+        return gather_rows(self.rows, cohort, len(self.no_row), runtime)

@@ -6,7 +6,7 @@ from fedpeft_dist.config.schema import AccountedPrivacy, RunConfig
 from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.partition import Partition, SharedPoolPartition
 from fedpeft_dist.federation.cost import compute_cost
-from fedpeft_dist.federation.simulation import make_clients
+from fedpeft_dist.federation.setup import make_clients
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.participation.plan import Participation
 from fedpeft_dist.privacy.plan import PrivacyPlan, make_privacy_plan

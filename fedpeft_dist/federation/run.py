@@ -1,197 +1,145 @@
-"""The round loop: plan who takes part, train them, aggregate, step, evaluate, log, checkpoint."""
+"""A whole run: open it, run its rounds, leave its directory complete."""
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
+from fedpeft_dist.algorithms.state import State
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import class_counts
-from fedpeft_dist.federation.assignment import assign
-from fedpeft_dist.federation.opening import Run, open_run
+from fedpeft_dist.federation.opening import OpenRun, open_run
+from fedpeft_dist.federation.result import write_result
+from fedpeft_dist.federation.round import is_due, run_round
 from fedpeft_dist.privacy.statements import describe as describe_privacy
-from fedpeft_dist.privacy.statements import summarize
 from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.collectives import any_rank, barrier
 from fedpeft_dist.runtime.files import DISK_FULL
 from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest, listen_for_stop
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
-from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RUNNING
-from fedpeft_dist.tracking.run_log import RunLog
-from fedpeft_dist.training.rates import rate_factor
+from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED
+from fedpeft_dist.tracking.run_log import RunLog, add_evaluation
 
 
-def start_and_run(config: RunConfig, stop: StopRequest | None = None) -> str:
-    """Sets this process up as the config's runtime says and runs the config; returns what `run_federation` does.
+def run(config: RunConfig, stop: StopRequest | None = None, runtime: Runtime | None = None) -> str:
+    """Runs a config, from its newest checkpoint if it has one, and leaves its directory complete.
 
     Args:
-        stop: of a caller that listens for signals itself; None listens here, for as long as the run lasts.
-
-    Raises:
-        ConfigError: as `run_federation`, and for a device or a precision that this machine lacks.
-    """
-    with process.start(config.runtime) as runtime:
-        # What auto means on some GPUs, and the schema refuses where a config asks for it.
-        if runtime.precision == "fp16" and config.privacy.name != "none":
-            runtime = replace(runtime, precision="fp32")
-        choices = {"device": runtime.device.type, "precision": runtime.precision}
-        return run_federation(with_values(config, "runtime", **choices), runtime, stop)
-
-
-def run_federation(config: RunConfig, runtime: Runtime, stop: StopRequest | None = None) -> str:
-    """Runs a config, from its newest checkpoint where it has one, and leaves its directory complete.
+        stop: of a caller that listens for signals itself; None listens here while the run lasts.
+        runtime: of a caller that has set this process up itself; None sets it up as the config says.
 
     Returns:
-        `complete`, or `interrupted` where a signal stopped it: at a round boundary, with a checkpoint written, or
-        before there was anything to write.
+        `complete`, or `interrupted` if a signal stopped it: at a round boundary, with a checkpoint written, or before
+        there was anything to write.
 
     Raises:
         ConfigError: a config that cannot be run, a directory that holds another run, a full disk.
         PeerLostError: another rank has died, failed or fallen silent.
     """
-    run: Run | None = None
-    with listen_for_stop() if stop is None else nullcontext(stop) as stop:
-        if runtime.peers is not None:
-            runtime.peers.stop = stop
+    with listen_for_stop() if stop is None else nullcontext(stop) as stop, _start(config, runtime, stop) as runtime:
+        config = with_values(config, "runtime", device=runtime.device.type, precision=runtime.precision)
         try:
-            run = open_run(config, runtime, stop)
-            return COMPLETE if run is None else run_rounds(run, runtime, stop)
+            with _telling_full_disk(config), open_run(config, runtime, stop) as opened:
+                if opened is None:
+                    return COMPLETE
+                simulation, state = opened.simulation, opened.state
+                with _marking_failures(opened, runtime), _log(opened, runtime) as log:
+                    stopped = any_rank(stop.received, runtime)
+                    while state.round < simulation.num_rounds and not stopped:
+                        result = run_round(state, simulation, opened.watch)
+                        if result is None:
+                            break
+                        state, stopped = result.state, result.is_last
+                        log.round_done(result.record)
+                        if is_due(state.round, config.output.checkpoint_every, simulation.num_rounds):
+                            log.flush()
+                            opened.save(state)
+                    return _finish(state, opened, runtime)
         except StoppedEarlyError:
             return INTERRUPTED
-        except BaseException as error:
-            full = _no_room(error, config)
-            if run is not None:  # else what stands there may be another process's
-                _mark_failed(run, " ".join(str(full or error).split()) or type(error).__name__)
-            if full is not None:
-                raise full from error
-            raise
-        finally:
-            if run is not None:
-                run.close()
 
 
-def run_rounds(run: Run, runtime: Runtime, stop: StopRequest) -> str:
-    """Runs the rounds that are left; returns `complete` or `interrupted`."""
-    config, simulation = run.config, run.simulation
-    dataset, population = simulation.dataset, simulation.partition.num_clients
-    if runtime.peers is not None:
-        runtime.peers.last_will = partial(_mark_failed, run)
-    with RunLog(config, run.directory, runtime, run.totals, run.next_round, run.num_rounds) as log:
+@contextmanager
+def _start(config: RunConfig, runtime: Runtime | None, stop: StopRequest) -> Iterator[Runtime]:
+    with process.start(config.runtime) if runtime is None else nullcontext(runtime) as runtime:
+        # `auto` means fp16 on some GPUs, where the schema refuses it.
+        if runtime.precision == "fp16" and (config.privacy.name != "none" or not config.algorithm.allows_fp16):
+            runtime = replace(runtime, precision="fp32")
+        if runtime.peers is not None:
+            runtime.peers.stop = stop
+        yield runtime
+
+
+@contextmanager
+def _log(opened: OpenRun, runtime: Runtime) -> Iterator[RunLog]:
+    """The run's log, with what there is to say before the first round."""
+    simulation, state = opened.simulation, opened.state
+    setup, config = simulation.setup, simulation.config
+    with RunLog(config, opened.directory, runtime, state.round, simulation.num_rounds) as log:
         if runtime.is_main:
-            counts = class_counts(simulation.partition, dataset.train.labels, dataset.num_classes, MAX_CLIENTS)
-            log.write_setting(counts, population, dataset.class_names)
+            counts = class_counts(setup.partition, setup.dataset.train.labels, setup.dataset.num_classes, MAX_CLIENTS)
+            log.write_setting(counts, setup.partition.num_clients, setup.dataset.class_names)
             if note := simulation.participation.describe():
-                log.progress.note(f"{run.directory.path}: {note}")
+                log.note(note)
             plan = simulation.privacy_plan
-            figures = None if plan is None else plan.figures(run.num_rounds)
+            figures = None if plan is None else plan.figures(simulation.num_rounds)
             for line in describe_privacy(config.privacy, figures, None if plan is None else plan.warning):
-                log.progress.note(f"{run.directory.path}: {line}")
-        stopped = any_rank(stop.received, runtime)
-        while run.next_round < run.num_rounds and not stopped:
-            stopped = run_round(run, log, runtime, stop)
-        if run.next_round < run.num_rounds:
-            if run.is_ours():
-                run.save()
-                log.interrupted()
-            elif runtime.is_main:
-                print(f"{run.directory.path}: taken over by {run.directory.owner()}", flush=True)
-            barrier(runtime)
-            return INTERRUPTED
-        if not log.is_evaluated:  # an earlier end than the one that the last round was run for
-            log.evaluated(simulation.evaluate(run.vector))
-        backbone, privacy = simulation.model.backbone, _spent(run) if runtime.is_main else None
-        origin = {"backbone_sha256": backbone.sha256, **simulation.recipe.metadata()}
-        log.complete(run.vector, simulation.model.layout, backbone.num_parameters, origin, privacy)
+                log.note(line)
+        yield log
+
+
+def _finish(state: State, opened: OpenRun, runtime: Runtime) -> str:
+    """Leaves the directory complete, or interrupted if rounds are left."""
+    simulation, directory = opened.simulation, opened.directory
+    outcome = COMPLETE if state.round >= simulation.num_rounds else INTERRUPTED
+    if outcome == COMPLETE:
+        if state.totals.get("evaluated_round") != state.round:  # a round that was not to be the last one
+            evaluation = simulation.setup.evaluate(state.vector)
+            state = replace(state, totals=add_evaluation(state.totals, evaluation, state.round))
+        if runtime.is_main:
+            write_result(state, simulation, directory)
+    elif opened.is_ours():
+        opened.save(state)
+        if runtime.is_main:  # the launch's name lets a restarted worker leave the run stopped
+            directory.write_state(INTERRUPTED, state.round, runtime.launch.job)
+    elif runtime.is_main:
+        print(f"{directory.path}: taken over by {directory.owner()}", flush=True)
     barrier(runtime)
-    return COMPLETE
+    return outcome
 
 
-def _spent(run: Run) -> dict[str, Any] | None:
-    """A summary's `privacy`."""
-    plan, aggregator = run.simulation.privacy_plan, run.aggregator
-    figures = None if plan is None else plan.figures(run.next_round)
-    return summarize(run.config.privacy, figures if figures is None else figures | aggregator.figures())
-
-
-def run_round(run: Run, log: RunLog, runtime: Runtime, stop: StopRequest) -> bool:
-    """Runs the next round, or drops it where it would last too long after a request to stop.
-
-    Returns:
-        Whether to stop, the same on every rank.
-    """
-    config, simulation, federation, aggregator = run.config, run.simulation, run.config.federation, run.aggregator
-    started, round_number = time.perf_counter(), run.next_round
-    plan = simulation.participation.plan(round_number)
-    tasks = simulation.tasks(assign(plan.steps, runtime.world_size)[runtime.rank], plan.steps)
-    factor = rate_factor(config.client.schedule, round_number, federation.rounds)
-    before = run.vector, run.server.state, aggregator.state
-
-    def is_dropped() -> bool:
-        run.look_around(stop)
-        return stop.is_overdue()
-
-    for update in simulation.trainer.train(tasks, run.vector, round_number, factor, is_dropped):
-        aggregator.add(update)
-    rejected = aggregator.rejected_clients()
-    lost = runtime.is_main and not run.is_ours()
-    bounds = aggregator.figures()
-    total = aggregator.reduce(round_number, stop.received or lost, stop.is_overdue() or lost)
-    if total.is_dropped:
-        return True
-    for client in rejected:
-        print(f"round {round_number + 1}: client {client} is rejected, its delta is not finite or too large")
-    if not plan.steps and runtime.is_main:
-        what = "the round is skipped" if total.mean_delta is None else "its step is noise alone"
-        print(f"round {round_number + 1}: no client's update arrives ({plan.selected} selected), {what}")
-    if total.mean_delta is not None:
-        run.vector = run.server.step(run.vector, -total.mean_delta)
-    trained = time.perf_counter()
-
-    evaluate = _is_due(round_number + 1, federation.evaluate_every, run.num_rounds)
+@contextmanager
+def _marking_failures(opened: OpenRun, runtime: Runtime) -> Iterator[None]:
+    """Writes into state.json why the run failed, also if another rank fails first."""
+    if runtime.peers is not None:
+        runtime.peers.last_will = opened.mark_failed
     try:
-        evaluation = simulation.evaluate(run.vector, is_dropped) if evaluate else {}
+        yield
     except StoppedEarlyError:
-        run.vector, run.server.state, aggregator.state = before
-        return True
-    run.next_round = round_number + 1
-    spending = {}
-    if simulation.privacy_plan is not None:
-        spent = simulation.privacy_plan.epsilon(run.next_round) if evaluate and runtime.is_main else None
-        spending = {"epsilon": spent, **bounds}
-    log.round_done(
-        evaluation,
-        total.train_loss,
-        total.num_rejected,
-        total.num_samples,
-        len(run.vector),
-        plan.cohort,
-        plan.selected,
-        {} if federation.participation.is_ideal else plan.figures(),
-        spending,
-        seconds=trained - started,
-        evaluate_seconds=time.perf_counter() - trained,
-    )
-    if _is_due(run.next_round, config.output.checkpoint_every, run.num_rounds):
-        log.flush()
-        run.save()
-    # Who was asked during the evaluation begins no other round.
-    return total.stop_requested or (evaluate and any_rank(stop.received, runtime))
+        raise
+    except BaseException as error:
+        told = _full_disk(error, opened.simulation.config) or error
+        opened.mark_failed(" ".join(str(told).split()) or type(error).__name__)
+        raise
 
 
-def _is_due(rounds_done: int, every: int, num_rounds: int) -> bool:
-    """Whether something done every so many rounds (0: at the end only) is to be done now."""
-    return rounds_done == num_rounds or (every > 0 and rounds_done % every == 0)
+@contextmanager
+def _telling_full_disk(config: RunConfig) -> Iterator[None]:
+    """Turns a full disk into the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        if full := _full_disk(error, config):
+            raise full from error
+        raise
 
 
-def _no_room(error: BaseException, config: RunConfig) -> ConfigError | None:
-    """What to tell where the disk was full."""
+def _full_disk(error: BaseException, config: RunConfig) -> ConfigError | None:
     if not isinstance(error, OSError) or error.errno not in DISK_FULL:
         return None
     place = error.filename or Path(config.output.root) / config.output.name
@@ -199,11 +147,3 @@ def _no_room(error: BaseException, config: RunConfig) -> ConfigError | None:
         f"{place}: cannot be written ({error.strerror}); make room, then run the same command to go on from the newest "
         "checkpoint"
     )
-
-
-def _mark_failed(run: Run, reason: str) -> None:
-    """By whichever rank it hits first: the others may be stuck, or killed before they can."""
-    with suppress(OSError, ConfigError):  # there may be no room for it; what the run did is in its checkpoints
-        state = run.directory.read_state()
-        if state is not None and state["state"] == RUNNING and run.is_ours():
-            run.directory.write_state(FAILED, run.saved_round or 0, error=reason)

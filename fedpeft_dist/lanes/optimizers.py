@@ -85,11 +85,6 @@ def make_lane_optimizer(config: ClientOptimizerConfig, theta: torch.Tensor) -> L
     return {SgdConfig: LaneSgd, AdamWConfig: LaneAdamW}[type(config)](config, theta)
 
 
-def add_proximal(grad: torch.Tensor, theta: torch.Tensor, start: torch.Tensor, mu: float) -> None:
-    """Adds the gradient of FedProx's mu / 2 * ||theta - start||^2 (arXiv 1812.06127); start is the round's row [W]."""
-    grad.add_(theta - start, alpha=mu)
-
-
 def clip_rows(grad: torch.Tensor, max_norm: float) -> None:
     """Scales each row of grad in place to a Euclidean norm of at most max_norm, as `clip_grad_norm_` does."""
     norms = torch.linalg.vector_norm(grad, dim=1, keepdim=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -19,6 +19,24 @@ def sum_over_ranks(values: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     assert values.dtype == torch.int64
     _all_reduce(values, dist.ReduceOp.SUM, runtime)
     return values
+
+
+def gather_rows(rows: Mapping[int, torch.Tensor], owners: Sequence[int], size: int, runtime: Runtime) -> torch.Tensor:
+    """The rows of all ranks in the order of their owners, to the bit; every rank must call it.
+
+    Args:
+        rows: float32 [size] each, by owner; no owner has rows on two ranks.
+        owners: the owners of all rows, the same on every rank.
+
+    Returns:
+        float32 [len(owners), size], on the device. An owner without a row has zeros.
+    """
+    gathered = torch.zeros(len(owners), size, device=runtime.device)
+    for place, owner in enumerate(owners):
+        if owner in rows:
+            gathered[place] = rows[owner]
+    _all_reduce(gathered.view(torch.int32), dist.ReduceOp.SUM, runtime)  # the others add integer zeros
+    return gathered
 
 
 def any_rank(flag: bool, runtime: Runtime) -> bool:

@@ -14,15 +14,9 @@ from typing import Any
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.sweeps.expansion import Cell
-from fedpeft_dist.tracking.run_directory import (
-    COMPLETE,
-    FAILED,
-    RUNNING,
-    differing_keys,
-    is_complete,
-    with_choices_of,
-)
+from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
 from fedpeft_dist.tracking.run_lock import Owner, RunInUseError
+from fedpeft_dist.tracking.same_run import differing_keys, is_complete, with_choices_of
 
 
 @dataclass
@@ -65,7 +59,7 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
         ConfigError: this process is one of several ranks and there is more than one cell.
         RunInUseError: the only cell is in work.
     """
-    from fedpeft_dist.federation.run import start_and_run
+    from fedpeft_dist.federation.run import run
     from fedpeft_dist.runtime.launch import find_launch
 
     launch, alone = find_launch(), len(cells) == 1
@@ -85,7 +79,7 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
                 holder = None if alone else cell.directory.holder()
                 if holder is not None and not this.succeeds(holder):
                     raise RunInUseError("another worker is at it")
-                if start_and_run(cell.config, stop) != COMPLETE:
+                if run(cell.config, stop) != COMPLETE:
                     outcome.interrupted = True
                     break
                 outcome.complete.append(cell.name)

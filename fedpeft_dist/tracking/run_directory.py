@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import dump_config, load_config, result_keys, with_values
+from fedpeft_dist.config.load import dump_config, load_config
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import remove_temporaries, write_atomically, write_text
 from fedpeft_dist.runtime.interrupts import StopRequest
@@ -27,51 +26,27 @@ if TYPE_CHECKING:
 RUNNING, INTERRUPTED, COMPLETE, FAILED = "running", "interrupted", "complete", "failed"
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def trainable_file(self) -> Path:
-        return self.path / "trainable.safetensors"
-
-    @property
-    def summary_file(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def partition_file(self) -> Path:
-        return self.path / "partition.json"
-
-    @property
-    def state_file(self) -> Path:
-        return self.path / "state.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.state_file = path / "state.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.trainable_file = path / "trainable.safetensors"
+        self.summary_file = path / "summary.json"
+        self.partition_file = path / "partition.json"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
 
     def lock(self, owner: Owner | None = None, stop: StopRequest | None = None) -> RunLock:
-        """Makes this process the run's only writer, and removes what writers that were killed have left half-written.
+        """Makes this process the run's only writer, and removes files that killed writers have left half-written.
 
         Args:
-            stop: ends the waiting for an earlier attempt of the owner's job.
+            stop: ends the wait for an earlier attempt of the owner's job.
 
         Raises:
-            RunInUseError: another process is.
-            ConfigError: the directory cannot be made or locked.
+            RunInUseError: another process is writing the run.
+            ConfigError: the directory cannot be made, written or locked.
         """
         lock = RunLock(self.path, owner or Owner.this_process(), stop or StopRequest())
         for folder in (self.path, self.checkpoints):
@@ -87,7 +62,7 @@ class RunDirectory:
         return find_holder(self.path)
 
     def owner(self) -> Owner | None:
-        """Who may write the run: its holder, or the later attempt of the holder's job that waits for the lock."""
+        """The process that may write the run: the lock's holder, or a later attempt of its job that waits for it."""
         return read_owner(self.path)
 
     def check_writable(self) -> None:
@@ -198,85 +173,3 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         return found
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-
-
-def check_same_backbone(expected: str, actual: str, path: Path) -> None:
-    """Refuses to put trained parameters on a backbone of other weights than they were trained on.
-
-    Raises:
-        ConfigError: the two digests differ.
-    """
-    _check_same(expected, actual, f"{path} was trained on a backbone of other weights", "weights")
-
-
-def check_same_data(expected: str, actual: str, path: Path) -> None:
-    """Refuses to go on with a run on other data than it began with.
-
-    Raises:
-        ConfigError: the two digests differ.
-    """
-    _check_same(expected, actual, f"{path} was begun on other data", "files below data.root")
-
-
-def check_same_traces(expected: str, actual: str, path: Path) -> None:
-    """Refuses to go on with a run by other traces than it began with.
-
-    Raises:
-        ConfigError: the two digests differ.
-    """
-    _check_same(expected, actual, f"{path} was begun with other traces", "files of federation.participation")
-
-
-def _check_same(expected: str, actual: str, complaint: str, things: str) -> None:
-    if expected != actual:
-        raise ConfigError(
-            f"{complaint} (sha256 {expected[:12]} there, {actual[:12]} here); give back the {things} that it had, or "
-            "train again under another output.name"
-        )
-
-
-def is_complete(state: Mapping[str, Any], config: RunConfig) -> bool:
-    """Whether nothing is left to do for a config in a directory with that state."""
-    if state["state"] != COMPLETE:
-        return False
-    budget = state.get("stopped_at_epsilon")
-    is_spent = budget is not None and budget == getattr(config.privacy, "stop_at_epsilon", None)
-    return is_spent or state.get("next_round", 0) >= config.federation.rounds
-
-
-def with_choices_of(stored: RunConfig, config: RunConfig) -> RunConfig:
-    """The config with what `auto` stood for when the stored one's run began."""
-    for section, keys in (("runtime", ("device", "precision", "lanes")), ("privacy", ("slots",))):
-        theirs, ours = getattr(stored, section), getattr(config, section)
-        taken = {key: getattr(theirs, key, "auto") for key in keys if getattr(ours, key, None) == "auto"}
-        config = with_values(config, section, **taken)
-    return config
-
-
-def check_same_run(stored: RunConfig, config: RunConfig, path: Path) -> None:
-    """Refuses to go on with a run under a config that would give another result.
-
-    `federation.rounds` may grow, unless the rounds already run have followed a schedule that depends on it, and with it
-    the privacy budget; `privacy.stop_at_epsilon` may change.
-
-    Raises:
-        ConfigError: with the keys that differ.
-    """
-    differing = differing_keys(stored, config)
-    if differing:
-        old, new = result_keys(stored), result_keys(config)
-        changes = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differing)
-        raise ConfigError(f"{path} holds a run of another config: {changes}; give another output.name, or remove it")
-
-
-def differing_keys(stored: RunConfig, config: RunConfig) -> list[str]:
-    """The keys in which a config asks for another result than a run's own, as `check_same_run` counts them."""
-    old, new = result_keys(stored), result_keys(config)
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    longer = config.federation.rounds > stored.federation.rounds
-    if "federation.rounds" in differing and longer and config.client.schedule.name != "cosine":
-        differing.remove("federation.rounds")
-        target = "privacy.epsilon"
-        if target in differing and None not in (old.get(target), new.get(target)) and new[target] > old[target]:
-            differing.remove(target)
-    return [key for key in differing if key != "privacy.stop_at_epsilon"]

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest
 
 LOCK_SECONDS = 1.0
 """`find_holder` holds the lock for a moment to see whether it can be had; who wants it in earnest waits that out."""
+LOOK_SECONDS = 1.0
 TAKEOVER_SECONDS = 1200.0
 """How long a job's new attempt waits for the old one, which looks around once a round; less than a group's time-out."""
 
@@ -60,10 +62,10 @@ class Owner:
 
 
 class RunLock:
-    """Makes this process the only writer of a run's directory, until it is released or ends, however it does.
+    """Makes this process the only writer of a run's directory, until it releases the lock or ends in any way.
 
     Raises:
-        RunInUseError: another process is, and stays so for LOCK_SECONDS.
+        RunInUseError: another process is the writer, and stays so for LOCK_SECONDS.
         StoppedEarlyError: asked to stop while it waits for an earlier attempt of the same Slurm job.
         ConfigError: the directory cannot be made or locked.
     """
@@ -71,17 +73,35 @@ class RunLock:
     def __init__(self, directory: Path, owner: Owner, stop: StopRequest):
         self.directory, self.owner, self.stop = directory, owner, stop
         self._lock = _flock(directory)
+        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
+        self._looked = 0.0
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._acquire()
             self._write_owner(owner)
-        except (OSError, NotImplementedError) as error:  # the second where a file system knows no locks
+        except (OSError, NotImplementedError) as error:  # the second if a file system knows no locks
             self._lock.release()
             raise ConfigError(f"output.root: '{directory}' cannot be locked ({error}); give another folder") from None
 
+    def is_ours(self) -> bool:
+        """Whether this process may still write: a later attempt of its Slurm job may have taken the run over."""
+        return read_owner(self.directory) in (self.owner, None)
+
+    def look_around(self) -> None:
+        """Asks the run to stop if it was taken over; looks once in LOOK_SECONDS at most."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self.stop.received = self.stop.received or not self.is_ours()
+
     def release(self) -> None:
+        """Lets go, and removes the folders that it has made if nothing was written to the run's."""
         if self._lock.is_locked and read_owner(self.directory) == self.owner:
             _owner_file(self.directory).unlink(missing_ok=True)
+            if self._made and [path.name for path in self.directory.iterdir()] == [_lock_file(self.directory).name]:
+                _lock_file(self.directory).unlink()
+                with suppress(OSError):  # another run has begun below the same root
+                    for folder in self._made:
+                        folder.rmdir()
         self._lock.release()
 
     def _acquire(self) -> None:

@@ -7,6 +7,14 @@ Defaults are the paper's CIFAR-100 setting (arXiv 2210.01708), without augmentat
 
 # ruff: noqa: F401
 
+from fedpeft_dist.config.schema.algorithm import (
+    AlgorithmConfig,
+    FedAvgConfig,
+    FedProxConfig,
+    MedianConfig,
+    ScaffoldConfig,
+    TrimmedMeanConfig,
+)
 from fedpeft_dist.config.schema.backbone import BackboneConfig
 from fedpeft_dist.config.schema.client import (
     AdamWConfig,

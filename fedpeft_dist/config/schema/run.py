@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from fedpeft_dist.config.schema.algorithm import AlgorithmConfig, FedAvgConfig
 from fedpeft_dist.config.schema.backbone import BackboneConfig
 from fedpeft_dist.config.schema.client import ClientConfig
 from fedpeft_dist.config.schema.data import Cifar100Config, DataConfig
@@ -26,6 +27,7 @@ class RunConfig(Section):
     data: DataConfig = Cifar100Config(name="cifar100")
     federation: FederationConfig = FederationConfig()
     client: ClientConfig = ClientConfig()
+    algorithm: AlgorithmConfig = FedAvgConfig(name="fedavg")
     server: ServerConfig = ServerConfig()
     privacy: PrivacyConfig = NoPrivacy(name="none")
     runtime: RuntimeConfig = RuntimeConfig()
@@ -54,6 +56,7 @@ class RunConfig(Section):
         if data.partition.name == "pool" and data.validation:
             raise ValueError("data.validation: a pool's clients share their samples, so none can be held out; give 0.0")
         self._check_privacy()
+        self.algorithm.check(self)
         if self.runtime.compile and self.method.name == "full":
             raise ValueError("runtime.compile: true does not go with method 'full', which runs under vmap; give false")
         needs_validation = {

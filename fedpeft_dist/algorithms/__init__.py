@@ -1,0 +1,31 @@
+"""Federated algorithms: one file each. ALGORITHMS maps each algorithm's config class to its class."""
+
+from __future__ import annotations
+
+from fedpeft_dist.algorithms.algorithm import Algorithm, Federation
+from fedpeft_dist.algorithms.fedprox import FedProx
+from fedpeft_dist.algorithms.scaffold import Scaffold
+from fedpeft_dist.algorithms.trimmed_mean import Median, TrimmedMean
+from fedpeft_dist.config import schema
+
+ALGORITHMS: dict[type, type[Algorithm]] = {
+    schema.FedAvgConfig: Algorithm,
+    schema.FedProxConfig: FedProx,
+    schema.ScaffoldConfig: Scaffold,
+    schema.TrimmedMeanConfig: TrimmedMean,
+    schema.MedianConfig: Median,
+}
+
+
+def find_algorithm(config: schema.RunConfig) -> tuple[type[Algorithm], schema.AlgorithmConfig]:
+    """The class of the config's algorithm, and its section; `client.proximal` is FedProx by another name."""
+    section = config.algorithm
+    if isinstance(section, schema.FedAvgConfig) and config.client.proximal:
+        section = schema.FedProxConfig(name="fedprox", mu=config.client.proximal)
+    return ALGORITHMS[type(section)], section
+
+
+def make_algorithm(config: schema.RunConfig, federation: Federation) -> Algorithm:
+    """The algorithm that a config names."""
+    algorithm, section = find_algorithm(config)
+    return algorithm(section, federation)

@@ -1,0 +1,139 @@
+"""What a config sets up on a rank: data, clients, model, images on the device, and their evaluation.
+
+Shapes: P trainable parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+
+from fedpeft_dist.backbones.timm_backbone import freeze
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.data import load_dataset
+from fedpeft_dist.data.augment import make_transform
+from fedpeft_dist.data.datasets import ImageSet
+from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
+from fedpeft_dist.data.pixels import choose_resident
+from fedpeft_dist.data.recipe import ImageRecipe
+from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
+from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.tracking.run_directory import RunDirectory
+from fedpeft_dist.tracking.same_run import check_same
+from fedpeft_dist.training.schedule import ClientTask
+
+
+class Setup:
+    """
+    Raises:
+        ConfigError: the data cannot be read, the partition is impossible, or the method does not fit the backbone.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+        self.dataset = load_dataset(config.data, derive_seed(config.seed, "data"))
+        self.data_sha256 = self.dataset.fingerprint()
+        self.partition, self.held_out = make_clients(config, self.dataset.train)
+        if config.federation.cohort > self.partition.num_clients:
+            raise ConfigError(
+                f"federation.cohort: {config.federation.cohort} is larger than the population of "
+                f"{self.partition.num_clients} clients"
+            )
+        self.largest_client = self.partition.largest_total(1)
+        """Samples of the population's largest client."""
+        self.batch_size = min(config.client.batch_size, self.largest_client)
+        """B, the samples of a lane in a step. No batch has more than the population's largest client, so the bound is
+        the same on every rank, in every round and on resume."""
+        self.model = build_lane_model(config, self.dataset.num_classes)
+        self.initial_vector = self.model.initial_vector().to(runtime.device)
+        freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
+        self.train_store, self.test_store = self._make_stores()
+
+    @cached_property
+    def test_evaluator(self) -> Evaluator:
+        return self._evaluator(self.test_store, torch.arange(len(self.test_store)))
+
+    @cached_property
+    def validation_evaluator(self) -> Evaluator:
+        """Evaluates on the samples that clients hold out of their own."""
+        assert self.held_out is not None
+        return self._evaluator(self.train_store, self.held_out.samples)
+
+    @property
+    def recipe(self) -> ImageRecipe:
+        """How pictures become the backbone's input."""
+        own = self.model.backbone
+        return ImageRecipe.of(self.config.data, own.interpolation, own.mean, own.std, self.dataset.cropped)
+
+    def evaluate(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Accuracy of a global vector [P] on the images that `federation.evaluate_on` names, and the clients' own.
+
+        Args:
+            is_dropped: asked once in a while, whether to break off.
+
+        Raises:
+            StoppedEarlyError: on every rank, if any of them has broken off.
+        """
+        federation = self.config.federation
+        metrics = {}
+        if federation.evaluate_on == "validation" or federation.evaluate_clients:
+            correct = self.validation_evaluator.correct(vector, is_dropped)
+            metrics["accuracy"] = float(correct.sum()) / len(correct)
+            if federation.evaluate_clients:
+                metrics |= client_accuracies(correct, self.held_out.offsets)
+        if federation.evaluate_on == "test":
+            metrics["accuracy"] = self.test_evaluator.accuracy(vector, is_dropped)
+        return metrics
+
+    def tasks(self, clients: Sequence[int], steps: Mapping[int, int] | None = None) -> list[ClientTask]:
+        """The clients' work in a round; steps are the local steps of each, None means all of their own."""
+        sizes = {client: self.partition.size(client) for client in clients}
+        if steps is None:
+            steps = {client: self.config.client.num_steps(size) for client, size in sizes.items()}
+        return [ClientTask(client, self.partition.indices(client), steps[client], sizes[client]) for client in clients]
+
+    def _make_stores(self) -> list[DeviceStore]:
+        """The training and the test images. The model is on the device already, and lanes share what is left."""
+        backbone, splits, device = self.model.backbone, [self.dataset.train, self.dataset.test], self.runtime.device
+        transform = make_transform(self.config.data, backbone.interpolation)
+        return [
+            DeviceStore(images, transform, backbone.channels, backbone.mean, backbone.std, device, resident)
+            for images, resident in zip(splits, choose_resident(splits, device))
+        ]
+
+    def _evaluator(self, store: DeviceStore, samples: torch.Tensor) -> Evaluator:
+        return Evaluator(self.model, store, samples, self.config.runtime.evaluate_batch, self.runtime)
+
+
+def make_clients(config: RunConfig, train: ImageSet) -> tuple[Partition, IndexPartition | None]:
+    """The clients' training samples and, if the config holds some out, their validation samples."""
+    partition = make_partition(config.data, train, config.seed)
+    if not config.data.validation:
+        return partition, None
+    assert isinstance(partition, IndexPartition)
+    kept, held_out = hold_out(partition, config.data.validation, config.seed)
+    if not len(held_out.samples):
+        raise ConfigError(f"data.validation: {config.data.validation} holds no sample out of any client; give more")
+    return kept, held_out
+
+
+def evaluate_run(config: RunConfig, directory: RunDirectory, runtime: Runtime) -> dict[str, float]:
+    """Evaluates the parameters that a run has trained, as the run itself does.
+
+    Raises:
+        ConfigError: the parameters cannot be read, or belong to another method or backbone.
+    """
+    tensors, metadata = directory.read_trainable()
+    setup = Setup(config, runtime)
+    check_same(metadata["backbone_sha256"], setup.model.backbone.sha256, directory.trainable_file, "backbone")
+    try:
+        vector = setup.model.layout.join(tensors)
+    except ValueError as error:
+        raise ConfigError(f"{directory.trainable_file}: {error}") from None
+    return setup.evaluate(vector.to(runtime.device))
