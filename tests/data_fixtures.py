@@ -16,8 +16,7 @@ from PIL import Image
 
 from fedpeft_dist.config.schema import DataConfig, RunConfig
 from fedpeft_dist.data.resisc45 import FOLDER as RESISC45
-
-TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+from tests.tiny import tiny_tree
 
 
 def data_config(**data: Any) -> DataConfig:
@@ -26,15 +25,13 @@ def data_config(**data: Any) -> DataConfig:
 
 def run_tree(output: Path, **data: Any) -> dict[str, Any]:
     """The tree of a small run over a data set."""
-    return {
-        "backbone": {"name": "vit_tiny_patch16_224", "pretrained": False, "model_args": TINY_VIT},
-        "method": {"name": "bias"},
-        "data": {"image_size": 16, "clients": 4, "partition": {"name": "iid"}, **data},
-        "federation": {"rounds": 2, "cohort": 3},
-        "client": {"epochs": 1, "batch_size": 7},
-        "runtime": {"device": "cpu", "lanes": 2},
-        "output": {"root": str(output), "name": "run"},
-    }
+    return tiny_tree(
+        method={"name": "bias"},
+        data=data,
+        federation={"cohort": 3},
+        client={"batch_size": 7},
+        output={"root": str(output), "name": "run"},
+    )
 
 
 def write_cifar10(root: Path, num_train: int = 50, num_test: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:

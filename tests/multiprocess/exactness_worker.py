@@ -16,19 +16,9 @@ from fedpeft_dist.federation import run as rounds
 from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
 from fedpeft_dist.runtime import process
 from fedpeft_dist.training import local_training
+from tests.tiny import tiny_vit
 
-VIT = {
-    "name": "vit_tiny_patch16_224",
-    "pretrained": False,
-    "model_args": {
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "proj_drop_rate": 0.1,
-        "drop_path_rate": 0.1,
-    },
-}
+VIT = tiny_vit(depth=2, proj_drop_rate=0.1, drop_path_rate=0.1)
 METHODS = {
     "full": {"name": "full"},
     "head": {"name": "head"},

@@ -13,25 +13,12 @@ import pytest
 import yaml
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RunDirectory
+from tests.tiny import tiny_tree
 from tests.warm_process import Finished, run_fedpeft
 
-BASE = {
-    "backbone": {"name": "vit_tiny_patch16_224", "pretrained": False},
-    "method": {"name": "bias"},
-    "data": {
-        "name": "synthetic",  # importing what digits come from takes each process two seconds
-        "num_train": 512,
-        "num_test": 64,
-        "classes": 10,
-        "image_size": 16,
-        "clients": 4,
-        "partition": {"name": "iid"},
-    },
-    "federation": {"rounds": 2, "cohort": 2},
-    "client": {"epochs": 1, "batch_size": 64},
-    "runtime": {"device": "cpu", "lanes": 2},
-}
-BASE["backbone"]["model_args"] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+BASE = tiny_tree(
+    method={"name": "bias"}, data={"num_train": 512, "num_test": 64, "classes": 10}, client={"batch_size": 64}
+)
 
 
 @pytest.fixture

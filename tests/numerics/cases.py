@@ -24,14 +24,14 @@ from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.lane_schedule import ClientTask, Tick, schedule_lanes
 from fedpeft_dist.training.local_training import ClientUpdate, LocalTrainer
+from tests.tiny import VIT_ARGS, VIT_NAME
 
 SEED, ROUND = 11, 3
 CLASSES = 5
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
 
-VIT = ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2})
-"""Five tokens: an odd number, so that no lane's activations are a multiple of anything."""
+VIT = (VIT_NAME, VIT_ARGS | {"img_size": 16, "depth": 2})
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},

@@ -24,6 +24,7 @@ from fedpeft_dist.federation.server_optimizers import make_server_optimizer
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.training.lane_schedule import schedule_lanes
+from tests.tiny import tiny_vit
 
 from .cases import (
     CPU,
@@ -61,16 +62,11 @@ RUNS = {
 
 
 def make_config(method: str, output, batch: int = BATCH, **data) -> RunConfig:
-    name, arguments = VIT
     run = RUNS[method]
     return parse_config(
         {
             "seed": 7,
-            "backbone": {
-                "name": name,
-                "pretrained": False,
-                "model_args": {key: value for key, value in arguments.items() if key != "img_size"},
-            },
+            "backbone": tiny_vit(depth=2),
             "method": METHODS[method],
             "data": {
                 "name": "digits",

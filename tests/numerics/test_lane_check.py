@@ -18,10 +18,11 @@ from fedpeft_dist.federation.opening import open_run
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.methods.lane_model import LaneModel, LaneModule
 from fedpeft_dist.training.lane_check import check_lanes
+from tests.tiny import tiny_vit
 
-from .cases import CLASSES, CPU, VIT, make_runtime
+from .cases import CLASSES, CPU, make_runtime
 
-TINY = {"name": VIT[0], "pretrained": False, "model_args": {k: v for k, v in VIT[1].items() if k != "img_size"}}
+TINY = tiny_vit(depth=2)
 DATA = {"name": "synthetic", "image_size": 16, "classes": CLASSES, "clients": 8}
 RELPOS = {"name": "test_vit_relpos", "pretrained": False}
 

@@ -26,6 +26,7 @@ from fedpeft_dist.privacy.noise_seed import derive_noise_seed
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory, read_metrics
 from fedpeft_dist.training.local_training import _NOISE, LocalTrainer
+from tests.tiny import tiny_vit
 
 from .cases import (
     METHODS,
@@ -49,11 +50,7 @@ USER = {"name": "user", "noise_multiplier": 1.5, "dp_delta": 0.01, "clip_norm": 
 def make_config(folder: Path, privacy: dict[str, Any], name: str = "run", **federation: Any) -> RunConfig:
     participation = {"name": "poisson" if privacy["name"] == "user" else "uniform"}
     tree = {
-        "backbone": {
-            "name": "vit_tiny_patch16_224",
-            "pretrained": False,
-            "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-        },
+        "backbone": tiny_vit(),
         "method": {"name": "head"},
         "data": {
             "name": "digits",

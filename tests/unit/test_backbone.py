@@ -19,10 +19,11 @@ from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone, class
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.methods import METHODS, attach_method
+from tests import tiny
 from tests.weight_fixtures import with_changed_tensors
 
 CLASSES, SIDE = 5, 32
-VIT, VIT_ARGS = "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 32, "num_heads": 2}
+VIT, VIT_ARGS = tiny.VIT_NAME, tiny.VIT_ARGS | {"patch_size": 16, "depth": 2}
 RESNET = "test_resnet"
 
 

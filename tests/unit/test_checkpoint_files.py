@@ -17,9 +17,10 @@ from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
 from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
+from tests import tiny
 
 CLASSES, SIDE, WIDTH = 5, 32, 24
-VIT, VIT_ARGS = "vit_tiny_patch16_224", {"depth": 2, "embed_dim": WIDTH, "num_heads": 2}
+VIT, VIT_ARGS = tiny.VIT_NAME, tiny.VIT_ARGS | {"patch_size": 16, "embed_dim": WIDTH, "depth": 2}
 State = dict[str, torch.Tensor]
 
 

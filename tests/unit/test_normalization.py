@@ -14,19 +14,20 @@ from pydantic import ValidationError
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
+from tests.tiny import VIT_ARGS, VIT_NAME
 
-VIT, VIT_ARGS, SIDE = "vit_tiny_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, 32
+SIDE = 32
 IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-def build(name: str = VIT, **values: Any) -> Backbone:
+def build(name: str = VIT_NAME, **values: Any) -> Backbone:
     arguments = VIT_ARGS | values.pop("model_args", {})
     return build_backbone(BackboneConfig(name=name, model_args=arguments, **values), 5, SIDE, seed=1)
 
 
 def encoder() -> dict[str, torch.Tensor]:
-    return timm.create_model(VIT, num_classes=0, img_size=SIDE, **VIT_ARGS).state_dict()
+    return timm.create_model(VIT_NAME, num_classes=0, img_size=SIDE, **VIT_ARGS).state_dict()
 
 
 def under(prefix: str, change: float = 0.0) -> dict[str, torch.Tensor]:
@@ -64,7 +65,10 @@ def test_a_warning_tells_what_a_known_origin_wants(tmp_path: Path, file: str, wr
     ("file", "content"),
     [
         ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}),
-        ("config.json", {"architecture": VIT, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}),
+        (
+            "config.json",
+            {"architecture": VIT_NAME, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}},
+        ),
     ],
 )
 def test_a_file_beside_the_weights_is_believed_first(tmp_path: Path, file: str, content: Any) -> None:

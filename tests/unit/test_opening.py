@@ -36,16 +36,13 @@ from fedpeft_dist.tracking.run_directory import (
 )
 from fedpeft_dist.training.local_training import LocalTrainer
 from tests.numerics.cases import make_runtime
+from tests.tiny import tiny_vit
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     tree = {
-        "backbone": {
-            "name": "vit_tiny_patch16_224",
-            "pretrained": False,
-            "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-        },
+        "backbone": tiny_vit(),
         "method": {"name": "head"},
         "data": {"name": "digits", "image_size": 16, "clients": 4, "partition": {"name": "iid"}},
         "federation": {"rounds": 1, "cohort": 2},

@@ -12,6 +12,7 @@ import yaml
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 from tests import warm_process
+from tests.tiny import tiny_tree
 
 PRINTS = """
 import sys
@@ -24,19 +25,7 @@ with open(sys.argv[1], "w") as file:
     file.write(f"{file.fileno() > 2} {lost_output()} {lost_output()}")
 raise SystemExit(7)
 """
-CONFIG = {
-    "backbone": {
-        "name": "vit_tiny_patch16_224",
-        "pretrained": False,
-        "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-    },
-    "method": {"name": "head"},
-    "data": {"name": "digits", "image_size": 16, "clients": 4, "partition": {"name": "iid"}},
-    "federation": {"rounds": 2, "cohort": 2},
-    "client": {"epochs": 1, "batch_size": 32},
-    "runtime": {"device": "cpu", "lanes": 2},
-    "output": {"root": "runs", "name": "run"},
-}
+CONFIG = tiny_tree(data={"name": "digits"}, output={"root": "runs", "name": "run"})
 FULL = "No space left on device"
 
 

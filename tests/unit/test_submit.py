@@ -18,21 +18,16 @@ import yaml
 from fedpeft_dist.reports.runs import read_runs
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory
 from tests.real_runs import LATE_SIGNALS
+from tests.tiny import tiny_tree
 
 SUBMIT = Path(__file__).parents[2] / "launch" / "submit.py"
-BASE = {
-    "backbone": {
-        "name": "vit_tiny_patch16_224",
-        "pretrained": False,
-        "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-    },
-    "method": {"name": "bias"},
-    "data": {"name": "digits", "image_size": 16, "clients": 4, "partition": {"name": "iid"}},
-    "federation": {"rounds": 12, "cohort": 4},
-    "client": {"epochs": 4, "batch_size": 32},
-    "runtime": {"device": "cpu", "lanes": 2},
-    "output": {"root": "runs", "name": "run"},
-}
+BASE = tiny_tree(
+    method={"name": "bias"},
+    data={"name": "digits"},
+    federation={"rounds": 12, "cohort": 4},
+    client={"epochs": 4},
+    output={"root": "runs", "name": "run"},
+)
 SWEEP = {"base": "base.yaml", "output": "cells", "axes": {"client.optimizer.lr": [0.01, 0.1]}, "seeds": [1, 2]}
 LOAD = """
 import pickle, sys, cloudpickle
@@ -206,7 +201,8 @@ def test_a_warning_after_the_end_of_the_work_fails_no_job(
     late = tmp_path / "late"
     late.mkdir()
     (late / "sitecustomize.py").write_text(LATE_SIGNALS)
-    variables = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7", "PYTHONPATH": str(late)}
+    path = os.pathsep.join([str(late), *sys.path])
+    variables = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7", "PYTHONPATH": path}
     done = run(folder, os.environ | variables, "-m", "submitit.core._submit", str(jobs), check=False)
     assert (done.returncode, done.stderr[-13:]) == (0, "late signals\n"), done.stderr
     assert RunDirectory(folder / "runs" / "run").read_state()["state"] == COMPLETE

@@ -24,18 +24,19 @@ from fedpeft_dist.backbones.timm_backbone import build_backbone
 from fedpeft_dist.backbones.weight_files import read_weights
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
+from tests.tiny import VIT_ARGS, VIT_NAME
 
-VIT, VIT_ARGS, SIDE = "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 24, "num_heads": 2}, 32
+SIDE = 16
 WEIGHTS = {"weight": torch.ones(3)}
 
 
 def build(path: Path | str) -> nn.Module:
-    config = BackboneConfig(name=VIT, checkpoint=str(path), model_args=VIT_ARGS)
+    config = BackboneConfig(name=VIT_NAME, checkpoint=str(path), model_args=VIT_ARGS)
     return build_backbone(config, 5, SIDE, seed=1).model
 
 
 def state() -> dict[str, torch.Tensor]:
-    return timm.create_model(VIT, num_classes=7, img_size=SIDE, **VIT_ARGS).state_dict()
+    return timm.create_model(VIT_NAME, num_classes=7, img_size=SIDE, **VIT_ARGS).state_dict()
 
 
 def refusal(path: Path) -> str:
@@ -163,7 +164,7 @@ def test_what_a_failed_download_leaves_is_told(tmp_path: Path, suffix: str) -> N
 def test_timms_own_files_are_looked_at_too(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(PAGES[0])
     overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors")}}
-    config = BackboneConfig(name=VIT, model_args=VIT_ARGS | overlay)
+    config = BackboneConfig(name=VIT_NAME, model_args=VIT_ARGS | overlay)
     with pytest.raises(ConfigError, match=r"^backbone\.pretrained: the weights of .*it is a web page"):
         build_backbone(config, 5, SIDE, seed=1)
 
