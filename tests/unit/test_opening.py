@@ -7,21 +7,22 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedpeft_dist.checkpoint import load_newest_checkpoint
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config, with_values
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.federation import opening, simulation
-from fedpeft_dist.federation import run as rounds
+from fedpeft_dist.federation import opening, setup
 from fedpeft_dist.federation.evaluation import Evaluator
-from fedpeft_dist.federation.opening import open_run
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.federation.opening import OpenRun, open_run
+from fedpeft_dist.federation.run import run
+from fedpeft_dist.federation.setup import Setup
 from fedpeft_dist.runtime import interrupts
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.launch import Launch, find_launch
@@ -34,7 +35,8 @@ from fedpeft_dist.tracking.run_directory import (
     RunDirectory,
     read_metrics,
 )
-from fedpeft_dist.training.local_training import LocalTrainer
+from fedpeft_dist.tracking.run_lock import RunInUseError
+from fedpeft_dist.training.trainer import RoundStart, Trainer
 from tests.numerics.cases import make_runtime
 from tests.tiny import tiny_vit
 
@@ -56,50 +58,64 @@ def directory_of(config: RunConfig) -> RunDirectory:
     return RunDirectory(Path(config.output.root) / config.output.name)
 
 
-def while_building(monkeypatch: pytest.MonkeyPatch, happens: Any) -> None:
-    """Lets something happen between the first look at the directory and the lock."""
-    build = opening.Simulation
-
-    def building(config: RunConfig, runtime: Runtime) -> Any:
-        simulation = build(config, runtime)
-        happens()
-        return simulation
-
-    monkeypatch.setattr(opening, "Simulation", building)
+def begin(config: RunConfig, runtime: Runtime | None = None) -> AbstractContextManager[OpenRun | None]:
+    return open_run(config, runtime or make_runtime(), StopRequest())
 
 
-def test_another_runs_files_that_appear_meanwhile_are_refused(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directory_is_locked_before_anything_is_built(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So nothing can change in the directory between the reading and the first round."""
+    load, refusals = setup.load_dataset, []
+
+    def load_while_another_begins(*arguments: Any) -> Any:
+        with pytest.raises(RunInUseError) as refusal, begin(config):
+            pass
+        refusals.append(refusal)
+        return load(*arguments)
+
+    monkeypatch.setattr(setup, "load_dataset", load_while_another_begins)
+    with begin(config) as opened:
+        assert opened.state.round == 0
+    assert len(refusals) == 1
+
+
+@pytest.mark.parametrize("inside", ["", "group"])
+def test_refused_config_leaves_no_file(config: RunConfig, tmp_path: Path, inside: str) -> None:
+    refused = with_values(config, "output", root=str(tmp_path / inside), name="new/run")
+    refused = with_values(refused, "data", max_train=10**6)
+    with pytest.raises(ConfigError, match="max_train"), begin(refused):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_config_leaves_the_files_of_others(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="max_train"), begin(with_values(config, "data", max_train=10**6)):
+        pass
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert not directory_of(config).in_use()
+
+
+def test_another_runs_directory_is_refused(config: RunConfig) -> None:
     directory = directory_of(config)
-
-    def another_begins() -> None:
-        directory.write_config(config.model_copy(update={"seed": 9}))
-        directory.write_state(INTERRUPTED, 1)
-
-    while_building(monkeypatch, another_begins)
-    with pytest.raises(ConfigError, match=r"holds a run of another config: seed \(9 there, 1 here\)"):
-        open_run(config, make_runtime())
+    directory.path.mkdir()
+    directory.write_config(config.model_copy(update={"seed": 9}))
+    directory.write_state(INTERRUPTED, 1)
+    with pytest.raises(ConfigError, match=r"holds a run of another config: seed \(9 there, 1 here\)"), begin(config):
+        pass
     assert not directory.in_use()
 
 
-def test_what_another_process_has_completed_meanwhile_is_not_run_again(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_complete_run_is_not_run_again(config: RunConfig) -> None:
     directory = directory_of(config)
-
-    def another_completes() -> None:
-        directory.write_config(config)
-        directory.write_state(COMPLETE, 1)
-
-    while_building(monkeypatch, another_completes)
-    assert open_run(config, make_runtime()) is None
+    directory.write_config(config)
+    directory.write_state(COMPLETE, 1)
+    with begin(config) as opened:
+        assert opened is None
     assert not directory.in_use()
 
 
-def test_a_complete_run_may_lie_where_nothing_can_be_written(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_complete_run_may_lie_in_a_read_only_place(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = directory_of(config)
     directory.write_config(config)
     directory.write_state(COMPLETE, 1)
@@ -108,65 +124,54 @@ def test_a_complete_run_may_lie_where_nothing_can_be_written(
         raise ConfigError("output.root: no run can be written")
 
     monkeypatch.setattr(RunDirectory, "check_writable", refuse)
-    assert open_run(config, make_runtime()) is None
-    with pytest.raises(ConfigError, match="no run can be written"):
-        open_run(with_values(config, "federation", rounds=2), make_runtime())
+    with begin(config) as opened:
+        assert opened is None
+    with pytest.raises(ConfigError, match="no run can be written"), begin(with_values(config, "federation", rounds=2)):
+        pass
 
 
-def test_lanes_that_another_process_has_chosen_meanwhile_are_kept(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_keeps_the_lanes_that_it_has_begun_with(config: RunConfig) -> None:
     directory = directory_of(config)
-
-    def another_begins() -> None:
-        directory.write_config(with_values(config, "runtime", lanes=1))
-        directory.write_state(INTERRUPTED, 0)
-
-    while_building(monkeypatch, another_begins)
-    run = open_run(with_values(config, "runtime", lanes="auto"), make_runtime())
-    assert run.config.runtime.lanes == run.simulation.lanes == 1
-    run.close()
+    directory.write_config(with_values(config, "runtime", lanes=1))
+    directory.write_state(INTERRUPTED, 0)
+    with begin(with_values(config, "runtime", lanes="auto")) as opened:
+        assert opened.simulation.config.runtime.lanes == 1
 
 
-def test_a_failure_before_the_lock_does_not_mark_another_processs_run(
+def test_failure_while_building_does_not_mark_the_run_failed(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = directory_of(config)
     directory.write_config(config)
     directory.write_state(RUNNING, 0)
 
-    def fail() -> None:
+    def fail(*_: Any) -> None:
         raise MemoryError
 
-    while_building(monkeypatch, fail)
+    monkeypatch.setattr(setup, "load_dataset", fail)
     with pytest.raises(MemoryError):
-        rounds.run_federation(config, make_runtime())
+        run(config, runtime=make_runtime())
     assert directory.read_state()["state"] == RUNNING
 
 
-def test_a_run_does_not_go_on_with_other_data(config: RunConfig) -> None:
+def test_run_does_not_go_on_with_other_data(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_values(config, "federation", rounds=2)
-    run = open_run(config, make_runtime())
-    run.directory.write_config(config)
-    run.next_round = 1
-    run.save()
-    run.close()
+    with begin(config) as opened:
+        opened.directory.write_config(config)
+        opened.save(dataclasses.replace(opened.state, round=1))
     other = with_values(config, "data", root="elsewhere")
-    again = open_run(other, make_runtime())  # where files lie does not matter, what they hold does
-    assert again.next_round == 1
-    again.close()
-    opening_digits = opening.Simulation
+    with begin(other) as opened:  # the place of the files does not matter, their content does
+        assert opened.state.round == 1
+    load = setup.load_dataset
 
-    def with_a_changed_label(config: RunConfig, runtime: Runtime) -> Any:
-        simulation = opening_digits(config, runtime)
-        simulation.dataset.train.labels[0] += 1
-        simulation.data_sha256 = simulation.dataset.fingerprint()
-        return simulation
+    def load_with_a_changed_label(*arguments: Any) -> Any:
+        dataset = load(*arguments)
+        dataset.train.labels[0] += 1
+        return dataset
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "Simulation", with_a_changed_label)
-        with pytest.raises(ConfigError, match="was begun on other data"):
-            open_run(config, make_runtime())
+    monkeypatch.setattr(setup, "load_dataset", load_with_a_changed_label)
+    with pytest.raises(ConfigError, match="was begun on other data"), begin(config):
+        pass
 
 
 def test_a_job_that_slurm_has_requeued_goes_on(config: RunConfig) -> None:
@@ -183,9 +188,8 @@ def test_a_job_that_slurm_has_requeued_goes_on(config: RunConfig) -> None:
     }
     launch = find_launch(slurm)
     assert (launch.restart, launch.requeues) == (0, 1)
-    run = open_run(config, Runtime(launch, make_runtime().device, "fp32", threads=1))
-    assert run is not None
-    run.close()
+    with begin(config, Runtime(launch, make_runtime().device, "fp32", threads=1)) as opened:
+        assert opened is not None
 
 
 def test_a_worker_that_torchrun_restarts_does_not_undo_an_interruption(config: RunConfig) -> None:
@@ -193,14 +197,14 @@ def test_a_worker_that_torchrun_restarts_does_not_undo_an_interruption(config: R
     directory.write_config(config)
     directory.write_state(INTERRUPTED, 0, "job")
     device = make_runtime().device
-    assert open_run(config, Runtime(Launch(restart=1, job="job"), device, "fp32", threads=1)) is None
-    run = open_run(config, Runtime(Launch(restart=0, job="other"), device, "fp32", threads=1))
-    assert run is not None
-    run.close()
+    with begin(config, Runtime(Launch(restart=1, job="job"), device, "fp32", threads=1)) as opened:
+        assert opened is None
+    with begin(config, Runtime(Launch(restart=0, job="other"), device, "fp32", threads=1)) as opened:
+        assert opened is not None
 
 
 def run_some_rounds(config: RunConfig, num_rounds: int) -> None:
-    rounds.run_federation(with_values(config, "federation", rounds=num_rounds), make_runtime())
+    run(with_values(config, "federation", rounds=num_rounds), runtime=make_runtime())
 
 
 def digest_of(config: RunConfig) -> str:
@@ -235,13 +239,6 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     assert rows == [1, 2, 3, 4, 5]
 
 
-def test_a_checkpoint_has_what_bounds_the_weights(config: RunConfig) -> None:
-    rounds.run_federation(config, make_runtime())
-    checkpoint, _ = load_newest_checkpoint(directory_of(config).checkpoints)
-    largest = np.sort(Simulation(config, make_runtime()).partition.sizes())[-2:].sum()
-    assert checkpoint.aggregator_state["largest_total_weight"] == largest
-
-
 def test_a_checkpoint_of_another_config_is_refused(config: RunConfig) -> None:
     """Also where config.yaml has been edited to match."""
     run_some_rounds(config, 1)
@@ -261,18 +258,16 @@ def test_other_versions_of_libraries_are_told(
     assert f"begun with other versions (torch {now['torch']} there, 9.9 here)" in capsys.readouterr().err
 
 
-def stop_in_round(monkeypatch: pytest.MonkeyPatch, number: int, grace: float) -> StopRequest:
-    """Asks a run to stop at the first local step of a round."""
-    stop, real = StopRequest(), LocalTrainer.train
-    monkeypatch.setattr(interrupts, "GRACE_SECONDS", grace)
+def in_round(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[], None]) -> None:
+    """Lets something happen at the beginning of a round, counted from 0."""
+    train = Trainer.train
 
-    def train(trainer: Any, tasks: Any, vector: Any, round_number: int, *others: Any) -> Any:
-        if round_number == number:
-            stop.received = True
-        return real(trainer, tasks, vector, round_number, *others)
+    def training(trainer: Trainer, tasks: Any, start: RoundStart, *others: Any) -> Any:
+        if start.number == number:
+            happens()
+        return train(trainer, tasks, start, *others)
 
-    monkeypatch.setattr(LocalTrainer, "train", train)
-    return stop
+    monkeypatch.setattr(Trainer, "train", training)
 
 
 @pytest.mark.parametrize(("grace", "rounds_done"), [(1000.0, 3), (-1.0, 2)])
@@ -282,22 +277,24 @@ def test_a_round_in_work_is_finished_in_time_or_dropped(
 ) -> None:
     other = with_values(config, "output", name="other", checkpoint_every=checkpoint_every)
     config, other = (with_values(each, "federation", rounds=5) for each in (config, other))
-    rounds.run_federation(config, make_runtime())
+    run(config, runtime=make_runtime())
     with monkeypatch.context() as patch:
-        stop = stop_in_round(patch, 2, grace)
-        assert rounds.run_federation(other, make_runtime(), stop) == INTERRUPTED
+        stop = StopRequest()
+        patch.setattr(interrupts, "GRACE_SECONDS", grace)
+        in_round(patch, 2, lambda: setattr(stop, "received", True))
+        assert run(other, stop, make_runtime()) == INTERRUPTED
     directory = directory_of(other)
     assert directory.read_state() == {"state": INTERRUPTED, "next_round": rounds_done, "launch": ""}
     newest, damaged = load_newest_checkpoint(directory.checkpoints)
-    assert (newest.next_round, damaged) == (rounds_done, [])
-    assert rounds.run_federation(other, make_runtime()) == COMPLETE
+    assert (newest.state.round, damaged) == (rounds_done, [])
+    assert run(other, runtime=make_runtime()) == COMPLETE
     assert digest_of(other) == digest_of(config)
 
 
 def test_a_run_that_is_stopped_before_its_first_round(config: RunConfig) -> None:
-    assert rounds.run_federation(config, make_runtime(), StopRequest(received=True)) == INTERRUPTED
+    assert run(config, StopRequest(received=True), make_runtime()) == INTERRUPTED
     assert directory_of(config).read_state() == {"state": INTERRUPTED, "next_round": 0, "launch": ""}
-    assert rounds.run_federation(config, make_runtime()) == COMPLETE
+    assert run(config, runtime=make_runtime()) == COMPLETE
 
 
 def test_what_takes_long_before_the_first_round_is_broken_off(
@@ -314,17 +311,17 @@ def test_what_takes_long_before_the_first_round_is_broken_off(
         os.kill(os.getpid(), signal.SIGTERM)
         return load(*arguments)
 
-    load = simulation.load_dataset
+    load = setup.load_dataset
     monkeypatch.setattr(interrupts, "GRACE_SECONDS", 0.3)
-    monkeypatch.setattr(simulation, "load_dataset", decode)
-    assert rounds.run_federation(config, make_runtime()) == INTERRUPTED
+    monkeypatch.setattr(setup, "load_dataset", decode)
+    assert run(config, runtime=make_runtime()) == INTERRUPTED
     assert not directory_of(config).path.exists()
     monkeypatch.undo()
-    monkeypatch.setattr(simulation, "load_dataset", decode_quickly)
-    assert rounds.run_federation(config, make_runtime()) == INTERRUPTED
+    monkeypatch.setattr(setup, "load_dataset", decode_quickly)
+    assert run(config, runtime=make_runtime()) == INTERRUPTED
     assert directory_of(config).read_state()["state"] == INTERRUPTED
     monkeypatch.undo()
-    assert rounds.run_federation(config, make_runtime()) == COMPLETE
+    assert run(config, runtime=make_runtime()) == COMPLETE
 
 
 @pytest.mark.parametrize("privacy", [{}, {"name": "user", "clip_norm": 0.5, "noise_multiplier": 0.1, "adaptive": {}}])
@@ -338,7 +335,7 @@ def test_a_round_whose_evaluation_takes_long_is_dropped_and_leaves_no_trace(
         tree |= {"privacy": privacy}
         tree["federation"] |= {"participation": {"name": "poisson"}}
     whole = with_values(with_values(parse_config(tree, "test"), "federation", rounds=4), "runtime", evaluate_batch=100)
-    assert rounds.run_federation(whole, make_runtime()) == COMPLETE
+    assert run(whole, runtime=make_runtime()) == COMPLETE
     for every in (1, 0):
         other = with_values(whole, "output", name=f"every{every}", checkpoint_every=every)
         stop, batch, starts = StopRequest(), Evaluator._batch, []
@@ -351,25 +348,25 @@ def test_a_round_whose_evaluation_takes_long_is_dropped_and_leaves_no_trace(
         with monkeypatch.context() as patch:
             patch.setattr(interrupts, "GRACE_SECONDS", -1.0)
             patch.setattr(Evaluator, "_batch", evaluate_batch)
-            assert rounds.run_federation(other, make_runtime(), stop) == INTERRUPTED
+            assert run(other, stop, make_runtime()) == INTERRUPTED
         directory = directory_of(other)
         assert (directory.read_state()["next_round"], len(read_metrics(directory.metrics_file))) == (2, 2)
-        assert rounds.run_federation(other, make_runtime()) == COMPLETE
+        assert run(other, runtime=make_runtime()) == COMPLETE
         assert digest_of(other) == digest_of(whole)
 
 
 def test_no_round_begins_after_a_request_that_came_during_an_evaluation(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, stop = Simulation.evaluate, StopRequest()
+    evaluate, stop = Setup.evaluate, StopRequest()
 
     def evaluate_long(*arguments: object) -> dict[str, float]:
         stop.received = True
         return evaluate(*arguments)
 
     longer = with_values(config, "federation", rounds=5)
-    monkeypatch.setattr(Simulation, "evaluate", evaluate_long)
-    assert rounds.run_federation(longer, make_runtime(), stop) == INTERRUPTED
+    monkeypatch.setattr(Setup, "evaluate", evaluate_long)
+    assert run(longer, stop, make_runtime()) == INTERRUPTED
     assert directory_of(config).read_state()["next_round"] == 1
 
 
@@ -377,17 +374,15 @@ def test_a_run_that_another_attempt_takes_over_writes_nothing_more(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_values(config, "federation", rounds=5)
-    directory, real, seen = directory_of(config), LocalTrainer.train, []
+    directory, seen = directory_of(config), []
 
-    def train(trainer: Any, tasks: Any, vector: Any, round_number: int, *others: Any) -> Any:
-        if round_number == 2:
-            claim = dataclasses.replace(directory.owner(), attempt=1, token="new")
-            (directory.path / "owner.json").write_text(json.dumps(dataclasses.asdict(claim)))
-            seen.extend(path.read_bytes() for path in sorted(directory.path.rglob("*")) if path.is_file())
-        return real(trainer, tasks, vector, round_number, *others)
+    def take_over() -> None:
+        claim = dataclasses.replace(directory.owner(), attempt=1, token="new")
+        (directory.path / "owner.json").write_text(json.dumps(dataclasses.asdict(claim)))
+        seen.extend(path.read_bytes() for path in sorted(directory.path.rglob("*")) if path.is_file())
 
-    monkeypatch.setattr(LocalTrainer, "train", train)
-    assert rounds.run_federation(config, make_runtime()) == INTERRUPTED
+    in_round(monkeypatch, 2, take_over)
+    assert run(config, runtime=make_runtime()) == INTERRUPTED
     files = [path for path in sorted(directory.path.rglob("*")) if path.is_file()]
     events = [path.name.startswith("events") for path in files]
     for before, path, is_events in zip(seen, files, events):
@@ -397,14 +392,10 @@ def test_a_run_that_another_attempt_takes_over_writes_nothing_more(
 
 
 def test_a_failure_is_told_in_the_state(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = LocalTrainer.train
+    def fail() -> None:
+        raise MemoryError("out of\nmemory")
 
-    def train(trainer: Any, tasks: Any, vector: Any, round_number: int, *others: Any) -> Any:
-        if round_number == 1:
-            raise MemoryError("out of\nmemory")
-        return real(trainer, tasks, vector, round_number, *others)
-
-    monkeypatch.setattr(LocalTrainer, "train", train)
+    in_round(monkeypatch, 1, fail)
     with pytest.raises(MemoryError):
         run_some_rounds(config, 3)
     state = directory_of(config).read_state()
