@@ -8,6 +8,7 @@ from fedpeft_dist.data.partition import Partition, SharedPoolPartition
 from fedpeft_dist.federation.cost import compute_cost
 from fedpeft_dist.federation.simulation import make_clients
 from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER
 from fedpeft_dist.participation.plan import Participation
 from fedpeft_dist.privacy.plan import PrivacyPlan, make_privacy_plan
 
@@ -24,7 +25,7 @@ def plan_ahead(config: RunConfig) -> PrivacyPlan | None:
     num_parameters = compute_cost(config).trainable_parameters if takes_time else 0
     needs_sizes = config.privacy.name == "sample" or _may_leave_clients_empty(config)
     partition = _partition(config) if needs_sizes or config.data.clients is None else _stand_in(config)
-    participation = Participation(config, partition, num_parameters)
+    participation = Participation(config, partition, num_parameters * BYTES_PER_PARAMETER)
     if needs_sizes:  # else nothing depends on who is late, nor are the clients' sizes known here
         participation.check()
     return make_privacy_plan(config, participation)

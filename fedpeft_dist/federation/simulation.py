@@ -25,6 +25,7 @@ from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
 from fedpeft_dist.federation.user_aggregation import UserAggregator
 from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.participation.plan import Participation
 from fedpeft_dist.privacy.noise_seed import derive_noise_seed, draw_noise_seed
@@ -139,7 +140,9 @@ class Simulation:
         Raises:
             ConfigError: a trace that cannot be read, a cohort or a deadline that cannot be.
         """
-        participation = Participation(self.config, self.partition, self.model.layout.num_parameters)
+        participation = Participation(
+            self.config, self.partition, self.model.layout.num_parameters * BYTES_PER_PARAMETER
+        )
         participation.check()
         return participation
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 
 # The golden-ratio increment and the two multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed 64-bit ints.
@@ -41,6 +42,12 @@ def fold_in(keys: torch.Tensor, values: torch.Tensor | int) -> torch.Tensor:
 def uniform(keys: torch.Tensor) -> torch.Tensor:
     """Float32 in [0, 1), 24 bits each, one per key."""
     return _shift_right(mix(keys), 40).to(torch.float32) * 2.0**-24
+
+
+def uniform_by_id(ids: np.ndarray, seed: int, purpose: str, *more: int) -> np.ndarray:
+    """A number in [0, 1) for each id, int64 [S], from the key of a seed, a purpose and more ids: float64 [S]."""
+    keys = fold_in(torch.tensor(derive_seed(seed, purpose, *more)), torch.from_numpy(ids))
+    return uniform(keys).double().numpy()
 
 
 def random_bits(keys: torch.Tensor) -> torch.Tensor:

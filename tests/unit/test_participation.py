@@ -337,7 +337,7 @@ def test_no_samples_are_no_work() -> None:
 # --- plans -------------------------------------------------------------------------------------------------------
 
 # 3 local steps of 8 samples (0.5 s each at 16 a second), 1,000 bytes each way.
-PARAMETERS = 250
+BYTES = 1000
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def devices(tmp_path: Path) -> dict[str, str]:
 
 def make_slow(devices: dict[str, str], cohort: int = 6, **settings) -> Participation:
     participation = make_participation(
-        [24] * 6, cohort, client=CLIENT, parameters=PARAMETERS, devices=devices, **settings
+        [24] * 6, cohort, client=CLIENT, bytes_per_client=BYTES, devices=devices, **settings
     )
     participation.check()
     return participation
@@ -364,7 +364,7 @@ def test_a_round_lasts_as_long_as_its_slowest(devices: dict[str, str]) -> None:
 def test_random_batches_take_the_time_that_they_take_on_average(tmp_path: Path) -> None:
     """Under sample-level privacy every step draws 8 of the 20 samples on average: there is no short batch."""
     trace = write_trace(tmp_path / "devices.csv", DEVICES, [(client, 16, 1000, 1000) for client in range(3)])
-    settings = {"client": CLIENT, "parameters": PARAMETERS, "devices": {"name": "trace", "path": trace}}
+    settings = {"client": CLIENT, "bytes_per_client": BYTES, "devices": {"name": "trace", "path": trace}}
     private = {"privacy": {"name": "sample", "noise_multiplier": 1.0}}
     plans = [make_participation([20, 3, 0], 2, **settings, **own).plan(0) for own in ({}, private)]
     assert plans[0].steps == plans[1].steps == {0: 3, 1: 1}
@@ -531,7 +531,7 @@ def test_more_than_have_samples_at_once(tmp_path: Path) -> None:
 def test_a_deadline_that_nobody_can_meet(devices: dict[str, str], late: str, what: str) -> None:
     fastest = 2.0 if late == "drop" else 1.0 + 1 / 6 + 0.5
     make_slow(devices, deadline=fastest + 1e-6, late=late)
-    settings = {"client": CLIENT, "parameters": PARAMETERS, "devices": devices, "late": late}
+    settings = {"client": CLIENT, "bytes_per_client": BYTES, "devices": devices, "late": late}
     message = refusal([24] * 6, 6, deadline=fastest - 1e-6, **settings)
     assert f"federation.participation.deadline: {fastest - 1e-6:g} seconds are met by no client" in message
     assert what in message

@@ -41,7 +41,7 @@ def participation_of(
         "privacy": privacy,
     }
     partition = IndexPartition(np.cumsum([0, *sizes]), torch.arange(sum(sizes)))
-    made = Participation(parse_config(tree, "test"), partition, 1000)
+    made = Participation(parse_config(tree, "test"), partition, 4000)
     made.whole_config = parse_config(tree, "test")
     return made
 
