@@ -53,8 +53,8 @@ def guarantee(privacy: PrivacyConfig) -> str:
     if isinstance(privacy, UserPrivacy):
         neighbours = "replaced" if privacy.sampling == "without_replacement" else "added or removed"
         return (
-            f"any one client's contribution, {neighbours}, against anyone who sees the global parameters; the server is "
-            "trusted, and the numbers of clients that have samples and of available clients are public"
+            f"any one client's contribution, {neighbours}, against anyone who sees the global parameters; the server "
+            "is trusted, and the numbers of clients that have samples and of available clients are public"
         )
     return "none"
 
