@@ -1,4 +1,4 @@
-"""How a file's tensors fit a model: what is missing, what is left over, and the config key that would help."""
+"""How a file's tensors fit a model: which are missing or left over, and which config key would help."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from torch import nn
 
 from fedpeft_dist.backbones.errors import UnfitWeightsError
 
-# First parts of names: classifiers, and what belongs to a pre-training or to another task, not to the encoder.
+# Beginnings of the names of tensors outside the encoder: classifiers, and parts of a pre-training or another task.
 OTHER_PARTS = re.compile(
     r"head|classifier|decoder|criterion|loss|metric|project|predict|prototype|momentum"
     r"|^(mask_token|mask_embed|queue|teacher|student|ema|model_ema|target|online|encoder_k|logit_|text|token_embed|neck|"
     r"pooler|pre_logits)"
     r"|^(fc|proj)$"
 )
-# What timm itself leaves out or leaves fresh for the models that it loads loosely.
+# Prefixes that timm skips in the file, or leaves fresh in the model, for models that it loads loosely.
 LOOSE_LEFTOVERS, LOOSE_FRESH = ("attn_pool.",), ("head.norm.",)
 BLOCK = re.compile(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.")
 OTHER_MODEL = "another backbone.name, other backbone.model_args, or a file of the encoder alone"
-# Counters, and constants that follow from a model's sizes: timm's own filters leave them out.
+# Counters, and constants that follow from a model's sizes. timm's own filters skip them.
 CONSTANTS = (".num_batches_tracked", "relative_position_index", "relative_coords_table", "attn_mask")
 
 
 @dataclass(frozen=True)
 class Option:
-    """An argument of a model on which some of its tensors depend."""
+    """An argument of a model that adds or removes some of its tensors."""
 
     names: str
-    """A pattern of the tensors' names."""
+    """Pattern of the tensors' names."""
     argument: str
+    """The argument's name."""
     present: str | None
-    """The value with which the model has them; null where none does."""
+    """Value of the argument that adds the tensors; None if no value does."""
     absent: str | None
-    """The value with which the model lacks them."""
+    """Value of the argument that removes the tensors; None if no value does."""
     along: str = r"^$"
-    """A pattern of tensors that come or go with them."""
+    """Pattern of other tensors that come or go with these."""
 
 
 OPTIONS = (
@@ -58,7 +59,7 @@ OPTIONS = (
     Option(r"\.(qkv\.bias|q_bias)$", "qkv_bias", "true", "false"),
     Option(r"^cls_token$", "class_token", "true", None),
 )
-# Tensors that no argument gives to a plain ViT.
+# Tensors that no argument adds to a plain ViT, and the advice for each.
 NAMES = (
     (r"\.gamma_1$", "a backbone.name of DeiT III (deit3_...)"),
     (r"^dist_token$", "a backbone.name of distilled DeiT (deit_..._distilled_...)"),
@@ -67,22 +68,26 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Fit:
-    """The names that a state and a model do not share, classifiers aside."""
+    """Names of tensors that keep a file from fitting a model; classifiers are left out."""
 
     missing: list[str]
+    """Tensors of the model that the file lacks."""
     leftover: list[str]
+    """Tensors of the file that the model lacks."""
     misshapen: list[str]
+    """Tensors whose shapes differ."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the state fills the model; something may be left over."""
+        """Whether the file fills the model. Tensors may be left over."""
         return not self.missing and not self.misshapen
 
 
 def compare(state: Mapping[str, torch.Tensor], model: nn.Module, heads: tuple[str, ...], strict: bool) -> Fit:
-    """
+    """How a file's tensors fit a model.
+
     Args:
-        heads: beginnings of the classifiers' names.
+        heads: prefixes of the classifiers' names.
         strict: whether timm loads this model strictly.
     """
     own = model.state_dict()
@@ -104,7 +109,7 @@ def compare(state: Mapping[str, torch.Tensor], model: nn.Module, heads: tuple[st
 
 
 def is_encoder(name: str) -> bool:
-    """Whether a name, by its first part, may be an encoder's."""
+    """Whether a tensor's name may belong to an encoder."""
     return OTHER_PARTS.search(name.partition(".")[0]) is None
 
 
@@ -115,9 +120,10 @@ def first_convolutions(model: nn.Module) -> tuple[str, ...]:
 
 
 def check(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """
+    """Checks that a file's tensors fit a model exactly.
+
     Raises:
-        UnfitWeightsError: something of the model would stay random, or something of the file be left out.
+        UnfitWeightsError: a tensor of the model would stay random, or a tensor of the file would be left out.
     """
     told = []
     if fit.missing:
@@ -135,7 +141,7 @@ def check(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> None
 
 
 def suggest(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> str:
-    """The key that would make a model for this file, where one explains all that does not fit."""
+    """The config key that would make the model fit the file, if one explains every difference."""
     known = {key for kind in type(model).__mro__ for key in inspect.signature(kind.__init__).parameters}
     if isinstance(model, VisionTransformer) and not fit.missing:
         for pattern, name in NAMES:
@@ -163,7 +169,7 @@ def suggest(fit: Fit, state: Mapping[str, torch.Tensor], model: nn.Module) -> st
 def _depth(
     state: Mapping[str, torch.Tensor], model: nn.Module, fit: Fit
 ) -> tuple[dict[str, str], list[str], list[str]]:
-    """The depth of the file's network where it is another one, and the names of `fit` that it does not explain."""
+    """The argument for the file's depth if it differs, and the leftover and missing names that it does not explain."""
     theirs, mine = _count_blocks(state), _count_blocks(model.state_dict())
     if theirs == mine or theirs.keys() != mine.keys() or not theirs:
         return {}, list(fit.leftover), list(fit.missing)
@@ -178,7 +184,7 @@ def _depth(
 
 
 def _count_blocks(names: Iterable[str]) -> dict[str, int]:
-    """Blocks by stage; a network without stages has one, without a name."""
+    """Number of blocks of each stage. A network without stages has one stage with an empty name."""
     blocks = {(found[1] or "", found[2]) for found in map(BLOCK.match, names) if found}
     return dict(Counter(stage for stage, _ in blocks))
 

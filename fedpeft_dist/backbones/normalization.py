@@ -1,4 +1,4 @@
-"""The mean and standard deviation that a checkpoint's publisher normalises images with, where its origin shows."""
+"""How images are normalised for a backbone, and a warning if a checkpoint's publisher normalises them differently."""
 
 from __future__ import annotations
 
@@ -17,27 +17,35 @@ from timm.data.constants import (
     OPENAI_CLIP_STD,
 )
 
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.schema import BackboneConfig
+
 
 class Normalization(NamedTuple):
+    """Mean and standard deviation of each channel, for images scaled to 0 .. 1."""
+
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """Per channel, for images scaled to 0 .. 1."""
+
+    def for_channels(self, channels: int) -> Normalization:
+        """The same for so many channels: the average of all channels if their number differs."""
+        return Normalization(*(v if len(v) == channels else (sum(v) / len(v),) * channels for v in map(tuple, self)))
 
 
 IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 HALF = Normalization(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 CLIP = Normalization(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
-# Files in which publishers say it, beside the weights: the keys of mean and std.
+# Files beside the weights in which publishers state the normalization, and the keys of mean and std.
 NEIGHBOURS = {"preprocessor_config.json": ("image_mean", "image_std"), "config.json": ("mean", "std")}
 
-# A word of a file's name.
+# Words of a file's name that show its publisher.
 FILES = (
     (r"mae|moco|dino(v[123])?|ibot|deit3?|swin(v2)?|convnext(v2)?|resnet\d*", IMAGENET),
     (r"clip|openclip", CLIP),
     (r"augreg|siglip2?", HALF),
 )
-# A part of a tensor's name.
+# Parts of a tensor's name that show its publisher.
 TENSORS = (
     (r"(^|/)(module\.)?(decoder_embed|decoder_blocks|base_encoder|momentum_encoder|encoder_[qk])\.", IMAGENET),
     (r"(^|/)(teacher|student)/", IMAGENET),
@@ -45,11 +53,46 @@ TENSORS = (
 )
 
 
-def published_normalization(path: Path, names: Iterable[str]) -> tuple[str, Normalization] | None:
-    """What shows a checkpoint's origin, and how its publisher normalises; None where nothing does.
+def normalization_of(config: BackboneConfig, pretrained_cfg: Mapping[str, Any], channels: int) -> Normalization:
+    """The config's normalization, or that of the pre-training that the model's name stands for.
+
+    Raises:
+        ConfigError: the config gives another number of channels than the model has.
+    """
+    if config.mean is None or config.std is None:
+        return Normalization(pretrained_cfg["mean"], pretrained_cfg["std"]).for_channels(channels)
+    for key, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) != channels:
+            raise ConfigError(f"backbone.{key}: {list(values)} for a backbone of {channels} channels; give {channels}")
+    return Normalization(config.mean, config.std)
+
+
+def warn_of_origin(path: Path, names: Iterable[str], used: Normalization, name: str) -> str:
+    """A warning if a checkpoint's publisher seems to normalise images differently; empty if not.
 
     Args:
-        names: of the file's tensors, behind the names of the dictionaries that hold them.
+        names: the names of the file's tensors, from `tensor_names`.
+        used: the normalization in use.
+        name: the backbone's name, which `used` comes from.
+    """
+    found = published_normalization(path, names)
+    if found is None:
+        return ""
+    sign, published = found[0], found[1].for_channels(len(used.mean))
+    if published == used:
+        return ""
+    return (
+        f"backbone.checkpoint: '{path}' seems to want images of mean {list(published.mean)} and std "
+        f"{list(published.std)} ({sign}); those of {name!r} are in use, {list(used.mean)} and "
+        f"{list(used.std)}; give backbone.mean and backbone.std"
+    )
+
+
+def published_normalization(path: Path, names: Iterable[str]) -> tuple[str, Normalization] | None:
+    """A sign of a checkpoint's origin, and its publisher's normalization; None if there is no sign.
+
+    Args:
+        names: the names of the file's tensors, from `tensor_names`.
     """
     for file, keys in NEIGHBOURS.items():
         found = _read_neighbour(path.with_name(file), keys)
@@ -71,14 +114,13 @@ def _read_neighbour(path: Path, keys: tuple[str, str]) -> Normalization | None:
     try:
         tree: Any = json.loads(path.read_text(encoding="utf-8"))
         tree = tree.get("pretrained_cfg", tree)
-        mean, std = (tuple(float(value) for value in tree[key]) for key in keys)
+        return Normalization(*(tuple(float(value) for value in tree[key]) for key in keys))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # most folders have none
-    return Normalization(mean, std)
+        return None  # most folders have no such file
 
 
 def tensor_names(stored: Mapping[Any, Any], place: str = "") -> Iterable[str]:
-    """Names of a file's tensors, behind the names of the dictionaries that hold them."""
+    """The names of a file's tensors, each after the names of the dictionaries that hold it."""
     for name, value in stored.items():
         if isinstance(value, Mapping):
             yield from tensor_names(value, f"{place}{name}/")
