@@ -7,5 +7,5 @@ MIB = 2**20
 
 
 def uplink_bytes(num_parameters: int, cohort: int) -> int:
-    """Bytes that `cohort` clients send in a round. As many clients receive as many bytes."""
+    """Bytes that `cohort` clients send in a round. So many clients also receive the same number of bytes."""
     return num_parameters * BYTES_PER_PARAMETER * cohort
