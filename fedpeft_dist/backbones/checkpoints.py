@@ -18,11 +18,11 @@ from torch import nn
 
 from fedpeft_dist.backbones import archives
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
-from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Fit, check, first_convolutions
+from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Filter, Fit, Target, first_convolutions
 from fedpeft_dist.backbones.names import classifiers_in
 from fedpeft_dist.backbones.normalization import tensor_names
 from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES, has_known_suffix, is_one_of_several, read_weights
-from fedpeft_dist.backbones.wrappings import Filter, Target, find_encoder
+from fedpeft_dist.backbones.wrappings import find_encoder
 from fedpeft_dist.config.errors import ConfigError
 
 MOCO_SMALL, MOCO_SMALL_HEADS = "vit_small", 12
@@ -142,4 +142,4 @@ def _check_written(model: nn.Module, before: Mapping[str, int], fresh: tuple[str
     """Checks that every tensor of the model was written, whichever code wrote it."""
     after = _versions(model)
     missing = [name for name in after if after[name] == before.get(name) and not name.startswith(fresh)]
-    check(Fit(missing, [], []), {}, model)
+    Fit({}, model, missing, leftover=[], misshapen=[]).check()

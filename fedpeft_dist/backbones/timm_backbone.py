@@ -33,7 +33,6 @@ class Backbone:
     std: tuple[float, ...]
     """Standard deviation of each channel."""
     image_size: int
-    """Height and width of an image in pixels."""
     num_parameters: int
     """Parameters of the whole model with its head, before a method changes it. Full fine-tuning would send these."""
     sha256: str
@@ -49,7 +48,6 @@ class Backbone:
 
     @property
     def channels(self) -> int:
-        """Channels of an image."""
         return len(self.mean)
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,10 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
-from fedpeft_dist.backbones.fitting import Fit, check, compare, is_encoder
+from fedpeft_dist.backbones.fitting import Filter, Fit, State, Target, compare, is_encoder
 from fedpeft_dist.backbones.huggingface_names import are_hugging_faces, to_timm
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, torch.Tensor]
-Filter = Callable[..., Mapping[str, torch.Tensor]]
 
 # Order of preference if several parts fit: averaged weights first, then dictionaries in timm's order, SECOND last.
 PREFERRED = ("state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model")
@@ -41,25 +38,11 @@ DEEPEST_DICT, DEEPEST_PREFIX = 3, 5
 
 
 @dataclass(frozen=True)
-class Target:
-    """The model to fill."""
-
-    model: nn.Module
-    heads: tuple[str, ...]
-    """Prefixes of the classifiers' names. Classifiers may be missing."""
-    filter: Filter | None
-    """timm's function from a file's layout to the model's."""
-    strict: bool
-    """Whether timm loads this model strictly."""
-
-
-@dataclass(frozen=True)
 class Part:
     """Tensors of one dictionary under one prefix, in timm's layout if they could be translated."""
 
     place: str
     """The dictionary and the prefix, for messages."""
-    state: Mapping[str, torch.Tensor]
     fit: Fit
     error: Exception | None
     """The error of timm's filter, if it failed."""
@@ -82,7 +65,7 @@ class Part:
         return bool(words & SECOND), order
 
 
-def find_encoder(stored: Mapping[str, Any], target: Target) -> Mapping[str, torch.Tensor]:
+def find_encoder(stored: Mapping[str, Any], target: Target) -> State:
     """The tensors for the model, in its layout. They may include a classifier's.
 
     Raises:
@@ -100,11 +83,11 @@ def find_encoder(stored: Mapping[str, Any], target: Target) -> Mapping[str, torc
         raise UnfitWeightsError(
             f"holds several parts that fit: {', '.join(map(repr, equal))}; save the tensors of one of them alone"
         )
-    check(best.fit, best.state, target.model)
-    spare = best.state.keys() - target.model.state_dict().keys()
+    best.fit.check()
+    spare = best.fit.state.keys() - target.model.state_dict().keys()
     if spare:
         logger.info("%d tensors have no place in the model and are left out, %r among them", len(spare), min(spare))
-    return best.state
+    return best.fit.state
 
 
 def _dictionaries(stored: Mapping[Any, Any], place: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
@@ -145,17 +128,17 @@ def _part(place: str, prefix: str, state: State, target: Target) -> Part:
     if are_hugging_faces(inside):
         inside = to_timm(inside)
     error = None
-    adapted: Mapping[str, torch.Tensor] = inside
+    adapted: State = inside
     if target.filter is not None:
         try:
             adapted = apply_filter(target.filter, dict(inside), target.model)
         except Exception as caught:  # filters fail in many ways on the file of another model
             error = caught
-    fit = compare(adapted, target.model, target.heads, target.strict)
-    return Part(place + prefix, adapted, Fit(fit.missing, fit.leftover + beside, fit.misshapen), error)
+    fit = compare(adapted, target)
+    return Part(place + prefix, replace(fit, leftover=fit.leftover + beside), error)
 
 
-def apply_filter(function: Filter, state: State, model: nn.Module) -> Mapping[str, torch.Tensor]:
+def apply_filter(function: Filter, state: State, model: nn.Module) -> State:
     """Calls a filter as timm does: some filters do not take the model."""
     try:
         return function(state, model)
@@ -175,6 +158,6 @@ def _refuse(part: Part, stored: Mapping[str, Any], target: Target) -> None:
             f"lacks {needed} of the model's tensors, {first!r} among them, under every prefix of its names ({shown}); "
             "give another backbone.name, or a file in timm's layout"
         )
-    check(part.fit, part.state, target.model)
+    part.fit.check()
     assert part.error is not None
     raise UnfitWeightsError(f"cannot be loaded ({one_line(part.error)})") from part.error

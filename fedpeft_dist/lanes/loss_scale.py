@@ -25,7 +25,6 @@ class LaneLossScale:
         self.good_steps = torch.zeros(num_lanes, dtype=torch.int64, device=device)
 
     def reset(self, lane: int) -> None:
-        """Prepares a lane for its next client."""
         self.scale[lane] = INITIAL_SCALE
         self.good_steps[lane] = 0
 

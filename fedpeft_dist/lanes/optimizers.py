@@ -17,8 +17,6 @@ from fedpeft_dist.config.schema import AdamWConfig, ClientOptimizerConfig, SgdCo
 
 
 class LaneOptimizer(Protocol):
-    """A client optimizer for all lanes at once."""
-
     def reset(self, lane: int) -> None:
         """Clears a lane's history for its next client."""
 

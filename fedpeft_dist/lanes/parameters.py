@@ -113,7 +113,6 @@ class LaneParameters:
 
     @property
     def num_lanes(self) -> int:
-        """L."""
         return self.theta.shape[0]
 
     def load(self, lane: int, row: torch.Tensor) -> None:

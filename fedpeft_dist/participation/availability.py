@@ -19,8 +19,6 @@ KEY = "federation.participation.availability.path"
 
 
 class Availability(Protocol):
-    """A rule that decides which clients are available."""
-
     share: float
     """Share of the population that is available on average."""
     most: int
@@ -47,8 +45,6 @@ class OnOff:
 
 
 class Diurnal:
-    """The probability that a client is available is a cosine of its time of day."""
-
     def __init__(self, config: schema.DiurnalAvailability, population: int, seed: int, seconds_per_round: float):
         self.config, self.seed, self.seconds_per_round = config, seed, seconds_per_round
         self.share, self.most = (config.low + config.high) / 2, population

@@ -20,8 +20,6 @@ STAYS = np.inf
 
 
 class Dropout(Protocol):
-    """A rule that decides which clients are lost."""
-
     def progress(self, clients: np.ndarray, round_number: int) -> np.ndarray:
         """The share of its local steps after which each of these clients, int64 [S], is lost in a round.
 
@@ -31,15 +29,11 @@ class Dropout(Protocol):
 
 
 class NoDropout:
-    """No client is lost."""
-
     def progress(self, clients: np.ndarray, round_number: int) -> np.ndarray:
         return np.full(len(clients), STAYS)
 
 
 class RandomDropout:
-    """Each selected client is lost at random, independently in each round."""
-
     def __init__(self, config: schema.RandomDropout, seed: int):
         self.bounds = np.cumsum([config.before, config.during, config.after])
         self.seed = seed
@@ -83,7 +77,6 @@ class TraceDropout:
 
 
 def make_dropout(config: schema.DropoutConfig, population: int, seed: int) -> Dropout:
-    """The dropout that a config describes."""
     match config:
         case schema.RandomDropout():
             return RandomDropout(config, seed)

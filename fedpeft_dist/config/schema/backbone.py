@@ -14,8 +14,7 @@ class BackboneConfig(Section):
     name: str = "vit_base_patch16_224.augreg_in21k"
     """A timm model's name, with its pre-training tag, or `glyph_vit`, the small model that the package carries."""
     pretrained: bool = True
-    """Start from timm's weights, or the package's for `glyph_vit`. timm's must be on this machine already; `fedpeft
-    prefetch` downloads them."""
+    """Start from timm's weights, which `fedpeft prefetch` downloads beforehand, or the package's for `glyph_vit`."""
     checkpoint: UserPath | None = None
     """A local file whose weights replace timm's: .safetensors, .pth, .pth.tar, .pt, .bin, .npz, or the .index.json of
     several .safetensors or .bin files.

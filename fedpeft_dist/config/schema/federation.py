@@ -11,8 +11,6 @@ from fedpeft_dist.config.schema.types import Count, Section
 
 
 class FederationConfig(Section):
-    """How a run's rounds go."""
-
     rounds: Count = 50
     cohort: Count = 8
     """M, the number of clients that take part in a round; under poisson the expected number."""
@@ -20,6 +18,5 @@ class FederationConfig(Section):
     """Rounds between two evaluations; 0 evaluates at the end only."""
     evaluate_on: Literal["test", "validation"] = "test"
     evaluate_clients: bool = False
-    """Also report the mean and the 10th percentile of the accuracies on each client's own samples (needs
-    `data.validation`)."""
+    """Also report the mean and the 10th percentile of the clients' own accuracies (needs `data.validation`)."""
     participation: ParticipationConfig = ParticipationConfig()

@@ -11,8 +11,6 @@ from fedpeft_dist.config.schema.types import Count, Fraction, Positive, Probabil
 
 
 class AlwaysAvailable(Section):
-    """All clients are always available."""
-
     name: Literal["always"]
 
 
@@ -71,8 +69,6 @@ AvailabilityConfig = Annotated[
 
 
 class NoDropout(Section):
-    """No client is lost."""
-
     name: Literal["none"]
 
 

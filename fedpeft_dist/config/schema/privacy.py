@@ -16,8 +16,6 @@ Noise = Annotated[float, Field(gt=0.0, le=NOISE_LIMIT)]
 
 
 class NoPrivacy(Section):
-    """Nothing is protected."""
-
     name: Literal["none"]
 
 
@@ -83,7 +81,6 @@ class AdaptiveClipping(Section):
     """`clip_norm` follows a quantile of the deltas' norms (Andrew et al. 2021, arXiv 1905.03871)."""
 
     quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Quantile of the norms that `clip_norm` follows."""
     lr: Positive = 0.2
     """Learning rate of the geometric update of `clip_norm`."""
     count_noise: Noise | None = None
@@ -116,7 +113,6 @@ class UserPrivacy(AccountedPrivacy):
 
     @property
     def accountant_name(self) -> Literal["pld", "rdp"]:
-        """The accountant that `accountant` stands for."""
         if self.accountant == "auto":
             return "rdp" if self.sampling == "without_replacement" else "pld"
         return self.accountant
@@ -136,7 +132,6 @@ class PaperNoise(Section):
 
     @property
     def standard_deviation(self) -> float:
-        """Standard deviation of the noise on a gradient."""
         return 2 * self.clip_norm * math.sqrt(2 * math.log(1.25 / self.dp_delta) / self.epsilon)
 
 

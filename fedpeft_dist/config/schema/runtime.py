@@ -11,8 +11,6 @@ from fedpeft_dist.config.schema.types import Count, Section
 
 
 class RuntimeConfig(Section):
-    """How a run uses the machine."""
-
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the computation; auto: bf16 on CUDA, fp32 on the CPU."""
@@ -23,12 +21,9 @@ class RuntimeConfig(Section):
     compile: bool = False
     """Compile the model with torch.compile, which may round differently; not for method full."""
     evaluate_batch: Count = 256
-    """Images of an evaluation batch."""
 
 
 class OutputConfig(Section):
-    """Where a run writes, and how often."""
-
     root: UserPath = "runs"
     """Folder of all runs, relative to the folder that the command runs in."""
     name: RunName | None = None

@@ -18,6 +18,4 @@ Concentration = Annotated[float, Field(ge=1e-9, le=1e9)]
 
 
 class Section(BaseModel):
-    """A frozen, strict part of a config. Unknown keys are refused."""
-
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
