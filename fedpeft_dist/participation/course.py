@@ -92,16 +92,17 @@ class RoundClock:
         speed = speeds.samples_per_second
         received = self.bytes_per_client / speeds.downlink_bytes_per_second
         sending = self.bytes_per_client / speeds.uplink_bytes_per_second
-        if lost_after != STAYS:
-            steps = int(lost_after * work.num_steps)
-            return Course(client, work, speed, received, steps, received + work.samples(steps) / speed, "lost")
         deadline = math.inf if self.deadline is None else self.deadline
         left = deadline - received - sending
         steps = work.steps_within(left, speed)
-        if left >= 0 and (steps == work.num_steps or (steps and self.keeps_partial)):
-            ends = min(received + work.samples(steps) / speed + sending, deadline)
-            return Course(client, work, speed, received, steps, ends, "reports")
-        return Course(client, work, speed, received, work.num_steps, deadline, "late")
+        if lost_after != STAYS:
+            steps, outcome = int(lost_after * work.num_steps), "lost"
+            ends = received + work.samples(steps) / speed
+        elif left >= 0 and (steps == work.num_steps or (steps and self.keeps_partial)):
+            outcome, ends = "reports", min(received + work.samples(steps) / speed + sending, deadline)
+        else:
+            steps, outcome, ends = work.num_steps, "late", deadline
+        return Course(client, work, speed, received=received, steps=steps, ends=ends, outcome=outcome)
 
     def plan(self, courses: Sequence[Course], wanted: int) -> RoundPlan:
         """The plan that follows from all courses of a round.

@@ -24,7 +24,7 @@ from fedpeft_dist.participation.course import RoundClock, RoundPlan
 from fedpeft_dist.participation.devices import make_devices
 from fedpeft_dist.participation.dropout import make_dropout
 from fedpeft_dist.participation.local_work import LocalWork
-from fedpeft_dist.participation.sampling import WeightedOrder, first, poisson_draw, uniform_order
+from fedpeft_dist.participation.sampling import Draw, WeightedOrder, first, poisson_draw, uniform_order
 from fedpeft_dist.participation.traces import digest
 
 _CHUNK = 2**20
@@ -159,16 +159,13 @@ class Participation:
         def available(clients: np.ndarray) -> np.ndarray:
             return clients if self.availability is None else clients[self.availability.of(clients, round_number)]
 
-        def available_at(places: np.ndarray) -> np.ndarray:
-            return available(self._at(places))
-
-        where, wanted = (self._cohort_seed, round_number), min(self.num_selected, self.population)
-        match self.config.name:
-            case "poisson":
-                return poisson_draw(self.population, self.sampling_probability(round_number), *where, available_at)
-            case "weighted":
-                return first(self._weighted(wanted, *where, available), wanted)
-        return first(uniform_order(self.population, wanted, *where, available_at), wanted)
+        wanted = min(self.num_selected, self.population)
+        if self._weighted is not None:
+            return first(self._weighted(wanted, Draw(self._cohort_seed, round_number, available)), wanted)
+        draw = Draw(self._cohort_seed, round_number, lambda places: available(self._at(places)))
+        if self.config.name == "poisson":
+            return poisson_draw(self.population, self.sampling_probability(round_number), draw)
+        return first(uniform_order(self.population, wanted, draw), wanted)
 
     def plan(self, round_number: int) -> RoundPlan:
         """The plan of a round, counted from 0: a function of the config, the seed and the round alone."""

@@ -11,30 +11,39 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from fedpeft_dist.lanes.random import derive_seed
 
-Available: TypeAlias = Callable[[np.ndarray], np.ndarray]
-"""A filter that keeps the available clients, int64, in their order. Draws that do not look at sizes pass the places of
-clients in the population, and get the clients' numbers back."""
 _FEW = 64
 """Clients are drawn one by one until a 64th of the population is drawn. Then the rest is drawn at once, in O(N)."""
 
 
-def uniform_order(
-    population: int, chunk: int, seed: int, round_number: int, available: Available
-) -> Iterator[np.ndarray]:
+class Draw(NamedTuple):
+    """What a draw depends on, beside the population."""
+
+    seed: int
+    round_number: int
+    available: Callable[[np.ndarray], np.ndarray]
+    """Filter that keeps the available clients, int64, in their order. Draws that do not look at sizes pass the places
+    of clients in the population, and get the clients' numbers back."""
+
+    def key(self, purpose: str) -> int:
+        """The seed of one purpose in this round."""
+        return derive_seed(self.seed, purpose, self.round_number)
+
+
+def uniform_order(population: int, chunk: int, draw: Draw) -> Iterator[np.ndarray]:
     """All available clients in random order.
 
     Args:
         chunk: size of the first chunk of candidates. Each later chunk is as large as all chunks before it.
     """
-    generator = random.Random(derive_seed(seed, "cohort", round_number))
+    generator = random.Random(draw.key("cohort"))
     drawn = generator.sample(range(population), chunk)
-    yield available(np.array(drawn, dtype=np.int64))
+    yield draw.available(np.array(drawn, dtype=np.int64))
     seen = set(drawn)
     while _FEW * len(seen) < population:
         drawn, chunk = [], len(seen)
@@ -43,9 +52,9 @@ def uniform_order(
             if client not in seen:
                 seen.add(client)
                 drawn.append(client)
-        yield available(np.array(drawn, dtype=np.int64))
-    order = np.random.default_rng(derive_seed(seed, "cohort rest", round_number))
-    yield order.permutation(available(_without(np.arange(population), seen)))
+        yield draw.available(np.array(drawn, dtype=np.int64))
+    order = np.random.default_rng(draw.key("cohort rest"))
+    yield order.permutation(draw.available(_without(np.arange(population), seen)))
 
 
 class WeightedOrder:
@@ -59,8 +68,8 @@ class WeightedOrder:
         self.sizes = sizes
         self.ends = np.cumsum(sizes)
 
-    def __call__(self, chunk: int, seed: int, round_number: int, available: Available) -> Iterator[np.ndarray]:
-        generator = np.random.default_rng(derive_seed(seed, "weighted cohort", round_number))
+    def __call__(self, chunk: int, draw: Draw) -> Iterator[np.ndarray]:
+        generator = np.random.default_rng(draw.key("weighted cohort"))
         seen: set[int] = set()
         is_fruitful = True
         # If half of a chunk has been drawn before, the clients seen hold most of the samples. Then the loop ends.
@@ -69,18 +78,18 @@ class WeightedOrder:
             places = np.searchsorted(self.ends, generator.integers(self.ends[-1], size=chunk), side="right")
             found = [client for client in dict.fromkeys(places.tolist()) if client not in seen]
             seen.update(found)
-            yield available(np.array(found, dtype=np.int64))
+            yield draw.available(np.array(found, dtype=np.int64))
             is_fruitful, chunk = 2 * len(found) >= chunk, len(seen)
-        rest = available(_without(np.flatnonzero(self.sizes), seen))
+        rest = draw.available(_without(np.flatnonzero(self.sizes), seen))
         # Sorting by exponential times, each with the client's size as its rate, gives the same distribution at once.
         yield rest[np.argsort(generator.standard_exponential(len(rest)) / self.sizes[rest])]
 
 
-def poisson_draw(population: int, probability: float, seed: int, round_number: int, available: Available) -> np.ndarray:
+def poisson_draw(population: int, probability: float, draw: Draw) -> np.ndarray:
     """Each available client, independently of all others. Drawing the count first costs O(M)."""
-    key = derive_seed(seed, "poisson cohort", round_number)
+    key = draw.key("poisson cohort")
     count = int(np.random.default_rng(key).binomial(population, probability))
-    return available(np.array(random.Random(key).sample(range(population), count), dtype=np.int64))
+    return draw.available(np.array(random.Random(key).sample(range(population), count), dtype=np.int64))
 
 
 def first(chunks: Iterable[np.ndarray], wanted: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import IndexPartition
 from fedpeft_dist.federation.privacy_ahead import plan_ahead
 from fedpeft_dist.participation.plan import Participation
-from fedpeft_dist.participation.sampling import poisson_draw
+from fedpeft_dist.participation.sampling import Draw, poisson_draw
 from fedpeft_dist.privacy import accounting
 from fedpeft_dist.privacy.plan import PrivacyPlan, make_privacy_plan
 
@@ -389,7 +389,5 @@ def test_runs_without_user_level_privacy_draw_as_before(name: str) -> None:
     settings = {"sizes": [16] * 40, "cohort": 8, "participation": {"name": "poisson", "availability": ON_OFF}}
     drawing = participation_of(name=name, **privacy, **settings)
     for number in range(20):
-        expected = poisson_draw(
-            40, 8 / 40, 1, number, lambda ids, number=number: ids[drawing.availability.of(ids, number)]
-        )
-        assert drawing.select(number).tolist() == expected.tolist()
+        draw = Draw(1, number, lambda ids, number=number: ids[drawing.availability.of(ids, number)])
+        assert drawing.select(number).tolist() == poisson_draw(40, 8 / 40, draw).tolist()
