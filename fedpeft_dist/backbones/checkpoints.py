@@ -21,9 +21,8 @@ from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Filter, Fit, Target, first_convolutions
 from fedpeft_dist.backbones.names import classifiers_in
 from fedpeft_dist.backbones.normalization import tensor_names
-from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES, has_known_suffix, is_one_of_several, read_weights
+from fedpeft_dist.backbones.weight_files import read_weights
 from fedpeft_dist.backbones.wrappings import find_encoder
-from fedpeft_dist.config.errors import ConfigError
 
 MOCO_SMALL, MOCO_SMALL_HEADS = "vit_small", 12
 
@@ -92,20 +91,6 @@ def loading_with(loader: Loader) -> Iterator[None]:
         _builder.load_pretrained = _builder_load
     if not calls:
         raise UnfitWeightsError("cannot be loaded (the model is not built by timm's builder, which loads weights)")
-
-
-def check_checkpoint(path: Path) -> None:
-    """Checks the path of a checkpoint.
-
-    Raises:
-        ConfigError: the file does not exist, its kind is unknown, or it is one of several files.
-    """
-    if not has_known_suffix(path):
-        raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}")
-    if not path.is_file():
-        raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
-    if is_one_of_several(path):
-        raise ConfigError(f"backbone.checkpoint: '{path}' is one of several files; give their .index.json")
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ...]) -> None:

@@ -37,18 +37,15 @@ class PretrainedWeights:
 
     def find(self) -> Path | None:
         """The file on this machine, or None. Never uses the network."""
+        repository, revision = self._repository
         if self.source.get("file"):
-            path = Path(self.source["file"])
-        elif self._repository[0]:
-            repository, revision = self._repository
-            found = [
-                try_to_load_from_cache(repository, name, cache_dir=self.cache, revision=revision)
-                for name in self._hub_files()
-            ]
-            path = next((Path(path) for path in found if isinstance(path, str)), None)
+            paths = [self.source["file"]]
+        elif repository:
+            options = {"cache_dir": self.cache, "revision": revision}
+            paths = [try_to_load_from_cache(repository, name, **options) for name in self._hub_files()]
         else:
-            path = self._url_file()
-        return path if path is not None and path.is_file() else None
+            paths = [self._url_file()]
+        return next((Path(path) for path in paths if isinstance(path, (str, Path)) and Path(path).is_file()), None)
 
     def require(self) -> Path:
         """The file on this machine.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,47 +68,35 @@ def normalization_of(config: BackboneConfig, pretrained_cfg: Mapping[str, Any], 
     return Normalization(config.mean, config.std)
 
 
-def warn_of_origin(path: Path, names: Iterable[str], used: Normalization, name: str) -> str:
+def warn_of_origin(path: Path, names: Iterable[str], used: Normalization, backbone: str) -> str:
     """A warning if a checkpoint's publisher seems to normalise images differently; empty if not.
 
     Args:
         names: the names of the file's tensors, from `tensor_names`.
-        used: the normalization in use.
-        name: the backbone's name, which `used` comes from.
+        used: the normalization that belongs to the backbone's name.
     """
-    found = published_normalization(path, names)
-    if found is None:
-        return ""
-    sign, published = found[0], found[1].for_channels(len(used.mean))
+    sign, published = next(_signs(path, names), ("", used))
+    published = published.for_channels(len(used.mean))
     if published == used:
         return ""
     return (
         f"backbone.checkpoint: '{path}' seems to want images of mean {list(published.mean)} and std "
-        f"{list(published.std)} ({sign}); those of {name!r} are in use, {list(used.mean)} and "
+        f"{list(published.std)} ({sign}); those of {backbone!r} are in use, {list(used.mean)} and "
         f"{list(used.std)}; give backbone.mean and backbone.std"
     )
 
 
-def published_normalization(path: Path, names: Iterable[str]) -> tuple[str, Normalization] | None:
-    """A sign of a checkpoint's origin, and its publisher's normalization; None if there is no sign.
-
-    Args:
-        names: the names of the file's tensors, from `tensor_names`.
-    """
+def _signs(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Normalization]]:
+    """The signs of a checkpoint's origin and the publisher's normalization, the surest sign first."""
     for file, keys in NEIGHBOURS.items():
-        found = _read_neighbour(path.with_name(file), keys)
-        if found is not None:
-            return f"{file} beside it", found
-    for name in names:
-        for pattern, values in TENSORS:
-            if re.search(pattern, name):
-                return f"its tensor {name!r}", values
-    words = re.split(r"[^a-z0-9]+", path.name.lower())
-    for pattern, values in FILES:
-        for word in words:
-            if re.fullmatch(pattern, word):
-                return f"{word!r} in its name", values
-    return None
+        if found := _read_neighbour(path.with_name(file), keys):
+            yield f"{file} beside it", found
+    for name, (pattern, values) in product(names, TENSORS):
+        if re.search(pattern, name):
+            yield f"its tensor {name!r}", values
+    for (pattern, values), word in product(FILES, re.split(r"[^a-z0-9]+", path.name.lower())):
+        if re.fullmatch(pattern, word):
+            yield f"{word!r} in its name", values
 
 
 def _read_neighbour(path: Path, keys: tuple[str, str]) -> Normalization | None:

@@ -13,12 +13,13 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from fedpeft_dist.backbones.checkpoints import WeightsFile, check_checkpoint, loading_with
+from fedpeft_dist.backbones.checkpoints import WeightsFile, loading_with
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, build_glyph_vit
 from fedpeft_dist.backbones.hub import PretrainedWeights
 from fedpeft_dist.backbones.names import GLYPH_VIT, check_name, classifiers_in
 from fedpeft_dist.backbones.normalization import normalization_of, warn_of_origin
+from fedpeft_dist.backbones.weight_files import check_checkpoint
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
 

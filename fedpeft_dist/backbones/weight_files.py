@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedpeft_dist.backbones.errors import UnfitWeightsError
+from fedpeft_dist.config.errors import ConfigError
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".npz", *INDEX_SUFFIXES)
@@ -27,24 +28,18 @@ GIT_LFS = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype|html|head|\?xml)", re.IGNORECASE | re.DOTALL)
 MOST_GLOBALS = 5  # an error names at most so many
 
-NUMPY_GLOBALS = (
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"numpy.dtypes.{name}" for name in dir(np.dtypes) if name.endswith("DType")),
-)
-PATH_GLOBALS = tuple(
-    f"{module}.{name}"
-    for module in ("pathlib", "pathlib._local")  # Python 3.13 moved the classes
-    for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-)
-DATETIME_GLOBALS = tuple(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone"))
-HARMLESS_GLOBALS = (
-    *("argparse.Namespace", "types.SimpleNamespace"),
-    *NUMPY_GLOBALS,
-    *PATH_GLOBALS,
-    *DATETIME_GLOBALS,
-)
+PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+HARMLESS = {
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "numpy": ("dtype", "ndarray"),
+    "numpy.core.multiarray": ("scalar", "_reconstruct"),
+    "numpy._core.multiarray": ("scalar", "_reconstruct"),
+    "numpy.dtypes": tuple(name for name in dir(np.dtypes) if name.endswith("DType")),
+    "pathlib": PATHS,
+    "pathlib._local": PATHS,  # since Python 3.13
+    "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
+}
 
 
 class _StandIn:
@@ -60,13 +55,18 @@ class _StandIn:
         pass
 
 
-def is_one_of_several(path: Path) -> bool:
-    """Whether a file's name says that it is one of several, as in model-00001-of-00003.safetensors."""
-    return re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name) is not None
+def check_checkpoint(path: Path) -> None:
+    """Checks the path of a checkpoint.
 
-
-def has_known_suffix(path: Path) -> bool:
-    return path.name.lower().endswith(WEIGHT_SUFFIXES)
+    Raises:
+        ConfigError: the file does not exist, its kind is unknown, or it is one of several files.
+    """
+    if not path.name.lower().endswith(WEIGHT_SUFFIXES):
+        raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}")
+    if not path.is_file():
+        raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):  # such as model-00001-of-00003.safetensors
+        raise ConfigError(f"backbone.checkpoint: '{path}' is one of several files; give their .index.json")
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -126,7 +126,7 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
-    stand_ins: list[Any] = [(_StandIn, name) for name in HARMLESS_GLOBALS]
+    stand_ins: list[Any] = [(_StandIn, f"{module}.{name}") for module, names in HARMLESS.items() for name in names]
     with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
         warnings.simplefilter("ignore")  # the error below says what matters
         try:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from fedpeft_dist.participation.devices import Speeds
+from fedpeft_dist.participation.devices import Devices
 from fedpeft_dist.participation.dropout import STAYS
 from fedpeft_dist.participation.local_work import LocalWork
 
@@ -83,7 +83,7 @@ class RoundClock:
     takes_time: bool
     """Whether clients take simulated time."""
 
-    def course(self, client: int, work: LocalWork, speeds: Speeds, *, lost_after: float) -> Course:
+    def course(self, client: int, work: LocalWork, speeds: Devices, *, lost_after: float) -> Course:
         """The course of a client.
 
         Args:

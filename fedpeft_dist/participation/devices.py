@@ -17,24 +17,16 @@ from fedpeft_dist.participation.traces import TraceFile
 KEY = "federation.participation.devices.path"
 
 
-class Speeds(NamedTuple):
-    """The speeds of one client, all above 0; infinite if the client takes no simulated time."""
-
-    samples_per_second: float
-    uplink_bytes_per_second: float
-    downlink_bytes_per_second: float
-
-
 class Devices(NamedTuple):
-    """The speeds of all clients: float64 [N] each."""
+    """Speeds above 0 of all clients, float64 [N], or of one client. Infinite speeds take no simulated time."""
 
-    samples_per_second: np.ndarray
-    uplink_bytes_per_second: np.ndarray
-    downlink_bytes_per_second: np.ndarray
+    samples_per_second: np.ndarray | float
+    uplink_bytes_per_second: np.ndarray | float
+    downlink_bytes_per_second: np.ndarray | float
 
-    def of(self, clients: np.ndarray) -> list[Speeds]:
-        """The speeds of some clients, int64 [S]."""
-        return list(map(Speeds, *(column[clients].tolist() for column in self)))
+    def of(self, clients: np.ndarray) -> list[Devices]:
+        """The speeds of each of some clients, int64 [S]."""
+        return list(map(Devices, *(column[clients].tolist() for column in self)))
 
 
 def make_devices(config: schema.DevicesConfig, population: int, seed: int) -> Devices:
