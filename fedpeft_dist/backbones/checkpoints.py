@@ -119,7 +119,7 @@ def _check_attention_heads(stored: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def _versions(model: nn.Module) -> dict[str, int]:
-    """How often each tensor that may be random has been written in place."""
+    """Number of in-place writes to each tensor that may be random."""
     return {name: tensor._version for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 

@@ -29,7 +29,7 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
     def for_channels(self, channels: int) -> Normalization:
-        """The same for so many channels: the average of all channels if their number differs."""
+        """This normalization for a number of channels: the average of all channels if the numbers differ."""
         return Normalization(*(v if len(v) == channels else (sum(v) / len(v),) * channels for v in map(tuple, self)))
 
 

@@ -132,7 +132,7 @@ def _default_cfg(config: BackboneConfig) -> Mapping[str, Any]:
 
 
 def _pretrained_weights(config: BackboneConfig) -> PretrainedWeights:
-    """Where timm has its weights for the model. `model_args` can override the place, as in timm."""
+    """The place of timm's weights for the model. `model_args` can give another place, as in timm."""
     arguments = config.model_args
     name, _, tag = config.name.partition(".")
     source = arguments.get("pretrained_cfg") or tag or None

@@ -34,7 +34,7 @@ PLACE_ROUNDING = (
 
 
 class LaneModel(Protocol):
-    """What the trainer and the evaluation use of a backbone with a method."""
+    """A backbone with a method, as the trainer and the evaluation use it."""
 
     backbone: Backbone
     layout: ParameterLayout

@@ -1,4 +1,4 @@
-"""How a round goes: the course of each selected client, and which updates count when the round ends.
+"""The course of a round: what each selected client does, and which updates count when the round ends.
 
 The server sends the parameters to the clients that it selects. Each client receives them, trains, and sends its update.
 The round ends when the server has all the updates that it wants, or at the deadline. All times are simulated seconds
@@ -19,7 +19,7 @@ from fedpeft_dist.participation.local_work import LocalWork
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """Who counts in one round, and what happens to the other selected clients."""
+    """The clients that count in one round, and what happens to the other selected clients."""
 
     steps: dict[int, int]
     """Local steps of each client whose update counts, by client, ascending."""
@@ -51,7 +51,7 @@ class RoundPlan:
 
 
 class Course(NamedTuple):
-    """What one selected client does, unless the round ends first."""
+    """The course of one selected client, unless the round ends first."""
 
     client: int
     work: LocalWork

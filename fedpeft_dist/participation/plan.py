@@ -1,4 +1,4 @@
-"""Who takes part in a round: whom the server selects, and whose updates count.
+"""Participation in a round: the clients that the server selects, and the clients whose updates count.
 
 Everything is known before training, because it follows from the config, the seed and the round's number. Every rank
 makes the same plan, so nothing is sent or kept. Clients whose updates would not count are not trained.
@@ -65,11 +65,11 @@ class Participation:
         self._cohort_seed = config.seed
         self._work = cache(self._local_work)
         self.available = cache(self._count_available)
-        """How many clients that have samples could be reached in a round, counted from 0."""
+        """Number of clients with samples that could be reached in a round, counted from 0."""
 
     @property
     def num_selected(self) -> int:
-        """How many clients the server selects if enough are available. Poisson cohorts do not use this number."""
+        """Number of clients that the server selects if enough are available. Poisson cohorts do not use this number."""
         return math.ceil(round(self.config.over_selection * self.cohort, 9))  # 1.1 * 10 is a little above 11
 
     @property

@@ -22,7 +22,7 @@ _FEW = 64
 
 
 class Draw(NamedTuple):
-    """What a draw depends on, beside the population."""
+    """The seed, the round and the availability of a draw."""
 
     seed: int
     round_number: int

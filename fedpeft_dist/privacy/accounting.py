@@ -1,4 +1,4 @@
-"""What noisy releases cost in (epsilon, delta)-differential privacy, and how much noise a budget needs.
+"""The cost of noisy releases in (epsilon, delta)-differential privacy, and the noise that a budget needs.
 
 dp-accounting does the accounting: by privacy loss distributions (pld: Koskela et al. 2020, arXiv 1906.03049; Doroshenko
 et al. 2022, arXiv 2207.04380) or by Renyi divergences (rdp: Mironov 2017, arXiv 1702.07476). Both give upper bounds.

@@ -21,7 +21,7 @@ from fedpeft_dist.privacy.accounting import Releases
 
 
 class PrivacyPlan(ABC):
-    """What the plans of all mechanisms with a guarantee share.
+    """The common part of the plans of all mechanisms with a guarantee.
 
     Raises:
         ConfigError: no noise meets the target, or the budget does not last for one round.

@@ -48,8 +48,10 @@ class SamplePlan(PrivacyPlan):
         self.clients = np.array([client for plan in plans for client in plan], dtype=np.int64)
         self.steps = np.array([steps for plan in plans for steps in plan.values()], dtype=np.int64)
         noise = np.zeros(len(self.sizes)) if noise_multipliers is None else noise_multipliers.numpy().copy()
-        for size, client, steps in self._clients_without_noise(noise):
-            noise[client] = self._noise_for(lambda tried, size=size, steps=steps: self._releases(size, tried, steps))
+        steps = self._steps(self.rounds)
+        for client in np.flatnonzero((steps > 0) & (noise == 0)):
+            kind = _Kind(int(self.sizes[client]), 0.0, int(steps[client]))
+            noise[client] = self._noise_for(lambda tried, kind=kind: self._releases(kind._replace(noise=tried)))
         self.noise_multipliers = torch.from_numpy(noise)
         self.num_rounds = self._affordable_rounds()
 
@@ -93,12 +95,6 @@ class SamplePlan(PrivacyPlan):
             f"{1 / self.sizes[found].max():.2g}"
         )
 
-    def _clients_without_noise(self, noise: np.ndarray) -> Iterable[tuple[int, int, int]]:
-        """Size, number and local steps of each client that takes part and has no noise multiplier yet."""
-        steps = self._steps(self.rounds)
-        clients = np.flatnonzero((steps > 0) & (noise == 0))
-        return zip(self.sizes[clients].tolist(), clients.tolist(), steps[clients].tolist())
-
     def _steps(self, rounds: int) -> np.ndarray:
         """The local steps of every client in the first rounds: int64 [N]."""
         end = self.ends[rounds]
@@ -127,11 +123,11 @@ class SamplePlan(PrivacyPlan):
         return one.size <= other.size if self.privacy.max_batch is None else one.size == other.size
 
     def _epsilon_of(self, kind: _Kind) -> float:
-        return self._spent(self._releases(*kind)) if kind.steps else 0.0
+        return self._spent(self._releases(kind)) if kind.steps else 0.0
 
-    def _releases(self, size: int, noise: float, steps: int) -> Releases:
-        event = accounting.gaussian_event(noise, self._probability(size), self.privacy.max_batch, size)
-        return ((event, steps),)
+    def _releases(self, kind: _Kind) -> Releases:
+        probability, max_batch = self._probability(kind.size), self.privacy.max_batch
+        return ((accounting.gaussian_event(kind.noise, probability, max_batch, kind.size), kind.steps),)
 
     def _probability(self, size: int) -> float:
         return min(1.0, self.batch_size / int(size))

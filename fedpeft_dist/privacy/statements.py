@@ -44,7 +44,7 @@ def outside(privacy: PrivacyConfig) -> tuple[str, ...]:
 
 
 def guarantee(privacy: PrivacyConfig) -> str:
-    """What is protected, and from whom; `none` if nothing is."""
+    """A sentence on what is protected from whom; `none` if nothing is."""
     if isinstance(privacy, SamplePrivacy):
         return (
             "any one training sample of a client, set to zero, against the server and anyone who sees what clients "

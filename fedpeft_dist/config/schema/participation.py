@@ -140,7 +140,7 @@ DevicesConfig = Annotated[NoDevices | LognormalDevices | TraceDevices, Field(dis
 
 
 class ParticipationConfig(Section):
-    """Who takes part in a round, and who is lost or late. Paths are relative to the folder that the command runs in."""
+    """The clients that take part in a round, are lost or are late. Paths are relative to the command's folder."""
 
     name: Literal["uniform", "poisson", "weighted"] = "uniform"
     """How cohorts are drawn.
