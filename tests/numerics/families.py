@@ -118,7 +118,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-# Those whose cells take longest: --slow runs them.
+# Families whose cells take longest. Only --slow runs them.
 LONG_FAMILIES = frozenset(
     [
         "coat",

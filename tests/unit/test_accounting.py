@@ -33,7 +33,7 @@ GRID_ERROR = 0.002
 SETTINGS = [
     # noise multiplier, sampling probability, releases, dp_delta
     (1.4, 64 / 781, 780, 1e-3),  # a client of the paper's setting: 6 rounds of 10 epochs
-    (1.4, 64 / 781, 130, 1e-3),  # one round of it
+    (1.4, 64 / 781, 130, 1e-3),  # one round of this client
     (1.05, 16 / 64, 20, 1e-3),
     (1.0, 8 / 64, 50, 1e-3),  # cohorts of the paper's size, the noise of clip_norm
     (2.65, 16 / 19, 160, 1e-3),
@@ -79,9 +79,9 @@ def test_opacus_agrees(noise: float, probability: float, count: int, dp_delta: f
     prv.history = rdp.history = [(noise, probability, count)]
     releases = sampled(noise, probability, count)
     upper = prv.get_epsilon(dp_delta, eps_error=error)
-    # Its upper and lower bounds are twice the error and a little apart.
+    # Opacus' upper and lower bounds differ by a little more than twice the error.
     assert upper - 2.2 * error <= epsilon(releases, dp_delta, "pld") <= upper * (1 + GRID_ERROR)
-    # dp-accounting leaves fractional orders out where they converge slowly, and never one that is whole.
+    # dp-accounting skips fractional orders that converge slowly, and never skips a whole order.
     whole = [order for order in DEFAULT_RDP_ORDERS if order == int(order)]
     least, most = (rdp.get_epsilon(dp_delta, alphas=orders) for orders in (DEFAULT_RDP_ORDERS, whole))
     assert least * (1 - 1e-6) <= epsilon(releases, dp_delta, "rdp") <= most * (1 + 1e-6)
@@ -191,7 +191,7 @@ def test_calibrate_finds_the_least_noise_for_a_target(
     noise = calibrate(lambda noise: sampled(noise, probability, count), target, 1e-3, accountant)
     assert epsilon(sampled(noise, probability, count), 1e-3, accountant) <= target
     assert epsilon(sampled(noise * 0.998, probability, count), 1e-3, accountant) > target
-    assert float(f"{noise:.4g}") == noise, "what is printed is what is used"
+    assert float(f"{noise:.4g}") == noise, "the printed noise is the noise in use"
 
 
 def test_calibrate_returns_the_smallest_noise_for_an_easy_target() -> None:

@@ -83,8 +83,10 @@ def test_a_file_beside_the_weights_decides_first(tmp_path: Path, file: str, cont
 def test_no_warning_without_a_reason(tmp_path: Path) -> None:
     torch.save(encoder(), tmp_path / "weights.pth")
     torch.save(encoder(), tmp_path / "mae.pth")
-    assert build(checkpoint=str(tmp_path / "weights.pth")).warning == ""  # nothing shows an origin
-    assert build("vit_base_patch16_224.mae", checkpoint=str(tmp_path / "mae.pth")).warning == ""  # the tag says it
+    assert build(checkpoint=str(tmp_path / "weights.pth")).warning == ""  # nothing shows the publisher
+    assert (
+        build("vit_base_patch16_224.mae", checkpoint=str(tmp_path / "mae.pth")).warning == ""
+    )  # the tag names the normalization
     assert build(pretrained=False).warning == ""
 
 

@@ -102,7 +102,7 @@ def test_views_share_memory_with_theta_and_its_gradient(num_lanes: int, dtype: t
         assert torch.equal(view.reshape(num_lanes, -1), parameters.theta[:, columns])
         view.grad.fill_(3.0)
         assert (parameters.grad[:, columns] == 3.0).all()
-    assert parameters.grad.sum() == 3.0 * num_lanes * layout.num_parameters  # the padding has none
+    assert parameters.grad.sum() == 3.0 * num_lanes * layout.num_parameters  # the padding has no gradient
     parameters.assert_views_alive()
 
 

@@ -1,4 +1,4 @@
-"""Who is selected, who is lost or late, who counts, and how long a simulated round takes."""
+"""Participation: selected, lost, late and counted clients, and the simulated time of a round."""
 
 from __future__ import annotations
 
@@ -375,7 +375,7 @@ def test_late_clients_are_dropped_at_the_deadline(devices: dict[str, str]) -> No
     plan = make_slow(devices, deadline=4.0).plan(0)
     assert plan.steps == {0: 3, 1: 3, 2: 3}
     assert (plan.selected, plan.late, plan.partial, plan.seconds) == (6, 3, 0, 4.0)
-    # In the 3 s after receiving: two steps, whose time is 3.5 / 3, 4.5 / 3 and 5.5 / 3 s.
+    # In the 3 s after receiving, clients 3, 4 and 5 end two, two and one steps of 3.5 / 3, 4.5 / 3 and 5.5 / 3 s.
     assert plan.wasted_samples == 16 + 16 + 8
 
 

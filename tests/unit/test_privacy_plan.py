@@ -175,7 +175,7 @@ def test_each_row_of_figures_is_one_client(settings: dict[str, Any], rounds: int
     epsilons = [row["epsilon"] for row in quantiles]
     assert epsilons == sorted(epsilons)
     assert epsilons[-1] == plan.epsilon(rounds)
-    for row in quantiles:  # its epsilon follows from its own numbers
+    for row in quantiles:  # the epsilon of a row follows from the other numbers of the row
         places = (row["noise_multiplier"], row["steps"], row["sampling_probability"])
         own = [spent_by(client, *places[:2]) for client, found in enumerate(rows) if found == places]
         assert row["epsilon"] == pytest.approx(own[0] if row["steps"] else 0.0, rel=1e-3)
@@ -355,7 +355,9 @@ def test_refuses_a_run_in_which_nobody_is_ever_available() -> None:
 
 
 def test_adaptive_clipping_shares_the_budget() -> None:
-    assert user_plan(noise_multiplier=0.2, adaptive={}).count_noise == 0.2, "which leaves most to the deltas"
+    assert user_plan(noise_multiplier=0.2, adaptive={}).count_noise == 0.2, (
+        "the default leaves most of the budget to the deltas"
+    )
     plan = user_plan(noise_multiplier=0.1, adaptive={})
     assert plan.count_noise == 3 / 20
     assert plan.delta_noise_multiplier == accounting.delta_noise_multiplier(0.1, 3 / 20)
