@@ -24,7 +24,7 @@ from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import SharedPoolPartition
 from fedpeft_dist.participation.plan import Participation
 
-COHORT, SAMPLES, PARAMETERS = 50, 64, 100_000
+COHORT, SAMPLES, BYTES = 50, 64, 400_000
 DAY = 86_400
 
 
@@ -74,7 +74,7 @@ def measure(name: str, traces: dict[str, Any], rounds: int, clients: int) -> dic
     }
     config, partition = parse_config(tree, "benchmark"), SharedPoolPartition(clients, SAMPLES, 4096)
     started = time.perf_counter()
-    participation = Participation(config, partition, PARAMETERS)
+    participation = Participation(config, partition, BYTES)
     participation.check()
     opened = time.perf_counter()
     sums: dict[str, float] = {}

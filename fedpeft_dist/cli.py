@@ -82,7 +82,7 @@ def cost(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     """Print what a config trains and sends, without data or weights."""
     run_config = load_config(config, overrides or ())
 
-    from fedpeft_dist.federation.cost import compute_cost
+    from fedpeft_dist.federation.ahead import compute_cost
     from fedpeft_dist.lanes.wire import MIB
 
     result = compute_cost(run_config)
@@ -139,10 +139,10 @@ def privacy(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     if section.name == "none":
         raise ConfigError("privacy.name: none leaves nothing to account for; give privacy.name: sample or user")
 
-    from fedpeft_dist.federation.privacy_ahead import plan_ahead
+    from fedpeft_dist.federation.ahead import plan_privacy
     from fedpeft_dist.privacy.statements import describe, summarize
 
-    plan = plan_ahead(run_config)
+    plan = plan_privacy(run_config)
     num_rounds = run_config.federation.rounds if plan is None else plan.num_rounds
     figures = None if plan is None else plan.figures(num_rounds)
     if plan is not None and plan.warning is not None:

@@ -1,4 +1,4 @@
-"""Participation without a run, and traces, for tests."""
+"""Participation without a run, and trace files, for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import IndexPartition, SharedPoolPartition
 from fedpeft_dist.participation.plan import Participation
 
-SAMPLES, PARAMETERS = 64, 1000
+SAMPLES, BYTES = 64, 4000
 
 
 def make_participation(
@@ -21,26 +21,27 @@ def make_participation(
     cohort: int,
     seed: int = 1,
     client: dict[str, Any] | None = None,
-    parameters: int = PARAMETERS,
+    bytes_per_client: int = BYTES,
     privacy: dict[str, Any] | None = None,
     **participation: Any,
 ) -> Participation:
-    """
+    """The participation of a config.
+
     Args:
-        population: how many clients of SAMPLES each, or the size of every client.
-        participation: the section's keys.
+        population: number of clients, each with SAMPLES samples; or the size of every client.
+        participation: keys of the section `federation.participation`.
     """
     if isinstance(population, int):
         partition = SharedPoolPartition(population, SAMPLES, 4096)
     else:
-        samples = torch.zeros(1, dtype=torch.int64).expand(sum(population))  # one in memory
+        samples = torch.zeros(1, dtype=torch.int64).expand(sum(population))  # one number in memory
         partition = IndexPartition(np.cumsum([0, *population]), samples)
     name = "pool" if privacy is None else "iid"  # sample-level privacy refuses a pool
     data = {"name": "synthetic", "clients": partition.num_clients, "partition": {"name": name}}
     federation = {"cohort": cohort, "participation": participation}
     tree = {"seed": seed, "data": data, "federation": federation, "client": client or {}}
     tree["privacy"] = privacy or {"name": "none"}
-    return Participation(parse_config(tree, "test"), partition, parameters)
+    return Participation(parse_config(tree, "test"), partition, bytes_per_client)
 
 
 def write_trace(path: Path, columns: str, rows: Iterable[Sequence[Any]]) -> str:

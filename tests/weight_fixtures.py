@@ -1,4 +1,4 @@
-"""Weights that no fresh model has, so that a test sees which of them were loaded."""
+"""Weights that no fresh model has, so that a test sees which weights were loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 @torch.no_grad()
 def with_changed_tensors(model: nn.Module) -> nn.Module:
-    """The model, whose every parameter and buffer now differs from what a fresh one has."""
+    """The same model, after a change of every parameter and buffer."""
     generator = torch.Generator().manual_seed(5)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():

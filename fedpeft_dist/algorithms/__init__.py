@@ -7,6 +7,7 @@ from fedpeft_dist.algorithms.fedprox import FedProx
 from fedpeft_dist.algorithms.scaffold import Scaffold
 from fedpeft_dist.algorithms.trimmed_mean import Median, TrimmedMean
 from fedpeft_dist.config import schema
+from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER, Traffic
 
 ALGORITHMS: dict[type, type[Algorithm]] = {
     schema.FedAvgConfig: Algorithm,
@@ -29,3 +30,10 @@ def make_algorithm(config: schema.RunConfig, federation: Federation) -> Algorith
     """The algorithm that a config names."""
     algorithm, section = find_algorithm(config)
     return algorithm(section, federation)
+
+
+def traffic(config: schema.RunConfig, num_parameters: int) -> Traffic:
+    """What a client sends and receives in a round of a config with P = num_parameters."""
+    algorithm, _ = find_algorithm(config)
+    size = BYTES_PER_PARAMETER * num_parameters
+    return Traffic(algorithm.vectors_sent * size, algorithm.vectors_received * size)

@@ -1,4 +1,4 @@
-"""Archives of numpy arrays (.npz) in the layout of JAX, which some of timm's models read themselves."""
+"""Archives of numpy arrays (.npz) in the layout of JAX. Some timm models read them with code of their own."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fedpeft_dist.backbones.weight_files import check_content
 
 SUFFIX = ".npz"
 CLASSIFIERS = ("head/", "pre_logits/")
-POOLING = "MAPHead_0/"  # timm leaves it out of models that it loads loosely
-STACKED = "/encoderblock/"  # arrays of all blocks in one
+POOLING = "MAPHead_0/"  # timm skips it for models that it loads loosely
+STACKED = "/encoderblock/"  # one array for all blocks
 
 
 def load_archive(model: nn.Module, path: Path, strict: bool) -> None:
-    """Has a model read an archive, and looks for arrays that it left unread.
+    """Lets a model read an archive, and checks that it reads every array of the encoder.
 
     Raises:
-        UnfitWeightsError: the model reads no archives, or it lacks an array, or leaves some of the encoder's unread.
+        UnfitWeightsError: the model reads no archives, the archive lacks an array, or the model leaves one unread.
     """
     check_content(path)
     if not hasattr(model, "load_pretrained"):
@@ -41,7 +41,7 @@ def load_archive(model: nn.Module, path: Path, strict: bool) -> None:
                 f"cannot be loaded ({one_line(error)}); give {_suggest(names, str(error))}"
             ) from error
     root = os.path.commonpath(sorted(read))
-    root = f"{root}/" if root else ""  # other towers lie beside it
+    root = f"{root}/" if root else ""  # the archive may hold other towers
     spare = CLASSIFIERS if strict else (*CLASSIFIERS, POOLING)
     for name in sorted(set(names) - read.keys()):
         if name.startswith(root) and not name.removeprefix(root).startswith(spare):
@@ -55,7 +55,7 @@ def load_archive(model: nn.Module, path: Path, strict: bool) -> None:
 
 
 def _suggest(names: Iterable[str], name: str) -> str:
-    """The key that would make a model for these arrays, of which one is left or missing."""
+    """The config key that would help, given the archive's names and the name that is left over or missing."""
     if "/encoderblock_" in name:
         blocks = {found[1] for found in map(re.compile(r".*/encoderblock_(\d+)/").match, names) if found}
         argument = f"depth: {len(blocks)}"
@@ -70,7 +70,7 @@ def _suggest(names: Iterable[str], name: str) -> str:
 
 @contextmanager
 def _noting_reads() -> Iterator[dict[str, int]]:
-    """Collects the names of the arrays that are read from archives, and the lengths of their first axes."""
+    """Collects the name of each array that is read from an archive, and the length of its first axis."""
     read: dict[str, int] = {}
     archive_type = np.lib.npyio.NpzFile
     plain = archive_type.__getitem__

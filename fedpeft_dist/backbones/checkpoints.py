@@ -1,7 +1,7 @@
-"""Weights from a file into a model: only a classifier may stay random, and nothing of the encoder is left out.
+"""Loads weights from a file into a model: only a classifier may stay random, and the whole encoder is used.
 
-timm's builder is asked for the model with its weights, and `loading_with` puts a loader of this package in the place of
-timm's: so the loader is given the very filter that the model's entry point names, not the one of the model's class.
+timm's builder makes the model with its weights, and `loading_with` replaces timm's loader by one of this package. So
+the loader gets the filter that the model's entry point names, which may differ from the filter of the model's class.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torch import nn
 
 from fedpeft_dist.backbones import archives
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
-from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Fit, check, first_convolutions
+from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Filter, Fit, Target, first_convolutions
 from fedpeft_dist.backbones.names import classifiers_in
 from fedpeft_dist.backbones.normalization import tensor_names
-from fedpeft_dist.backbones.weight_files import WEIGHT_SUFFIXES, has_known_suffix, is_one_of_several, read_weights
-from fedpeft_dist.backbones.wrappings import Filter, Target, find_encoder
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.backbones.weight_files import read_weights
+from fedpeft_dist.backbones.wrappings import find_encoder
 
 MOCO_SMALL, MOCO_SMALL_HEADS = "vit_small", 12
 
@@ -32,21 +31,21 @@ Loader = Callable[..., None]
 
 @dataclass
 class WeightsFile:
-    """A file to load into a model that timm builds."""
+    """A file of weights for a model that timm builds."""
 
     path: Path
     is_published: bool
-    """Whether it is timm's own for the model's name: its classifier goes by the number of classes, as in timm."""
+    """Whether the file is timm's own. Then timm decides by the number of classes whether the classifier is loaded."""
     names: tuple[str, ...] = ()
-    """The tensors in it, behind the names of the dictionaries that hold them, once it is read."""
+    """Names of the file's tensors, from `tensor_names`, after the file is read."""
 
     def load(
         self, model: nn.Module, pretrained_cfg: Mapping[str, Any], filter_fn: Filter | None, strict: bool, **values: Any
     ) -> None:
-        """Takes the arguments of timm's `load_pretrained`.
+        """Fills a model. The arguments are those of timm's `load_pretrained`.
 
         Raises:
-            UnfitWeightsError: the file cannot be read, or it lacks or exceeds the model's tensors.
+            UnfitWeightsError: the file cannot be read, or it does not fit the model.
         """
         heads = tuple(f"{name}." for name in classifiers_in(pretrained_cfg))
         before = _versions(model)
@@ -67,7 +66,7 @@ class WeightsFile:
                     _fill(model, state, heads)
         except UnfitWeightsError:
             raise
-        except Exception as error:  # each format fails in its own many ways, safetensors and pickle by their classes
+        except Exception as error:  # each format fails in many ways, with classes of its own
             raise UnfitWeightsError(f"cannot be loaded ({one_line(error)})") from error
         fresh = () if strict else LOOSE_FRESH
         _check_written(model, before, heads + fresh)
@@ -78,7 +77,7 @@ _builder_load: Loader = _builder.load_pretrained
 
 @contextmanager
 def loading_with(loader: Loader) -> Iterator[None]:
-    """Within it, timm's builder fills a new model by this function, with the model's own filter."""
+    """Lets timm's builder fill new models with this loader, which gets the model's own filter."""
     calls = []
 
     def load(*arguments: Any, **values: Any) -> None:
@@ -94,21 +93,8 @@ def loading_with(loader: Loader) -> Iterator[None]:
         raise UnfitWeightsError("cannot be loaded (the model is not built by timm's builder, which loads weights)")
 
 
-def check_checkpoint(path: Path) -> None:
-    """
-    Raises:
-        ConfigError: no such file, one of a kind that is not known, or a part of one.
-    """
-    if not has_known_suffix(path):
-        raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}")
-    if not path.is_file():
-        raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
-    if is_one_of_several(path):
-        raise ConfigError(f"backbone.checkpoint: '{path}' is one of several files; give their .index.json")
-
-
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ...]) -> None:
-    """Loads a state, without a classifier of other classes, and with the first layer adapted to the model's colours."""
+    """Loads a state. Skips a classifier of another shape, and adapts the first layer to the model's channels."""
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not (k.startswith(heads) and v.shape != own[k].shape)}
     for name in first_convolutions(model):
@@ -119,7 +105,7 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ..
 
 
 def _check_attention_heads(stored: Mapping[str, Any], model: nn.Module) -> None:
-    """Tells MoCo v3's small ViT from timm's: the number of attention heads shows in no tensor's shape."""
+    """Refuses MoCo v3's small ViT in timm's. No tensor's shape shows their different numbers of attention heads."""
     if stored.get("arch") != MOCO_SMALL or not isinstance(stored.get("state_dict"), Mapping):
         return
     if not any(name.startswith("base_encoder.") for name in clean_state_dict(stored["state_dict"])):
@@ -133,12 +119,12 @@ def _check_attention_heads(stored: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def _versions(model: nn.Module) -> dict[str, int]:
-    """How often each tensor that could be random was written in place."""
+    """Number of in-place writes to each tensor that may be random."""
     return {name: tensor._version for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
 def _check_written(model: nn.Module, before: Mapping[str, int], fresh: tuple[str, ...]) -> None:
-    """A last look at the model itself, whatever wrote its tensors."""
+    """Checks that every tensor of the model was written, whichever code wrote it."""
     after = _versions(model)
     missing = [name for name in after if after[name] == before.get(name) and not name.startswith(fresh)]
-    check(Fit(missing, [], []), {}, model)
+    Fit({}, model, missing, leftover=[], misshapen=[]).check()

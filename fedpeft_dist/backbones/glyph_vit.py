@@ -1,8 +1,7 @@
-"""The embedded backbone: a small vision transformer that travels with the package, for use without internet.
+"""The embedded backbone: a small vision transformer that comes with the package, for use without internet.
 
-An ordinary timm VisionTransformer for 32 x 32 grey images with bright ink: 4 x 4 patches and a class
-token make 17 tokens of width 128, through 6 blocks. `fedpeft_dist.pretrain` makes its weights;
-docs/glyph_vit.md tells how.
+It is an ordinary timm VisionTransformer for grey 32 x 32 images with bright ink. 4 x 4 patches and a class token make
+17 tokens of width 128, which pass 6 blocks. `fedpeft_dist.pretrain` makes the weights; docs/glyph_vit.md explains how.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ WEIGHTS_FILE = Path(__file__).with_name("glyph_vit.safetensors")
 IMAGE_SIZE = 32
 
 TIMM_NAME = "vit_tiny_patch16_224"
-"""A registered timm model that is this one when it is made with ARCHITECTURE."""
+"""A registered timm model that equals this one if it is made with ARCHITECTURE."""
 ARCHITECTURE: dict[str, Any] = {
     "img_size": IMAGE_SIZE,
     "patch_size": 8,
@@ -49,12 +48,18 @@ def build_glyph_vit(
     device: torch.device | str | None = None,
     **model_args: Any,
 ) -> VisionTransformer:
-    """The backbone with a fresh head of `num_classes` outputs (0: none): [N, 1, 32, 32] -> [N, num_classes].
+    """The backbone with a fresh head: images [B, 1, 32, 32] to scores [B, num_classes].
 
-    `pretrained` loads the packaged weights into everything but the head. `model_args` go to timm's
-    VisionTransformer and may override ARCHITECTURE. `device="meta"` builds without memory, and so without
-    weights. Fresh parameters come from torch's generator: the caller forks and seeds it. Raises ValueError
-    where `pretrained` meets the meta device, or a model that the packaged weights do not fit.
+    Fresh parameters come from torch's global generator, which the caller forks and seeds.
+
+    Args:
+        num_classes: outputs of the head; 0 builds no head.
+        pretrained: load the packaged weights into everything but the head.
+        device: "meta" builds without memory, and so without weights.
+        model_args: arguments of timm's VisionTransformer, which may override ARCHITECTURE.
+
+    Raises:
+        ValueError: `pretrained` on the meta device, or with a model that the packaged weights do not fit.
     """
     model = VisionTransformer(**{**ARCHITECTURE, **model_args}, num_classes=num_classes, device=device)
     model.pretrained_cfg = model.default_cfg = {**PRETRAINED_CFG, "num_classes": num_classes}
@@ -75,4 +80,4 @@ def _load_weights(model: VisionTransformer) -> None:
                 f"backbone.model_args: the packaged weights do not fit this model: {name} is {mine} here and "
                 f"{theirs} in {WEIGHTS_FILE.name}; leave model_args empty or set backbone.pretrained to false"
             )
-    model.load_state_dict(packaged, strict=False)  # only the head is missing, as checked above
+    model.load_state_dict(packaged, strict=False)  # the check above allows only the head to be missing

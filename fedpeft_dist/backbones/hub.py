@@ -1,6 +1,6 @@
-"""timm's own pre-trained weights: where they lie on this machine, and how they get there.
+"""Finds timm's pre-trained weights on this machine, and downloads them.
 
-Training only ever looks at files that are there already. Only `fedpeft prefetch` downloads.
+Training only looks at files on this machine. Only `fedpeft prefetch` downloads.
 """
 
 from __future__ import annotations
@@ -20,40 +20,38 @@ from fedpeft_dist.backbones.names import names_with_weights
 from fedpeft_dist.config.errors import ConfigError
 
 DEFAULT_FILE = "pytorch_model.bin"
-# What timm takes in place of a pickle of these names, where a repository has it.
+# The safetensors files that timm prefers to pickles of these names.
 SAFE_NAMES = {DEFAULT_FILE: "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
 
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Where timm gets a model's weights from: a local file, a repository of the Hugging Face hub, or an address."""
+    """The place of a model's weights: a local file, a repository of the Hugging Face hub, or an address."""
 
     model: str
     """The model's name as the user gave it."""
     source: Mapping[str, Any]
     """timm's pretrained_cfg."""
     cache: str | None = None
-    """The folder to keep files in, in place of the hub's or torch's own."""
+    """Folder for downloads; None for the hub's or torch's own."""
 
     def find(self) -> Path | None:
-        """The file on this machine, or None; looks at the disk only."""
+        """The file on this machine, or None. Never uses the network."""
+        repository, revision = self._repository
         if self.source.get("file"):
-            path = Path(self.source["file"])
-            return path if path.is_file() else None
-        if self._repository:
-            for name in self._hub_files():
-                path = try_to_load_from_cache(self._repository, name, cache_dir=self.cache, revision=self._revision)
-                if isinstance(path, str):
-                    return Path(path)
-            return None
-        path = self._url_file()
-        return path if path is not None and path.is_file() else None
+            paths = [self.source["file"]]
+        elif repository:
+            options = {"cache_dir": self.cache, "revision": revision}
+            paths = [try_to_load_from_cache(repository, name, **options) for name in self._hub_files()]
+        else:
+            paths = [self._url_file()]
+        return next((Path(path) for path in paths if isinstance(path, (str, Path)) and Path(path).is_file()), None)
 
     def require(self) -> Path:
-        """The file on this machine; nothing is downloaded.
+        """The file on this machine.
 
         Raises:
-            ConfigError: there are no such weights, or they are not here.
+            ConfigError: timm has no such weights, or the file is not on this machine.
         """
         self.check_exist()
         found = self.find()
@@ -66,10 +64,10 @@ class PretrainedWeights:
         return found
 
     def download(self) -> Path:
-        """The file on this machine, fetched now where it is not there.
+        """The file on this machine, after a download if necessary.
 
         Raises:
-            ConfigError: there are no such weights, or they cannot be fetched.
+            ConfigError: timm has no such weights, or the download fails.
         """
         self.check_exist()
         found = self.find()
@@ -78,17 +76,18 @@ class PretrainedWeights:
         try:
             if self.source.get("file"):
                 raise FileNotFoundError("no such file")
-            return self._download_from_hub() if self._repository else self._download_from_url()
-        except Exception as error:  # every layer from the disk to the proxy fails by classes of its own
+            return self._download_from_hub() if self._repository[0] else self._download_from_url()
+        except Exception as error:  # each layer, from disk to proxy, fails with classes of its own
             raise ConfigError(
                 f"backbone.name: the weights of {self.model!r} cannot be downloaded from {self.origin} "
                 f"({one_line(error)}); try again where there is internet, or give backbone.checkpoint a local file"
             ) from error
 
     def check_exist(self) -> None:
-        """
+        """Checks that timm has weights for the model.
+
         Raises:
-            ConfigError: timm has no weights for this model.
+            ConfigError: timm has none.
         """
         if self.origin:
             return
@@ -101,23 +100,20 @@ class PretrainedWeights:
 
     @property
     def origin(self) -> str:
-        """For people; empty where there is none."""
+        """The place, for messages; empty if timm has no weights."""
         if self.source.get("file"):
             return str(self.source["file"])
-        return f"huggingface.co/{self.source['hf_hub_id']}" if self._repository else self._url[0]
+        return f"huggingface.co/{self.source['hf_hub_id']}" if self._repository[0] else self._url[0]
 
     @property
-    def _repository(self) -> str:
-        """On the hub; empty where there is none."""
-        return (self.source.get("hf_hub_id") or "").partition("@")[0]
-
-    @property
-    def _revision(self) -> str | None:
-        return (self.source.get("hf_hub_id") or "").partition("@")[2] or None
+    def _repository(self) -> tuple[str, str | None]:
+        """Name and revision of the hub's repository; an empty name if there is none."""
+        name, _, revision = (self.source.get("hf_hub_id") or "").partition("@")
+        return name, revision or None
 
     @property
     def _url(self) -> tuple[str, str]:
-        """Address and file name; both empty where there is none."""
+        """Address and file name; both empty if there is no address."""
         url = self.source.get("url") or ""
         return (url, Path(urlparse(url).path).name) if isinstance(url, str) else tuple(url)
 
@@ -137,17 +133,18 @@ class PretrainedWeights:
         for name in safer:
             try:
                 return self._download_file(name)
-            except LocalEntryNotFoundError:  # no connection, which says nothing about the repository
+            except LocalEntryNotFoundError:  # without a connection nothing is known about the repository
                 raise
             except EntryNotFoundError:
                 continue
         return self._download_file(last)
 
     def _download_file(self, name: str) -> Path:
-        return Path(hf_hub_download(self._repository, name, revision=self._revision, cache_dir=self.cache))
+        repository, revision = self._repository
+        return Path(hf_hub_download(repository, name, revision=revision, cache_dir=self.cache))
 
     def _download_from_url(self) -> Path:
         path = self._url_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(self._url[0], str(path), progress=False)  # beside its place, then renamed
+        torch.hub.download_url_to_file(self._url[0], str(path), progress=False)  # writes beside the path, then renames
         return path

@@ -1,4 +1,4 @@
-"""Names that Hugging Face's transformers give to the tensors of ViT, DeiT, DINOv2 and CLIP, turned into timm's."""
+"""Tensor names of Hugging Face's ViT, DeiT, DINOv2 and CLIP, translated to timm's names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ State = dict[str, torch.Tensor]
 MARKS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
 UNUSED = ("pooler.", "embeddings.position_ids")
 
-# In this order. timm's own filter takes the rest of DINOv2's names from here.
+# Applied in this order. timm's own filter then translates the rest of DINOv2's names.
 RENAMES = (
     (r"^encoder\.layers?\.", "blocks."),
     (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
@@ -36,12 +36,12 @@ PROJECTION = re.compile(r"(.*\.attn\.)(query|key|value|[qkv]_proj)\.(weight|bias
 
 
 def are_hugging_faces(names: Mapping[str, object]) -> bool:
-    """Whether the names, without a prefix such as `vit.`, are those of the models above."""
+    """Whether the names, without a prefix such as `vit.`, are Hugging Face's."""
     return any(mark in names for mark in MARKS)
 
 
 def to_timm(state: Mapping[str, torch.Tensor]) -> State:
-    """The same tensors by timm's names, with queries, keys and values in one."""
+    """The tensors under timm's names, with queries, keys and values in one tensor."""
     renamed: State = {}
     parts: dict[str, State] = {}
     for name, tensor in state.items():
@@ -53,7 +53,7 @@ def to_timm(state: Mapping[str, torch.Tensor]) -> State:
             parts.setdefault(f"{found[1]}qkv.{found[3]}", {})[found[2][0]] = tensor
         else:
             renamed[name] = tensor
-    for name in ("cls_token", "pos_embed"):  # CLIP's have no axis for the batch
+    for name in ("cls_token", "pos_embed"):  # CLIP's tensors have no batch axis
         if name in renamed:
             renamed[name] = renamed[name].reshape(1, -1, renamed[name].shape[-1])
     return renamed | {name: torch.cat([part[x] for x in "qkv"]) for name, part in parts.items() if len(part) == 3}

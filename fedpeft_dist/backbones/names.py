@@ -1,4 +1,4 @@
-"""Names of backbones: timm's, with or without a pre-training tag, and the embedded one's."""
+"""Names of backbones: timm's names, with or without a pre-training tag, and the embedded backbone's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ GLYPH_VIT = "glyph_vit"
 
 
 def check_name(name: str) -> None:
-    """
+    """Checks that a backbone of this name exists.
+
     Raises:
-        ConfigError: no such model, or no such pre-training of it.
+        ConfigError: timm has no such model, or no such pre-training of the model.
     """
     if name == GLYPH_VIT:
         return
@@ -35,11 +36,11 @@ def check_name(name: str) -> None:
 
 
 def names_with_weights(name: str) -> list[str]:
-    """The same architecture's names under which timm has weights."""
+    """The names under which timm has weights of the same architecture."""
     return timm.list_models(name.partition(".")[0], pretrained=True)
 
 
 def classifiers_in(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classifier layers, as a model's config of timm tells them."""
+    """Names of the classifier layers, from timm's config of a model."""
     names = pretrained_cfg.get("classifier")
     return (names,) if isinstance(names, str) else tuple(names or ())

@@ -1,7 +1,7 @@
-"""Files of weights, read without running code: safetensors, PyTorch's pickles, and indices of several such files.
+"""Reads files of weights without running code: safetensors, PyTorch's pickles, and indices of several such files.
 
-A pickle that holds more than tensors and plain values is refused. Some neighbours of weights are harmless (the parsed
-arguments of a training script, numpy's scalars, paths): a stand-in takes their place, so not even their classes run.
+A pickle that holds more than tensors and plain values is refused. Some other objects are harmless: the parsed arguments
+of a training script, numpy's scalars, paths. A stand-in replaces them, so that not even their classes run.
 """
 
 from __future__ import annotations
@@ -19,36 +19,31 @@ import torch
 from safetensors.torch import load_file
 
 from fedpeft_dist.backbones.errors import UnfitWeightsError
+from fedpeft_dist.config.errors import ConfigError
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".npz", *INDEX_SUFFIXES)
 
 GIT_LFS = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype|html|head|\?xml)", re.IGNORECASE | re.DOTALL)
-MOST_GLOBALS = 5  # named in an error
+MOST_GLOBALS = 5  # an error names at most so many
 
-NUMPY_GLOBALS = (
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"numpy.dtypes.{name}" for name in dir(np.dtypes) if name.endswith("DType")),
-)
-PATH_GLOBALS = tuple(
-    f"{module}.{name}"
-    for module in ("pathlib", "pathlib._local")  # Python 3.13 moved the classes
-    for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-)
-DATETIME_GLOBALS = tuple(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone"))
-HARMLESS_GLOBALS = (
-    *("argparse.Namespace", "types.SimpleNamespace"),
-    *NUMPY_GLOBALS,
-    *PATH_GLOBALS,
-    *DATETIME_GLOBALS,
-)
+PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+HARMLESS = {
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "numpy": ("dtype", "ndarray"),
+    "numpy.core.multiarray": ("scalar", "_reconstruct"),
+    "numpy._core.multiarray": ("scalar", "_reconstruct"),
+    "numpy.dtypes": tuple(name for name in dir(np.dtypes) if name.endswith("DType")),
+    "pathlib": PATHS,
+    "pathlib._local": PATHS,  # since Python 3.13
+    "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
+}
 
 
 class _StandIn:
-    """Takes the place of a harmless object, and does nothing."""
+    """Replaces a harmless object, and does nothing."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -60,21 +55,26 @@ class _StandIn:
         pass
 
 
-def is_one_of_several(path: Path) -> bool:
-    """Whether a file is named as a part of larger weights, as in model-00001-of-00003.safetensors."""
-    return re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name) is not None
+def check_checkpoint(path: Path) -> None:
+    """Checks the path of a checkpoint.
 
-
-def has_known_suffix(path: Path) -> bool:
-    return path.name.lower().endswith(WEIGHT_SUFFIXES)
+    Raises:
+        ConfigError: the file does not exist, its kind is unknown, or it is one of several files.
+    """
+    if not path.name.lower().endswith(WEIGHT_SUFFIXES):
+        raise ConfigError(f"backbone.checkpoint: '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}")
+    if not path.is_file():
+        raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):  # such as model-00001-of-00003.safetensors
+        raise ConfigError(f"backbone.checkpoint: '{path}' is one of several files; give their .index.json")
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """What a file holds, as it is, on the CPU.
+    """The unchanged content of a file, on the CPU.
 
     Raises:
-        UnfitWeightsError: it holds no weights, or more than weights.
-        Exception: a damaged file fails by the classes of whatever library reads it.
+        UnfitWeightsError: the file holds no weights, or more than weights.
+        Exception: the file is damaged. The class depends on the library that reads the file.
     """
     name = path.name.lower()
     check_content(path)
@@ -89,9 +89,10 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
 
 def check_content(path: Path) -> None:
-    """
+    """Checks that a file is not what a failed download leaves instead of weights.
+
     Raises:
-        UnfitWeightsError: the file is what a failed download leaves in place of weights.
+        UnfitWeightsError: the file is empty, a Git LFS pointer or a web page.
     """
     with path.open("rb") as file:
         start = file.read(1024)
@@ -104,7 +105,7 @@ def check_content(path: Path) -> None:
 
 
 def _read_index(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of all files that an index names."""
+    """The tensors of all files that an index lists."""
     index = json.loads(path.read_text(encoding="utf-8"))
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not places:
@@ -125,9 +126,9 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
-    stand_ins: list[Any] = [(_StandIn, name) for name in HARMLESS_GLOBALS]
+    stand_ins: list[Any] = [(_StandIn, f"{module}.{name}") for module, names in HARMLESS.items() for name in names]
     with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-        warnings.simplefilter("ignore")  # what matters of them is in the error
+        warnings.simplefilter("ignore")  # the error below says what matters
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:
@@ -135,7 +136,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    """Why PyTorch does not read a file, without its advice to read it unsafely."""
+    """Why PyTorch cannot read a file. PyTorch's advice to read it unsafely is left out."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if "TorchScript" in text:
         return "it is a TorchScript archive; save the model's state_dict() in its place"
@@ -151,8 +152,8 @@ def _explain(path: Path, error: Exception) -> str:
 
 
 def _unsafe_globals(path: Path) -> list[str]:
-    """Names of classes and functions that a pickle calls; empty where the file is too old to list them."""
+    """Names of the classes and functions that a pickle calls; empty if the file is too old to list them."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a damaged file fails in many ways, and the first error says how
+    except Exception:  # a damaged file fails in many ways; the first error is shown instead
         return []

@@ -1,10 +1,10 @@
-"""The part of a file that is the wanted encoder, out of whatever a training wrapped it in.
+"""Finds the encoder in a file of weights, whatever a pre-training wrapped it in.
 
-A file holds dictionaries of tensors, one inside the other: {"model": ...}, {"teacher": ..., "student": ...}. Names in a
-dictionary share prefixes: "module.", "backbone.", "base_encoder.". A part is the tensors of one dictionary under one
-prefix. The part that fills the model is taken.
+A file holds nested dictionaries of tensors: {"model": ...}, {"teacher": ..., "student": ...}. Names in a dictionary
+share prefixes: "module.", "backbone.", "base_encoder.". A part is the tensors of one dictionary under one prefix. The
+part that fills the model is the encoder.
 
-    MAE            {"model": encoder}; the longer files hold decoder and mask token beside it
+    MAE            {"model": encoder}; longer files also hold a decoder and a mask token
     MoCo           {"state_dict": {"module.base_encoder.*" or "module.encoder_q.*", the momentum encoder, ...}}
     DINO, iBOT     {"teacher": {"backbone.*", "head.*"}, "student": ...}
     Lightning      {"state_dict": {"model.*"}, ...}
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,66 +24,52 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
-from fedpeft_dist.backbones.fitting import Fit, check, compare, is_encoder
+from fedpeft_dist.backbones.fitting import Filter, Fit, State, Target, compare, is_encoder
 from fedpeft_dist.backbones.huggingface_names import are_hugging_faces, to_timm
 
 logger = logging.getLogger(__name__)
 
-State = dict[str, torch.Tensor]
-Filter = Callable[..., Mapping[str, torch.Tensor]]
-
-# Where several parts fit: a training's average, then its dictionaries in timm's order; and what comes last of all.
+# Order of preference if several parts fit: averaged weights first, then dictionaries in timm's order, SECOND last.
 PREFERRED = ("state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model")
 SECOND = {"student", "momentum_encoder", "encoder_k", "target_encoder", "target_network", "target"}
-# Encoders whose classifier is a layer of their pre-training.
+# Prefixes of encoders whose classifier is a layer of the pre-training.
 WITHOUT_HEAD = ("base_encoder.", "encoder_q.")
 DEEPEST_DICT, DEEPEST_PREFIX = 3, 5
 
 
 @dataclass(frozen=True)
-class Target:
-    """The model to fill."""
-
-    model: nn.Module
-    heads: tuple[str, ...]
-    """Beginnings of the classifiers' names, which may be missing."""
-    filter: Filter | None
-    """timm's own, from the file's layout to the model's."""
-    strict: bool
-    """Whether timm loads this model strictly."""
-
-
-@dataclass(frozen=True)
 class Part:
-    """Tensors of one dictionary under one prefix, in the layout of timm where they could be brought into it."""
+    """Tensors of one dictionary under one prefix, in timm's layout if they could be translated."""
 
     place: str
-    """For people: the dictionary and the prefix."""
-    state: Mapping[str, torch.Tensor]
+    """The dictionary and the prefix, for messages."""
     fit: Fit
     error: Exception | None
-    """Why timm's filter does not take them."""
+    """The error of timm's filter, if it failed."""
 
     @property
     def fits(self) -> bool:
+        """Whether the part fills the model."""
         return self.error is None and self.fit.is_complete
 
     @property
     def faults(self) -> int:
+        """Number of the model's tensors that the part does not fill."""
         return len(self.fit.missing) + len(self.fit.misshapen)
 
     @property
     def rank(self) -> tuple[bool, int]:
+        """Place in the order of preference; smaller is better."""
         words = set(self.place.replace("/", ".").split("."))
         order = next((i for i, word in enumerate(PREFERRED) if word in words), len(PREFERRED))
         return bool(words & SECOND), order
 
 
-def find_encoder(stored: Mapping[str, Any], target: Target) -> Mapping[str, torch.Tensor]:
-    """The tensors for the model, in its layout; some classifier's may be among them.
+def find_encoder(stored: Mapping[str, Any], target: Target) -> State:
+    """The tensors for the model, in its layout. They may include a classifier's.
 
     Raises:
-        UnfitWeightsError: no part of the file fits, or several do, or one with something left over.
+        UnfitWeightsError: no part of the file fits, several parts fit equally well, or a tensor is left over.
     """
     parts = [part for place, state in _dictionaries(stored) for part in _parts(place, state, target)]
     if not parts:
@@ -97,15 +83,15 @@ def find_encoder(stored: Mapping[str, Any], target: Target) -> Mapping[str, torc
         raise UnfitWeightsError(
             f"holds several parts that fit: {', '.join(map(repr, equal))}; save the tensors of one of them alone"
         )
-    check(best.fit, best.state, target.model)
-    spare = best.state.keys() - target.model.state_dict().keys()
+    best.fit.check()
+    spare = best.fit.state.keys() - target.model.state_dict().keys()
     if spare:
         logger.info("%d tensors have no place in the model and are left out, %r among them", len(spare), min(spare))
-    return best.state
+    return best.fit.state
 
 
 def _dictionaries(stored: Mapping[Any, Any], place: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    """The tensors of every dictionary, by their names without the prefixes of distributed training."""
+    """Each dictionary's place and tensors, under names without the prefixes of distributed training."""
     state = {name: value for name, value in stored.items() if isinstance(name, str) and torch.is_tensor(value)}
     if state:
         yield place, clean_state_dict(state)
@@ -115,7 +101,7 @@ def _dictionaries(stored: Mapping[Any, Any], place: str = "", depth: int = 0) ->
 
 
 def _parts(place: str, state: State, target: Target) -> list[Part]:
-    """The parts of a dictionary, but none inside another that fits."""
+    """The parts of a dictionary. A part inside another part that fits is left out."""
     counts = Counter(prefix for name in state for prefix in _prefixes(name))
     enough = len(target.model.state_dict()) / 2
     found: list[Part] = []
@@ -142,18 +128,18 @@ def _part(place: str, prefix: str, state: State, target: Target) -> Part:
     if are_hugging_faces(inside):
         inside = to_timm(inside)
     error = None
-    adapted: Mapping[str, torch.Tensor] = inside
+    adapted: State = inside
     if target.filter is not None:
         try:
             adapted = apply_filter(target.filter, dict(inside), target.model)
-        except Exception as caught:  # filters fail in many ways where a file is another model's
+        except Exception as caught:  # filters fail in many ways on the file of another model
             error = caught
-    fit = compare(adapted, target.model, target.heads, target.strict)
-    return Part(place + prefix, adapted, Fit(fit.missing, fit.leftover + beside, fit.misshapen), error)
+    fit = compare(adapted, target)
+    return Part(place + prefix, replace(fit, leftover=fit.leftover + beside), error)
 
 
-def apply_filter(function: Filter, state: State, model: nn.Module) -> Mapping[str, torch.Tensor]:
-    """As timm calls it: some filters do not take the model."""
+def apply_filter(function: Filter, state: State, model: nn.Module) -> State:
+    """Calls a filter as timm does: some filters do not take the model."""
     try:
         return function(state, model)
     except TypeError:
@@ -161,7 +147,7 @@ def apply_filter(function: Filter, state: State, model: nn.Module) -> Mapping[st
 
 
 def _refuse(part: Part, stored: Mapping[str, Any], target: Target) -> None:
-    """Tells what keeps the nearest part from fitting."""
+    """Raises the error that says why the best part does not fit."""
     needed = sum(t.is_floating_point() for n, t in target.model.state_dict().items() if not n.startswith(target.heads))
     if len(part.fit.missing) == needed:
         first, prefixes = part.fit.missing[0], Counter()
@@ -172,6 +158,6 @@ def _refuse(part: Part, stored: Mapping[str, Any], target: Target) -> None:
             f"lacks {needed} of the model's tensors, {first!r} among them, under every prefix of its names ({shown}); "
             "give another backbone.name, or a file in timm's layout"
         )
-    check(part.fit, part.state, target.model)
+    part.fit.check()
     assert part.error is not None
     raise UnfitWeightsError(f"cannot be loaded ({one_line(part.error)})") from part.error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedpeft_dist.algorithms import make_algorithm
+from fedpeft_dist.algorithms import make_algorithm, traffic
 from fedpeft_dist.algorithms.algorithm import Federation
 from fedpeft_dist.algorithms.server_optimizers import make_server_optimizer
 from fedpeft_dist.algorithms.state import State
@@ -20,7 +20,7 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation.aggregation import Aggregation, MeanRule, WeightedMean, fraction_bits
 from fedpeft_dist.federation.setup import Setup
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.lanes.wire import uplink_bytes
+from fedpeft_dist.lanes.wire import Traffic
 from fedpeft_dist.participation.plan import Participation
 from fedpeft_dist.privacy.noise_seed import derive_noise_seed, draw_noise_seed
 from fedpeft_dist.privacy.user_level import NoisyMean
@@ -43,6 +43,7 @@ class Preparation:
     """The part of a simulation that each rank builds by itself, before ranks agree on the rest."""
 
     setup: Setup
+    traffic: Traffic
     participation: Participation
     privacy_plan: PrivacyPlan | None
 
@@ -56,14 +57,15 @@ def prepare(setup: Setup, begun_with: Noise | None = None) -> Preparation:
         ConfigError: a trace cannot be read, a cohort or a deadline is impossible, a privacy target cannot be met.
     """
     config = setup.config
-    participation = make_participation(config, setup.partition, setup.model.layout.num_parameters)
+    sizes = traffic(config, setup.model.layout.num_parameters)
+    participation = Participation(config, setup.partition, sizes)
     participation.check()
     if config.privacy.name in ("none", "paper_noise"):
-        return Preparation(setup, participation, None)
+        return Preparation(setup, sizes, participation, None)
     from fedpeft_dist.privacy.plan import make_privacy_plan  # dp-accounting takes a second
 
     stored = None if begun_with is None else begun_with.multipliers
-    return Preparation(setup, participation, make_privacy_plan(config, participation, stored))
+    return Preparation(setup, sizes, participation, make_privacy_plan(config, participation, stored))
 
 
 class Simulation:
@@ -75,6 +77,8 @@ class Simulation:
 
     def __init__(self, preparation: Preparation, begun_with: Noise | None = None):
         self.setup, self.participation = preparation.setup, preparation.participation
+        self.traffic = preparation.traffic
+        """What a client sends and receives in a round."""
         self.privacy_plan = preparation.privacy_plan
         self.runtime = self.setup.runtime
         self.config = self._with_choices()
@@ -130,14 +134,6 @@ class Simulation:
             count_noise=plan.count_noise,
             noise_seed=self.noise.seed,
         )
-
-    def uplink_bytes(self, num_clients: int) -> int:
-        """Bytes that so many clients send in a round."""
-        return self.algorithm.vectors_sent * uplink_bytes(len(self.setup.initial_vector), num_clients)
-
-    def downlink_bytes(self, num_clients: int) -> int:
-        """Bytes that so many clients receive in a round."""
-        return self.algorithm.vectors_received * uplink_bytes(len(self.setup.initial_vector), num_clients)
 
     def privacy_figures(self, state: State) -> dict[str, Any] | None:
         """What the rounds so far have spent; None if nothing is accounted for."""
@@ -245,11 +241,6 @@ class Simulation:
             runtime=self.runtime,
         )
         return Schedule(lanes, batches, self.config.seed, slots), rule
-
-
-def make_participation(config: RunConfig, partition: Any, num_parameters: int) -> Participation:
-    """Who takes part in a config's rounds, with clients that send and receive as much as its algorithm says."""
-    return Participation(config, partition, num_parameters)
 
 
 def build_simulation(config: RunConfig, runtime: Runtime, begun_with: Noise | None = None) -> Simulation:

@@ -1,4 +1,4 @@
-"""Dropout and drop-path whose masks are a function of the sample's key, not of a generator's history.
+"""Dropout and drop-path. Their masks are functions of the sample's key, not of a generator's history.
 
 Shapes: L lanes, B batch, R = L * B rows.
 """
@@ -15,13 +15,14 @@ from fedpeft_dist.lanes.random import fold_in, uniform
 
 @dataclass
 class SampleKeys:
-    """What the stochastic modules of one model share: a key per row, int64 [R], or None, which turns them off."""
+    """The keys that all stochastic modules of a model share."""
 
     rows: torch.Tensor | None = None
+    """A key for each row, int64 [R]; None turns the modules off."""
 
 
 class KeyedDropout(nn.Module):
-    """Dropout of single elements; the name of its place in the model tells its masks from the other places'."""
+    """Dropout of single elements. The module's name makes its masks differ from those of other modules."""
 
     def __init__(self, probability: float, name: str):
         super().__init__()
@@ -32,7 +33,7 @@ class KeyedDropout(nn.Module):
         rows = self.keys.rows
         if rows is None:
             return x
-        # A windowed layer cuts each sample into several leading entries; they stay next to each other.
+        # A windowed layer cuts each sample into several leading entries, which stay next to each other.
         per_row = x.numel() // rows.shape[0]
         elements = torch.arange(per_row, device=x.device)
         draws = uniform(fold_in(fold_in(rows, self.site).unsqueeze(1), elements)).view(x.shape)
@@ -58,12 +59,12 @@ class KeyedDropPath(nn.Module):
 
 
 def make_dropout(probability: float, name: str) -> nn.Module:
-    """A keyed dropout for the place called `name`, or the identity where the probability is 0."""
+    """A keyed dropout for the module called `name`, or the identity if the probability is 0."""
     return KeyedDropout(probability, name) if probability else nn.Identity()
 
 
 def share_keys(model: nn.Module, keys: SampleKeys) -> None:
-    """Makes every keyed module of a model read these keys."""
+    """Makes every keyed module of a model use these keys."""
     for module in model.modules():
         if isinstance(module, (KeyedDropout, KeyedDropPath)):
             module.keys = keys

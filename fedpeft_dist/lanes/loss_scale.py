@@ -1,7 +1,7 @@
 """fp16's dynamic loss scale, one per lane.
 
-The scale and its counter are a client's state: they start afresh with every client, so that a client's result does not
-depend on who trained in its lane before. A lane whose gradient overflows skips its own step and halves its own scale.
+The scale and its counter are a client's state. Both are reset for every client, so a client's result does not depend
+on the client before it in the lane. A lane whose gradient overflows skips its own step and halves its own scale.
 
 Shapes: L lanes, W columns of the parameter matrix.
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 
 INITIAL_SCALE = 2.0**12
-"""Lower than for one long training: a client that must first find its scale loses its first steps in every round."""
+"""Scale of a client's first step. It is lower than usual, because a client that must lower it loses steps in every
+round."""
 GROWTH_INTERVAL = 200
 """Steps without an overflow after which a lane's scale doubles."""
 
 
 class LaneLossScale:
-    """The scale that each lane's loss is multiplied by, and its gradient divided by."""
+    """The factor of each lane's loss, by which its gradient is divided again."""
 
     def __init__(self, num_lanes: int, device: torch.device | str = "cpu"):
         self.scale = torch.full((num_lanes,), INITIAL_SCALE, device=device)

@@ -1,6 +1,6 @@
-"""The functions that know a lane axis exists. Everything else sees an ordinary batch of L * B rows.
+"""The only functions that know a lane axis. All other code sees an ordinary batch of L * B rows.
 
-Rows are lane-major: row l * B + b is sample b of lane l. Trainable tensors carry the lanes in front.
+Rows are lane-major: row l * B + b is sample b of lane l. The first axis of a trainable tensor is the lanes.
 
 Shapes: L lanes, B batch, R = L * B rows, D and E channels.
 """

@@ -1,7 +1,7 @@
-"""Client optimizers over the rows of the parameter matrix, and what is done to gradients before them.
+"""Client optimizers over the rows of the parameter matrix, and the changes to gradients before a step.
 
-Each row is a client with its own step count. A row that is not active in a step keeps its parameters, moments and decay
-to the bit: values are chosen with `where`, never multiplied by 0.
+Each row is a client with its own step count. A row that is not active in a step keeps its parameters and moments to the
+bit, without weight decay: values are chosen with `where`, never multiplied by 0.
 
 Shapes: L lanes, W columns of the parameter matrix.
 """
@@ -18,14 +18,14 @@ from fedpeft_dist.config.schema import AdamWConfig, ClientOptimizerConfig, SgdCo
 
 class LaneOptimizer(Protocol):
     def reset(self, lane: int) -> None:
-        """Forgets a lane's history: its next client starts afresh."""
+        """Clears a lane's history for its next client."""
 
     def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: float) -> None:
-        """Updates theta [L, W] in place where active (bool [L, 1]); grad may be overwritten."""
+        """Updates the active rows (bool [L, 1]) of theta [L, W] in place. May overwrite grad."""
 
 
 class LaneSgd:
-    """torch.optim.SGD's update (momentum without dampening, Nesterov, L2 weight decay), a row a client."""
+    """torch.optim.SGD's update for each row: momentum without dampening, Nesterov, L2 weight decay."""
 
     def __init__(self, config: SgdConfig, theta: torch.Tensor):
         self.config = config
@@ -48,10 +48,10 @@ class LaneSgd:
 
 
 class LaneAdamW:
-    """torch.optim.AdamW's update (Loshchilov and Hutter 2019, arXiv 1711.05101), a row a client.
+    """torch.optim.AdamW's update for each row (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
-    The bias corrections 1 - beta^t come from tables, made once in float64: a power of a lane-sized tensor may round by
-    the position in it.
+    The bias corrections 1 - beta^t come from tables that are computed once in float64. A power of a tensor over lanes
+    might round by the position of the lane.
     """
 
     def __init__(self, config: AdamWConfig, theta: torch.Tensor):
@@ -81,7 +81,7 @@ class LaneAdamW:
 
 
 def make_lane_optimizer(config: ClientOptimizerConfig, theta: torch.Tensor) -> LaneOptimizer:
-    """The optimizer that a config names, with state for the rows of theta."""
+    """The optimizer that a config names, with state for every row of theta."""
     return {SgdConfig: LaneSgd, AdamWConfig: LaneAdamW}[type(config)](config, theta)
 
 
@@ -96,15 +96,15 @@ def _keep_where(active: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> N
 
 
 MAX_TABLE = 1_000_000
-"""Steps: of one client in one round, with a beta so near 1 that the correction is not over by then."""
+"""Largest number of steps in a table. Only a beta very close to 1 needs a longer one."""
 
 
 def _bias_corrections(beta: float) -> torch.Tensor:
-    """1 - beta^t for t = 1, 2, ... until it is 1 in float64: float64 [steps]."""
+    """1 - beta^t for t = 1, 2, ... until the value is 1 in float64: float64 [steps]."""
     length = 1 if beta == 0 else min(math.ceil(math.log(2**-54) / math.log(beta)), MAX_TABLE)
     return 1 - beta ** torch.arange(1, length + 1, dtype=torch.float64)
 
 
 def _look_up(table: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """The table's entry for each lane's step, counted from 1; the last one for all later steps."""
+    """The table's entry for each lane's step, counted from 1. Later steps get the last entry."""
     return table[(steps - 1).clamp(0, len(table) - 1)]

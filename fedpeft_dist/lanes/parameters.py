@@ -1,7 +1,7 @@
 """The matrix that holds every lane's trainable parameters, and the names of its columns.
 
-All of a rank's client state is `theta [L, W]`: a row is a client. Modules compute with plain leaf tensors that are
-views of it, `[L, *shape]`, and their gradients are views of a second matrix; so loading a client, taking its delta and
+All client state of a rank is `theta [L, W]`: a row is a client. Modules compute with plain leaf tensors `[L, *shape]`,
+which are views of theta. Their gradients are views of a second matrix. So loading a client, taking its delta and
 stepping an optimizer are operations on rows.
 
 Shapes: L lanes, P trainable parameters, W = P plus the padding columns that align each tensor.
@@ -16,16 +16,17 @@ from functools import cached_property
 
 import torch
 
-# An elementwise kernel may round differently in its vectorised body and in its scalar tail. With every tensor starting
-# at a multiple of 32 elements the tail never falls inside a lane, and no result depends on the lane's number.
+# An elementwise kernel may round differently in its vectorised body and in its scalar tail. Every tensor starts at a
+# multiple of 32 elements. So no tail falls inside a lane, and no result depends on the lane's number.
 ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Names, shapes and order of the trainable tensors; the wire format is their concatenation, P floats."""
+    """Names, shapes and order of the trainable tensors. The wire format is their concatenation, P floats."""
 
     shapes: Mapping[str, torch.Size]
+    """Shape of each tensor without a lane axis, by name."""
 
     @cached_property
     def num_parameters(self) -> int:
@@ -38,7 +39,7 @@ class ParameterLayout:
         return sum(_aligned(math.prod(shape)) for shape in self.shapes.values())
 
     def columns(self) -> list[tuple[str, int, int]]:
-        """(name, first column, number of columns without padding) of each tensor."""
+        """Each tensor's name, first column, and number of columns without padding."""
         columns, start = [], 0
         for name, shape in self.shapes.items():
             size = math.prod(shape)
@@ -47,13 +48,11 @@ class ParameterLayout:
         return columns
 
     def pad(self, vector: torch.Tensor) -> torch.Tensor:
-        """A wire vector [P] as a row [W], zeros in the padding."""
+        """A wire vector [P] as a row [W]. The padding is 0."""
         assert vector.shape == (self.num_parameters,)
         row = vector.new_zeros(self.width)
-        read = 0
-        for _, start, size in self.columns():
-            row[start : start + size] = vector[read : read + size]
-            read += size
+        for part, (_, start, size) in zip(self.split(vector).values(), self.columns()):
+            row[start : start + size] = part.reshape(-1)
         return row
 
     def unpad(self, row: torch.Tensor) -> torch.Tensor:
@@ -62,7 +61,7 @@ class ParameterLayout:
         return torch.cat([row[start : start + size] for _, start, size in self.columns()])
 
     def split(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A wire vector [P] as named tensors, which are views of it."""
+        """A wire vector [P] as named tensors, which are views of the vector."""
         parts = vector.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
@@ -87,8 +86,8 @@ class LaneParameters:
     Args:
         layout: names and shapes of the columns.
         num_lanes: L.
-        dtype: float32 in a run; tests use float64.
-        with_grad: False for rows that are only evaluated; they have no gradient matrix.
+        dtype: float32 in a run; tests also use float64.
+        with_grad: False for rows that are only evaluated. Then there is no gradient matrix.
     """
 
     def __init__(
@@ -117,11 +116,11 @@ class LaneParameters:
         return self.theta.shape[0]
 
     def load(self, lane: int, row: torch.Tensor) -> None:
-        """Puts a client's parameters, a padded row [W], into a lane."""
+        """Copies a client's parameters, a padded row [W], into a lane."""
         self.theta[lane].copy_(row)
 
     def assert_views_alive(self) -> None:
-        """Fails if something (`module.to()`, an optimizer that rebinds `.grad`) has cut a view from its matrix."""
+        """Fails if a view has left its matrix, as after `module.to()` or an optimizer that rebinds `.grad`."""
         element = self.theta.element_size()
         for name, start, _ in self.layout.columns():
             view = self.views[name]

@@ -1,16 +1,17 @@
-"""Counter-based random numbers: a pure function of who asks, never of who asked before.
+"""Counter-based random numbers: pure functions of a key, without any state.
 
-A key is an int64. `derive_seed` makes one from names and numbers on the host; `fold_in` derives keys from keys for a
-whole tensor at once. Because nothing carries state, a draw depends on (seed, purpose, round, client, step, sample,
-site) alone: not on the lane, the rank, or what ran earlier.
+A key is an int64. `derive_seed` makes a key from names and numbers on the host. `fold_in` derives keys from keys for a
+whole tensor at once. A draw depends only on (seed, purpose, round, client, step, sample, site): not on the lane, the
+rank, or earlier draws.
 
-Shapes: L lanes, B batch.
+Shapes: S ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 
 # The golden-ratio increment and the two multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed 64-bit ints.
@@ -26,7 +27,7 @@ def derive_seed(seed: int, purpose: str, *ids: int) -> int:
 
 
 def mix(keys: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finalizer: a bijection of int64 that flips about half of the output bits for any input bit."""
+    """splitmix64's finalizer: a bijection of int64. Any input bit flips about half of the output bits."""
     x = keys + _INCREMENT
     x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
     x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
@@ -39,8 +40,14 @@ def fold_in(keys: torch.Tensor, values: torch.Tensor | int) -> torch.Tensor:
 
 
 def uniform(keys: torch.Tensor) -> torch.Tensor:
-    """Float32 in [0, 1), 24 bits each, one per key."""
+    """A float32 in [0, 1) with 24 random bits for each key."""
     return _shift_right(mix(keys), 40).to(torch.float32) * 2.0**-24
+
+
+def uniform_by_id(ids: np.ndarray, seed: int, purpose: str, *more: int) -> np.ndarray:
+    """A number in [0, 1) for each id, int64 [S], from the key of a seed, a purpose and more ids: float64 [S]."""
+    keys = fold_in(torch.tensor(derive_seed(seed, purpose, *more)), torch.from_numpy(ids))
+    return uniform(keys).double().numpy()
 
 
 def random_bits(keys: torch.Tensor) -> torch.Tensor:
@@ -49,7 +56,7 @@ def random_bits(keys: torch.Tensor) -> torch.Tensor:
 
 
 def unit_interval(bits: torch.Tensor) -> torch.Tensor:
-    """Float64 in [0, 1), 53 bits each, from 64 random bits."""
+    """A float64 in [0, 1) with 53 random bits for each int64 of random bits."""
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 
@@ -60,5 +67,5 @@ def permutation(key: int, size: int) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: torch's own repeats the sign bit."""
+    """Logical shift. torch's own shift repeats the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,11 +1,15 @@
-"""Bytes on the wire: a client sends and receives its P trainable parameters in float32."""
+"""Bytes on the wire, where every number is a float32."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 BYTES_PER_PARAMETER = 4
 MIB = 2**20
 
 
-def uplink_bytes(num_parameters: int, cohort: int) -> int:
-    """Bytes that `cohort` clients send in a round. As many clients receive as many bytes."""
-    return num_parameters * BYTES_PER_PARAMETER * cohort
+class Traffic(NamedTuple):
+    """What one client sends and receives in a round, in bytes."""
+
+    uplink: int
+    downlink: int

@@ -1,7 +1,8 @@
 """A backbone with a PEFT method on it, as a function of images and L clients' parameters.
 
-Two ways to give every client its own parameters: `FoldedLaneModel` runs the frozen layers once over all rows and only
-the method's own modules know about lanes; `VmapLaneModel` maps the whole model over lanes, for full fine-tuning.
+There are two ways to give every client its own parameters. `FoldedLaneModel` runs the frozen layers once over all rows,
+and only the method's own modules know about lanes. `VmapLaneModel` maps the whole model over lanes, for full
+fine-tuning.
 
 Shapes: L lanes, B batch, K classes, P trainable parameters.
 """
@@ -24,8 +25,8 @@ from fedpeft_dist.lanes.dropout import KeyedDropPath, SampleKeys, make_dropout, 
 from fedpeft_dist.lanes.ops import fold, lane_aligned, unfold
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
 
-# The CPU kernels of these activations compute a tensor's last elements by another formula than the others. So does the
-# kernel of the GELU that tanh approximates.
+# The CPU kernels of these activations use another formula for a tensor's last elements. So does the kernel of the GELU
+# that is approximated by tanh.
 PLACE_ROUNDING = (
     nn.SiLU, nn.Sigmoid, nn.LogSigmoid, nn.Mish, nn.Softplus,
     activations.Swish, activations.Sigmoid, activations.Mish, activations.GELUTanh, activations.QuickGELU,
@@ -33,7 +34,7 @@ PLACE_ROUNDING = (
 
 
 class LaneModel(Protocol):
-    """What the trainer and the evaluation need of a method."""
+    """A backbone with a method, as the trainer and the evaluation use it."""
 
     backbone: Backbone
     layout: ParameterLayout
@@ -45,32 +46,33 @@ class LaneModel(Protocol):
         """Makes the model compute with these rows from now on."""
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """[L, B, K] from images [L, B, C, H, W]; keys, int64 [L, B], turn dropout and drop-path on."""
+        """Scores [L, B, K] of images [L, B, C, H, W]. Keys, int64 [L, B], turn dropout and drop-path on."""
 
 
 class LaneModule(nn.Module):
     """A module with trainable tensors of its own.
 
-    They are declared without a lane axis, under the name they have on the wire, and bound as plain tensors
-    [L, *shape]: never registered, so that nothing that walks over parameters moves or shards them.
+    The tensors are declared without a lane axis, under their names on the wire. They are bound as plain tensors
+    [L, *shape] and never registered, so code that walks over a model's parameters does not move or shard them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.declared: dict[str, tuple[str, torch.Tensor]] = {}
+        """Name on the wire and initial value of each attribute."""
 
     def declare(self, attribute: str, name: str, initial: torch.Tensor) -> None:
-        """Announces `self.<attribute>`, called `name` on the wire, with its value before the first round."""
+        """Declares `self.<attribute>`, called `name` on the wire, with its value before the first round."""
         self.declared[attribute] = (name, initial.detach())
 
     def bind(self, views: Mapping[str, torch.Tensor]) -> None:
-        """Computes with these tensors [L, *shape], by their names on the wire, from now on."""
+        """Computes with these tensors [L, *shape] from now on. Their keys are the names on the wire."""
         for attribute, (name, _) in self.declared.items():
             setattr(self, attribute, views[name])
 
 
 class FoldedLaneModel:
-    """The frozen backbone runs over [L*B] rows; the LaneModules in it hold what is trained."""
+    """A frozen backbone that runs over L * B rows. The LaneModules in it hold the trainable tensors."""
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
@@ -105,7 +107,7 @@ MATRIX_PRODUCTS = (
 
 
 class _CastMatrixProducts(TorchFunctionMode):
-    """Autocast for the functions that it leaves alone under vmap: linear layers, convolutions and batch norm."""
+    """Casts the functions that autocast skips under vmap: linear layers, convolutions and batch norm."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -114,15 +116,16 @@ class _CastMatrixProducts(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         if function in MATRIX_PRODUCTS:
             arguments = [a.to(self.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
-        if function is nn.functional.batch_norm:  # under vmap, its input must have the type of its statistics
+        if function is nn.functional.batch_norm:  # under vmap, the input must have the type of the statistics
             arguments = [arguments[0].float(), *arguments[1:]]
         return function(*arguments, **(keywords or {}))
 
 
 class VmapLaneModel:
-    """Every parameter is trained: the whole model is mapped over the lanes, any timm model as it is.
+    """A model whose every parameter is trained. The whole model is mapped over the lanes, so any timm model works.
 
-    vmap has no rule for recurrent layers, nor for some convolutions on the meta device. Lanes run one by one there.
+    vmap has no rule for recurrent layers, and none for some convolutions on the meta device. These models run lane by
+    lane.
     """
 
     def __init__(self, backbone: Backbone):
@@ -146,7 +149,7 @@ class VmapLaneModel:
             return torch.stack([self._one_lane(*own) for own in zip(lanes, images, rows)])
         in_dims = (0, 0, None if keys is None else 0)
         device = images.device.type
-        # vmap has no rule for the CPU's fused attention and would loop over the lanes, with a warning.
+        # vmap has no rule for the CPU's fused attention. It would loop over the lanes, with a warning.
         attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
         precision = nullcontext()
         if torch.is_autocast_enabled(device):
@@ -160,7 +163,7 @@ class VmapLaneModel:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Puts a module in the place of the one called `name`; returns its parent."""
+    """Replaces the module called `name`, and returns its parent."""
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
     setattr(parent, leaf, module)
@@ -168,15 +171,16 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 def make_randomness_keyed(backbone: Backbone) -> SampleKeys:
-    """Replaces the backbone's own dropout and drop-path layers by keyed ones, and drops those that never act.
+    """Replaces the backbone's own dropout and drop-path layers by keyed ones, and removes those with probability 0.
 
     Layers that all samples share get no dropout, because a mask there would belong to no single sample.
 
     Returns:
-        The keys that all keyed layers of the model, the method's included, read from now on.
+        The keys that all keyed layers of the model use from now on, with the method's layers.
 
     Raises:
-        ConfigError: a kind that cannot be keyed: inside the fused attention, of patches, or without a layer of its own.
+        ConfigError: dropout that cannot be keyed, because it is inside the fused attention, drops patches, or has no
+            layer of its own.
     """
     model, shared = backbone.model, backbone.shared_layers
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -197,7 +201,7 @@ def make_randomness_keyed(backbone: Backbone) -> SampleKeys:
             keyed = KeyedDropPath(probability, module.scale_by_keep, name) if probability else nn.Identity()
             replace_module(model, name, keyed)
     _align_activations(model)
-    model.eval()  # the modules put in since it was made, too
+    model.eval()  # new modules start in training mode
     stop_caching(model)
     keys = SampleKeys()
     share_keys(model, keys)
@@ -205,7 +209,7 @@ def make_randomness_keyed(backbone: Backbone) -> SampleKeys:
 
 
 class AlignedActivation(nn.Module):
-    """Pads the input of an activation, so that an element's place does not change how it rounds."""
+    """Pads the input of an activation, so that the rounding of an element does not depend on its place."""
 
     def __init__(self, activation: nn.Module):
         super().__init__()
@@ -225,8 +229,8 @@ def _align_activations(model: nn.Module) -> None:
 def stop_caching(model: nn.Module) -> None:
     """Makes timm's attention layers look up their biases at every call.
 
-    In eval mode they keep the biases of the first call, so no gradient would reach them. Only the flag of the attention
-    itself decides. Its children stay in eval mode.
+    In eval mode the layers keep the biases of the first call, so no gradient would reach the biases. The flag of the
+    attention layer alone decides; its children stay in eval mode.
     """
     for module in model.modules():
         if hasattr(module, "attention_bias_cache"):

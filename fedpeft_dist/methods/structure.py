@@ -1,6 +1,6 @@
 """Checks by shapes alone whether a method fits a backbone, before any weight is read.
 
-Everything here runs on the meta device, in a fraction of a second for any size. `training/lane_check.py` compares
+All checks run on the meta device, in a fraction of a second for a model of any size. `training/lane_check.py` compares
 values at the start of a run.
 
 Shapes: L lanes, B batch, K classes, C channels, H x W pixels.
@@ -24,16 +24,16 @@ from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods.lane_model import LaneModel, LaneModule, stop_caching
 
 FEW, MORE = 2, 3
-"""Two batch sizes. The leading size of a tensor that holds samples grows with them in proportion."""
+"""Two batch sizes. The leading size of a tensor that holds samples is proportional to the batch size."""
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same modules anew, over the very same tensors."""
+    """A copy of the modules that shares all tensors."""
     return _uncached(copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}))
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The same model without values, on the meta device."""
+    """A copy of the model without values, on the meta device."""
     memo: dict[int, torch.Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
     return _uncached(copy.deepcopy(model, memo))
@@ -45,21 +45,22 @@ def _uncached(model: nn.Module) -> nn.Module:
 
 
 def check_backbone(backbone: Backbone, name: str) -> None:
-    """
+    """Checks that a backbone classifies each image by itself.
+
     Args:
-        backbone: of the meta device, before a method changes it.
-        name: the backbone's, for messages.
+        backbone: a backbone on the meta device, before a method changes it.
+        name: the backbone's name, for messages.
 
     Raises:
-        ConfigError: it does not take images of this size, gives something else than a score for each class, or
-            compares the samples of a batch with each other.
+        ConfigError: the backbone does not take images of this size, gives no score for each class, or compares the
+            samples of a batch with each other.
     """
     model, sizes = meta_copy(backbone.model), []
     for batch in (FEW, MORE):
         try:
             with torch.no_grad(), _OutputSizes() as outputs:
                 scores = model(_images(backbone, batch))
-        except Exception as error:  # models refuse an image size in many ways
+        except Exception as error:  # models refuse image sizes in many ways
             size = f"data.image_size: {backbone.image_size}"
             raise ConfigError(f"{size} does not fit backbone.name: {name} ({one_line(error)})") from error
         sizes.append(outputs.sizes)
@@ -81,10 +82,10 @@ def find_shared_layers(backbone: Backbone) -> frozenset[nn.Module]:
 
 
 def check_structure(model: LaneModel, method: str) -> None:
-    """Runs a model of the meta device as an evaluation does, then as local training does.
+    """Runs a model on the meta device as the evaluation does, then as local training does.
 
     Args:
-        method: its name, for messages.
+        method: the method's name, for messages.
 
     Raises:
         ConfigError: the model does not run on several lanes, has a trained layer that all samples share, or a trained
@@ -100,14 +101,14 @@ def check_structure(model: LaneModel, method: str) -> None:
             idle = _idle_tensors(model)
     except ConfigError:
         raise
-    except Exception as error:  # a backbone may stumble over a replaced layer in any way
+    except Exception as error:  # a backbone may fail on a replaced layer in any way
         raise ConfigError(f"{misfit}: it cannot run with several lanes ({one_line(error)})") from error
     if idle:
         raise ConfigError(f"{misfit}: the scores do not depend on {idle[0]}, one of {len(idle)} such tensors")
 
 
 def _shared_lane_modules(model: LaneModel) -> list[str]:
-    """Names on the wire of trained layers without a sample axis. This also fills the backbone's caches."""
+    """Names on the wire of trained layers without a sample axis. The run also fills the backbone's caches."""
     model.bind(LaneParameters(model.layout, 1, "meta", with_grad=False))
     layers = [m for m in model.backbone.model.modules() if isinstance(m, LaneModule)]
     shared = _without_sample_axis(layers, lambda batch: model.logits(_images(model.backbone, batch).unsqueeze(0)))
@@ -126,7 +127,7 @@ def _idle_tensors(model: LaneModel) -> list[str]:
 
 
 class _OutputSizes(TorchDispatchMode):
-    """Notes the number of elements of every operation's outputs."""
+    """Records the number of elements of every operation's outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ def _images(backbone: Backbone, batch: int) -> torch.Tensor:
 
 
 def _without_sample_axis(layers: Iterable[nn.Module], run: Callable[[int], object]) -> list[nn.Module]:
-    """The layers that see a tensor whose leading size does not grow with the batch that `run` is given."""
+    """The layers that get a tensor whose leading size does not grow with the batch size, the argument of `run`."""
     few, more = (_input_shapes(layers, run, batch) for batch in (FEW, MORE))
 
     def grows(layer: nn.Module) -> bool:

@@ -6,41 +6,40 @@ Shapes: N clients, S of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
 from fedpeft_dist.config import schema
-from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.participation.traces import check_all_present, check_clients, read_columns
+from fedpeft_dist.participation.traces import TraceFile
 
 KEY = "federation.participation.devices.path"
 
 
-@dataclass(frozen=True)
-class Devices:
-    """float64 [N] each, above 0; infinite where nothing takes simulated time."""
+class Devices(NamedTuple):
+    """Speeds above 0 of all clients, float64 [N], or of one client. Infinite speeds take no simulated time."""
 
-    samples_per_second: np.ndarray
-    uplink_bytes_per_second: np.ndarray
-    downlink_bytes_per_second: np.ndarray
+    samples_per_second: np.ndarray | float
+    uplink_bytes_per_second: np.ndarray | float
+    downlink_bytes_per_second: np.ndarray | float
 
-    def of(self, clients: np.ndarray) -> list[list[float]]:
-        """The three of some clients, int64 [S]: S numbers each, in the order above."""
-        return [getattr(self, field.name)[clients].tolist() for field in fields(self)]
+    def of(self, clients: np.ndarray) -> list[Devices]:
+        """The speeds of each of some clients, int64 [S]."""
+        return list(map(Devices, *(column[clients].tolist() for column in self)))
 
 
 def make_devices(config: schema.DevicesConfig, population: int, seed: int) -> Devices:
-    """
+    """The devices that a config describes.
+
     Raises:
-        ConfigError: a trace that cannot be read, that lacks clients or has unknown ones, or speeds that are none.
+        ConfigError: a trace cannot be read, lacks a client, names an unknown one, or holds a speed that is not above 0.
     """
     match config:
         case schema.LognormalDevices():
             return _lognormal(config, population, seed)
         case schema.TraceDevices():
-            return _trace(config.path, population)
+            return _trace(TraceFile(KEY, config.path), population)
     instant = np.broadcast_to(math.inf, (population,))  # one number in memory
     return Devices(instant, instant, instant)
 
@@ -57,19 +56,16 @@ def _lognormal(config: schema.LognormalDevices, population: int, seed: int) -> D
     )
 
 
-def _trace(path: str, population: int) -> Devices:
-    speeds = [field.name for field in fields(Devices)]
-    rows = read_columns(path, {"client": "i8", **dict.fromkeys(speeds, "f8")}, KEY)
+def _trace(file: TraceFile, population: int) -> Devices:
+    rows = file.read({"client": "i8", **dict.fromkeys(Devices._fields, "f8")}, population, every_client=True)
     clients = rows["client"]
-    check_clients(path, clients, population, KEY)
-    check_all_present(path, clients, population, KEY)
     if len(rows) > population:
-        twice = int(np.bincount(clients).argmax())
-        raise ConfigError(f"{KEY}: '{path}' has more than one row for client {twice}; give one row for each client")
-    for name in speeds:
+        repeated = int(np.bincount(clients).argmax())
+        raise file.error(f"has more than one row for client {repeated}; give one row for each client")
+    for name in Devices._fields:
         wrong = np.flatnonzero(~(np.isfinite(rows[name]) & (rows[name] > 0)))
         if len(wrong):
-            value = rows[name][wrong[0]]
-            raise ConfigError(f"{KEY}: '{path}': {name} of client {clients[wrong[0]]} is {value:g}; give one above 0")
+            value, client = rows[name][wrong[0]], clients[wrong[0]]
+            raise file.error(f"is wrong: {name} of client {client} is {value:g}; give one above 0")
     rows = rows[np.argsort(clients)]
-    return Devices(*(np.ascontiguousarray(rows[name]) for name in speeds))
+    return Devices(*(np.ascontiguousarray(rows[name]) for name in Devices._fields))

@@ -1,40 +1,49 @@
-"""A round's clients at random, in the order drawn, and only as far as somebody looks.
+"""Draws of a round's clients at random. A draw goes on only as long as the server wants more clients.
 
-Candidates are drawn in chunks, none of them twice; the available ones among them, in this order, are what the server
-selects. So clients that are never drawn cost nothing, and availability is asked of a few: O(M), where more than a few
-of all are available.
+Candidates are drawn in chunks, each client at most once. The server selects the available candidates in this order.
+Clients that are never drawn cost nothing, and few are asked whether they are available. So a draw costs O(M) if more
+than a few clients are available.
 
-Shapes: N clients.
+Shapes: N clients, M cohort.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from fedpeft_dist.lanes.random import derive_seed
 
-Available: TypeAlias = Callable[[np.ndarray], np.ndarray]
-"""Those of some clients, int64, that are available, in the same order. Draws that do not ask for sizes take clients by
-their places among those that can be drawn, and get their numbers back."""
 _FEW = 64
-"""Until a 64th of the clients has been drawn they come one by one; then the rest at once, in O(N)."""
+"""Clients are drawn one by one until a 64th of the population is drawn. Then the rest is drawn at once, in O(N)."""
 
 
-def uniform_order(
-    population: int, chunk: int, seed: int, round_number: int, available: Available
-) -> Iterator[np.ndarray]:
+class Draw(NamedTuple):
+    """The seed, the round and the availability of a draw."""
+
+    seed: int
+    round_number: int
+    available: Callable[[np.ndarray], np.ndarray]
+    """Filter that keeps the available clients, int64, in their order. Draws that do not look at sizes pass the places
+    of clients in the population, and get the clients' numbers back."""
+
+    def key(self, purpose: str) -> int:
+        """The seed of one purpose in this round."""
+        return derive_seed(self.seed, purpose, self.round_number)
+
+
+def uniform_order(population: int, chunk: int, draw: Draw) -> Iterator[np.ndarray]:
     """All available clients in random order.
 
     Args:
-        chunk: how many candidates to draw first; each further time it is as many as all before.
+        chunk: size of the first chunk of candidates. Each later chunk is as large as all chunks before it.
     """
-    generator = random.Random(derive_seed(seed, "cohort", round_number))
+    generator = random.Random(draw.key("cohort"))
     drawn = generator.sample(range(population), chunk)
-    yield available(np.array(drawn, dtype=np.int64))
+    yield draw.available(np.array(drawn, dtype=np.int64))
     seen = set(drawn)
     while _FEW * len(seen) < population:
         drawn, chunk = [], len(seen)
@@ -43,48 +52,48 @@ def uniform_order(
             if client not in seen:
                 seen.add(client)
                 drawn.append(client)
-        yield available(np.array(drawn, dtype=np.int64))
-    order = np.random.default_rng(derive_seed(seed, "cohort rest", round_number))
-    yield order.permutation(available(_without(np.arange(population), seen)))
+        yield draw.available(np.array(drawn, dtype=np.int64))
+    order = np.random.default_rng(draw.key("cohort rest"))
+    yield order.permutation(draw.available(_without(np.arange(population), seen)))
 
 
 class WeightedOrder:
-    """Clients drawn one after another without replacement, each time in proportion to the sizes of those left.
+    """Clients drawn one after another without replacement, in proportion to the sizes of the clients that are left.
 
     Args:
-        sizes: int64 [N]; a client of size 0 is never drawn.
+        sizes: samples of each client, int64 [N]. A client of size 0 is never drawn.
     """
 
     def __init__(self, sizes: np.ndarray):
         self.sizes = sizes
         self.ends = np.cumsum(sizes)
 
-    def __call__(self, chunk: int, seed: int, round_number: int, available: Available) -> Iterator[np.ndarray]:
-        generator = np.random.default_rng(derive_seed(seed, "weighted cohort", round_number))
+    def __call__(self, chunk: int, draw: Draw) -> Iterator[np.ndarray]:
+        generator = np.random.default_rng(draw.key("weighted cohort"))
         seen: set[int] = set()
         is_fruitful = True
-        # Once half of what is drawn has been drawn before, those seen hold most of the samples.
+        # If half of a chunk has been drawn before, the clients seen hold most of the samples. Then the loop ends.
         while _FEW * len(seen) < len(self.sizes) and is_fruitful:
-            # Drawn with replacement; to leave out what was drawn before is to draw from the rest in proportion.
+            # Draw with replacement and skip repeated clients: this draws from the rest in proportion to size.
             places = np.searchsorted(self.ends, generator.integers(self.ends[-1], size=chunk), side="right")
             found = [client for client in dict.fromkeys(places.tolist()) if client not in seen]
             seen.update(found)
-            yield available(np.array(found, dtype=np.int64))
+            yield draw.available(np.array(found, dtype=np.int64))
             is_fruitful, chunk = 2 * len(found) >= chunk, len(seen)
-        rest = available(_without(np.flatnonzero(self.sizes), seen))
-        # The same distribution at once: the order in which clocks ring, each as fast as its client is large.
+        rest = draw.available(_without(np.flatnonzero(self.sizes), seen))
+        # Sorting by exponential times, each with the client's size as its rate, gives the same distribution at once.
         yield rest[np.argsort(generator.standard_exponential(len(rest)) / self.sizes[rest])]
 
 
-def poisson_draw(population: int, probability: float, seed: int, round_number: int, available: Available) -> np.ndarray:
-    """Each available client independently of the others: first how many there are, then which, in O(M)."""
-    key = derive_seed(seed, "poisson cohort", round_number)
+def poisson_draw(population: int, probability: float, draw: Draw) -> np.ndarray:
+    """Each available client, independently of all others. Drawing the count first costs O(M)."""
+    key = draw.key("poisson cohort")
     count = int(np.random.default_rng(key).binomial(population, probability))
-    return available(np.array(random.Random(key).sample(range(population), count), dtype=np.int64))
+    return draw.available(np.array(random.Random(key).sample(range(population), count), dtype=np.int64))
 
 
 def first(chunks: Iterable[np.ndarray], wanted: int) -> np.ndarray:
-    """The first so many clients of some chunks, or as many as there are: int64."""
+    """The first `wanted` clients of some chunks, or all if there are fewer: int64."""
     found: list[np.ndarray] = []
     for chunk in chunks:
         found.append(chunk)
@@ -94,6 +103,7 @@ def first(chunks: Iterable[np.ndarray], wanted: int) -> np.ndarray:
 
 
 def _without(clients: np.ndarray, seen: set[int]) -> np.ndarray:
+    """The clients, ascending, that are not in `seen`."""
     left = np.ones(len(clients), dtype=bool)
     left[np.searchsorted(clients, np.fromiter(seen, dtype=np.int64, count=len(seen)))] = False
     return clients[left]

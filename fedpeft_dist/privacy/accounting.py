@@ -1,11 +1,12 @@
-"""What noisy releases cost in (epsilon, delta)-differential privacy, and the noise that a budget asks for.
+"""The cost of noisy releases in (epsilon, delta)-differential privacy, and the noise that a budget needs.
 
 dp-accounting does the accounting: by privacy loss distributions (pld: Koskela et al. 2020, arXiv 1906.03049; Doroshenko
-et al. 2022, arXiv 2207.04380) or by Renyi divergences (rdp: Mironov 2017, arXiv 1702.07476). Either is an upper bound.
+et al. 2022, arXiv 2207.04380) or by Renyi divergences (rdp: Mironov 2017, arXiv 1702.07476). Both give upper bounds.
 
-Neighbours differ in one sample or client: its contribution is zero in one of the two, which costs what adding or
-removing it does, or, for cohorts of a fixed size, another one's. dp_delta is the delta of (epsilon, delta), and a
-noise multiplier is the standard deviation of the noise in units of the clipping norm.
+Neighbouring data sets differ in the contribution of one sample or client. One of the two has a zero in its place, which
+costs as much as adding or removing the contribution. For cohorts of a fixed size, one client replaces another.
+dp_delta is the delta of (epsilon, delta). A noise multiplier is the standard deviation of the noise in units of the
+clipping norm.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from scipy.optimize import brentq
 from fedpeft_dist.config.errors import ConfigError
 
 Releases: TypeAlias = tuple[tuple[DpEvent, int], ...]
-"""What is released, each with how often. One that is not released yet, 0 times, costs nothing, but the grid of pld
-takes account of it: so epsilon never falls as a run goes on."""
+"""Events, and how often each is released. An event that will be released later has a count of 0: it costs nothing, but
+pld's grid is fine enough for it. So epsilon never falls during a run."""
 AccountantName: TypeAlias = Literal["pld", "rdp"]
 
 _GRID = 0.1
-"""The grid of pld, in standard deviations of one release's privacy loss."""
+"""Spacing of pld's grid, in standard deviations of one release's privacy loss."""
 SMALLEST_NOISE, _LARGEST_NOISE = 0.01, 1e6
 _DIGITS = Context(prec=4, rounding=ROUND_CEILING)
 _LOG_TOLERANCE = 1e-4
@@ -51,11 +52,12 @@ def gaussian_event(
     max_batch: int | None = None,
     dataset_size: int | None = None,
 ) -> DpEvent:
-    """A sum of clipped contributions with Gaussian noise, each of which is sampled by itself.
+    """A sum of clipped contributions with Gaussian noise. Each contribution is sampled independently.
 
     Args:
-        max_batch: where more were sampled, a random subset of so many is summed (Ganesh et al. 2025, arXiv 2508.15089).
-        dataset_size: how many there are to sample from; goes with max_batch.
+        max_batch: largest number of contributions in the sum. If more are sampled, a random subset of this size is
+            summed (Ganesh et al. 2025, arXiv 2508.15089).
+        dataset_size: number of contributions to sample from; needed with max_batch.
     """
     if max_batch is not None:
         return TruncatedSubsampledGaussianDpEvent(dataset_size, sampling_probability, max_batch, noise_multiplier)
@@ -64,16 +66,16 @@ def gaussian_event(
 
 
 def without_replacement_event(noise_multiplier: float, population: int, cohort: int) -> DpEvent:
-    """A sum over a cohort of fixed size. To replace a client moves the sum by up to twice the clipping norm."""
+    """A sum over a cohort of fixed size. Replacing a client moves the sum by at most twice the clipping norm."""
     return SampledWithoutReplacementDpEvent(population, cohort, GaussianDpEvent(noise_multiplier / 2))
 
 
 @lru_cache(maxsize=2**14)
 def epsilon(releases: Releases, dp_delta: float, accountant: AccountantName) -> float:
-    """An upper bound, for all of the releases together.
+    """An upper bound of the epsilon of all releases together.
 
-    The grid of pld is coarser than dp-accounting's default, for speed, and finer where losses are small; its error is
-    on the safe side. Against a grid four times as fine, epsilon is larger by less than 0.2 % where it is below 10, for
+    For speed, pld's grid is coarser than dp-accounting's default, and finer if losses are small. Its error only makes
+    epsilon larger. Compared with a grid four times as fine, an epsilon below 10 is larger by less than 0.2 %, for
     sampling probabilities from 0.001 to 1, noise multipliers from 0.3 to 5, and up to 3,000 releases.
 
     Raises:
@@ -95,13 +97,13 @@ def epsilon(releases: Releases, dp_delta: float, accountant: AccountantName) -> 
 def calibrate(
     releases_of: Callable[[float], Releases], target: float, dp_delta: float, accountant: AccountantName
 ) -> float:
-    """The smallest noise multiplier, with four digits and from SMALLEST_NOISE on, whose epsilon is at most the target.
+    """The smallest noise multiplier whose epsilon is at most the target: at least SMALLEST_NOISE, with four digits.
 
     Args:
-        releases_of: what is released with a given noise multiplier.
+        releases_of: the releases for a noise multiplier.
 
     Raises:
-        ConfigError: no noise is enough.
+        ConfigError: no noise multiplier meets the target.
     """
 
     def excess(log_noise: float) -> float:
@@ -126,15 +128,15 @@ def calibrate(
 
 
 def delta_noise_multiplier(noise_multiplier: float, count_noise: float) -> float:
-    """That of the noise on the deltas, where part of the budget goes to the number of unclipped ones.
+    """The noise multiplier for the deltas if the number of unclipped deltas takes a part of the budget.
 
-    Together both cost what `noise_multiplier` alone would (Andrew et al. 2021, arXiv 1905.03871, theorem 1).
+    Both releases together cost what `noise_multiplier` alone would (Andrew et al. 2021, arXiv 1905.03871, theorem 1).
 
     Args:
-        count_noise: standard deviation of the noise on that number.
+        count_noise: standard deviation of the noise on the number of unclipped deltas.
 
     Raises:
-        ConfigError: the number alone costs as much.
+        ConfigError: the number alone spends the whole budget.
     """
     if noise_multiplier >= 2 * count_noise:
         raise ConfigError(
@@ -154,17 +156,17 @@ def _open(releases: Releases, accountant: AccountantName) -> PrivacyAccountant:
 
 
 def _interval(event: DpEvent) -> float:
-    """Of the grid: the error that it adds to the variance of a privacy loss should be a small part of it."""
+    """The grid's spacing for an event. The grid's error should be a small part of the variance of the privacy loss."""
     probability = getattr(event, "sampling_probability", 1.0)
     noise = (event.event if isinstance(event, PoissonSampledDpEvent) else event).noise_multiplier
-    # The loss of a sampled Gaussian: of few samples with much noise, and of many or with little.
+    # Two estimates of the deviation of a sampled Gaussian's loss: few samples with much noise; and the other cases.
     deviation = probability * math.sqrt(math.expm1(min(noise**-2, 700.0)))
     return _GRID * min(deviation, math.sqrt(probability) / noise)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without rdp's warnings of orders that it leaves out, for the others still bound epsilon."""
+    """Silences rdp's warnings about orders that it skips. The remaining orders still bound epsilon."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

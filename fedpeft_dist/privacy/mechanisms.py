@@ -1,8 +1,8 @@
 """The Gaussian mechanism on exact sums: clip, truncate to integers, add, add noise.
 
-A contribution is clipped in float64 to a norm of at most C and truncated towards zero to a fixed-point grid, which can
-only shrink it. Integers are then summed exactly, so no rounding and no order of summation adds to the sensitivity C of
-the sum; and the noise lies on the same grid.
+A contribution is clipped in float64 to a norm of at most C. Then it is truncated towards zero to a fixed-point grid,
+which can only shrink it. The sum of integers is exact, so neither rounding nor the order of summation adds to the sum's
+sensitivity C. The noise lies on the same grid.
 
 Shapes: R rows (one contribution each), W columns.
 """
@@ -19,19 +19,20 @@ from fedpeft_dist.lanes.parameters import ALIGNMENT
 from fedpeft_dist.lanes.random import fold_in, random_bits, unit_interval
 
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
-"""Worked on at a time: in float64 and int64 they take several times the room, and beyond the CPU's caches the time."""
+"""Elements of one block. Blocks limit the memory of float64 and int64 copies, and fit into the CPU's caches."""
 SHRINK = 1 - 2.0**-20
-"""On the clip factor: far more than what float64 can round a norm up by, far less than anyone notices."""
+"""Margin of the clip factor: far larger than float64's rounding of a norm, and far too small to matter."""
 NOISE_RANGE = 10.0
-"""Standard deviations that the grid has room for; with 53 random bits no draw gets beyond 8.6."""
+"""Standard deviations of noise that the grid has room for. With 53 random bits no draw exceeds 8.6."""
 _RANGE_BITS, _FLOAT_BITS = 62, 52
 
 
 def clip_factors(norms: torch.Tensor, clip_norm: float | torch.Tensor) -> torch.Tensor:
-    """What to multiply contributions with so that their norms are at most C.
+    """The factors that scale contributions to norms of at most C.
 
     Args:
-        norms: float64 [R]; one that is not finite gets the factor 0 (its row has to be replaced, too: 0 * inf is none).
+        norms: float64 [R]. A norm that is not finite gets the factor 0. The caller must also replace its row, because
+            0 * inf is NaN.
         clip_norm: C.
 
     Returns:
@@ -50,18 +51,20 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
 
 
 def column_blocks(rows: torch.Tensor) -> Iterator[slice]:
-    """The columns of rows [R, W] in blocks that end, but for the last one, at multiples of ALIGNMENT."""
+    """The columns of rows [R, W] in blocks. All blocks but the last one end at multiples of ALIGNMENT."""
     most = _BLOCK_ELEMENTS.get(rows.device.type, _BLOCK_ELEMENTS["cuda"]) // max(len(rows), 1)
     step = max(ALIGNMENT, most // ALIGNMENT * ALIGNMENT)
     return (slice(start, min(start + step, rows.shape[1])) for start in range(0, rows.shape[1], step))
 
 
 def grid_bits(largest_sum: float, standard_deviation: float) -> int:
-    """s, such that noisy sums fit an int64 as multiples of 2^-s, and the noise, drawn in float64, reaches all of these.
+    """The number s of the grid's fractional bits: the grid holds the multiples of 2^-s.
+
+    Noisy sums fit an int64, and noise drawn in float64 reaches every multiple.
 
     Args:
-        largest_sum: of the contributions, in absolute value.
-        standard_deviation: of the noise.
+        largest_sum: largest absolute value of the sum of contributions.
+        standard_deviation: standard deviation of the noise.
     """
     noise = NOISE_RANGE * standard_deviation
     bits = _RANGE_BITS - math.ceil(math.log2(largest_sum + noise))
@@ -71,7 +74,7 @@ def grid_bits(largest_sum: float, standard_deviation: float) -> int:
 def truncate(rows: torch.Tensor, factors: torch.Tensor, bits: int) -> torch.Tensor:
     """Rows [R, W] times their factors [R], rounded towards zero to multiples of 2^-bits: int64 [R, W].
 
-    No row's norm grows. A row with factor 0 is all zeros, whatever it holds.
+    No row's norm grows. A row with factor 0 becomes zeros, even if it is not finite.
     """
     factors = factors.unsqueeze(1)
     scaled = torch.where(factors > 0, rows.double() * factors, 0.0)
@@ -84,10 +87,10 @@ def noise_on_grid(
     """Gaussian noise, rounded to multiples of 2^-bits.
 
     Args:
-        keys: int64 [R], one per row; without meaning where secure.
+        keys: int64 [R], one per row; ignored if secure.
         columns: W.
         standard_deviations: float64 [R].
-        secure: draw from the operating system's randomness, in place of what follows from the keys.
+        secure: draw from the operating system's randomness instead of the keys.
 
     Returns:
         int64 [R, W].
@@ -100,7 +103,7 @@ def noise_on_grid(
 
 
 def keyed_normal(keys: torch.Tensor, columns: int) -> torch.Tensor:
-    """Standard normal numbers, a function of the key and the column: float64 [R, W] from int64 keys [R]."""
+    """Standard normal numbers as a function of the key and the column: float64 [R, W] from int64 keys [R]."""
     normal = torch.empty(len(keys), columns, dtype=torch.float64, device=keys.device)
     for block in column_blocks(normal):
         normal[:, block] = _normal(keys, block, secure=False)
@@ -108,7 +111,7 @@ def keyed_normal(keys: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _normal(keys: torch.Tensor, columns: slice, secure: bool) -> torch.Tensor:
-    """Standard normal numbers for some columns, by the keys or from the operating system: float64 [R, columns]."""
+    """Standard normal numbers for some columns, from the keys or the operating system: float64 [R, columns]."""
     if secure:
         shape = (len(keys), columns.stop - columns.start)
         return _box_muller(secure_bits(shape, keys.device), secure_bits(shape, keys.device))
@@ -117,7 +120,7 @@ def _normal(keys: torch.Tensor, columns: slice, secure: bool) -> torch.Tensor:
 
 
 def secure_bits(shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-    """int64 with 64 random bits each, from the operating system."""
+    """Random int64 numbers from the operating system, 64 bits each."""
     data = bytearray(os.urandom(8 * math.prod(shape)))
     if not data:
         return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -126,5 +129,7 @@ def secure_bits(shape: tuple[int, ...], device: torch.device | str = "cpu") -> t
 
 def _box_muller(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Standard normal numbers from two independent sets of random bits (Box and Muller 1958)."""
-    radius = torch.sqrt(-2.0 * torch.log(1.0 - unit_interval(first)))  # of (0, 1], so that the logarithm is finite
+    radius = torch.sqrt(
+        -2.0 * torch.log(1.0 - unit_interval(first))
+    )  # the argument is in (0, 1], so the logarithm is finite
     return radius * torch.cos(2.0 * math.pi * unit_interval(second))

@@ -1,4 +1,4 @@
-"""What a run may say of its privacy, in one place for log, summary and report."""
+"""The statements about a run's privacy, in one place for the log, the summary and the report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from fedpeft_dist.config.schema import PaperNoise, PrivacyConfig, SamplePrivacy, UserPrivacy
 
+# Numbers computed from training data, and numbers that tell who was in a cohort.
 _FROM_DATA = (
     "train_loss",
     "rejected",
@@ -34,32 +35,35 @@ _FROM_COHORT = (
 
 
 def outside(privacy: PrivacyConfig) -> tuple[str, ...]:
-    """What a run tells that is outside the guarantee: computed from data or from secret draws, without noise. It is for
-    the experimenter, not to be published with the model."""
+    """The names of a run's numbers that are outside the guarantee.
+
+    They are computed from data or from secret draws, without noise. They are for the experimenter, and must not be
+    published with the model.
+    """
     return _FROM_DATA + _FROM_COHORT if isinstance(privacy, UserPrivacy) else _FROM_DATA
 
 
 def guarantee(privacy: PrivacyConfig) -> str:
-    """What is protected from whom; `none` where nothing is."""
+    """A sentence on what is protected from whom; `none` if nothing is."""
     if isinstance(privacy, SamplePrivacy):
         return (
-            "any one training sample of a client, set to zero, against the server and whoever sees what clients send, "
-            "of which the lost and the late send nothing; clients' sizes, the schedule and the partition are public"
+            "any one training sample of a client, set to zero, against the server and anyone who sees what clients "
+            "send; lost and late clients send nothing; clients' sizes, the schedule and the partition are public"
         )
     if isinstance(privacy, UserPrivacy):
         neighbours = "replaced" if privacy.sampling == "without_replacement" else "added or removed"
         return (
-            f"any one client's contribution, {neighbours}, against whoever sees the global parameters; the server is "
-            "trusted, and how many clients have samples and could be reached is public"
+            f"any one client's contribution, {neighbours}, against anyone who sees the global parameters; the server "
+            "is trusted, and the numbers of clients that have samples and of available clients are public"
         )
     return "none"
 
 
 def summarize(privacy: PrivacyConfig, figures: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A summary's `privacy`.
+    """The value of `privacy` in a run's summary.
 
     Args:
-        figures: the accountant's; None where there is none.
+        figures: the privacy plan's; None if there is no plan.
     """
     if privacy.name == "none":
         return None
@@ -78,7 +82,8 @@ def describe(privacy: PrivacyConfig, figures: dict[str, Any] | None, warning: st
     """Lines for a run's log, before its first round.
 
     Args:
-        warning: the plan's.
+        figures: the privacy plan's; None if there is no plan.
+        warning: the privacy plan's.
     """
     if privacy.name == "none":
         return []
@@ -96,8 +101,8 @@ def describe(privacy: PrivacyConfig, figures: dict[str, Any] | None, warning: st
         lines.append(f"warning: {warning}")
     if privacy.secure_noise:
         lines.append(
-            "privacy: secure_noise draws from the operating system, so this run cannot be repeated; what an "
-            "interrupted round has computed must not be published"
+            "privacy: secure_noise draws from the operating system, so this run cannot be repeated; never publish the "
+            "results of an interrupted round"
         )
     else:
         lines.append("privacy: noise and draws follow from the seed: keep it secret, or give secure_noise: true")

@@ -11,6 +11,8 @@ from typing import Any
 
 import timm
 import torch
+from fedpeft_dist.training.lane_schedule import ClientTask, Tick, schedule_lanes
+from fedpeft_dist.training.local_training import ClientUpdate, LocalTrainer
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -22,8 +24,6 @@ from fedpeft_dist.methods import attach_method
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.training.lane_schedule import ClientTask, Tick, schedule_lanes
-from fedpeft_dist.training.local_training import ClientUpdate, LocalTrainer
 from tests.tiny import VIT_ARGS, VIT_NAME
 
 SEED, ROUND = 11, 3

@@ -1,7 +1,7 @@
-"""A small model of every timm family, the module of timm.models that defines it.
+"""A small model of every timm family. A family is the module of timm.models that defines the model.
 
-Where timm's smallest is large or slow, arguments make it smaller; images are the smallest that keep more than one place
-in the last feature map, or that the model takes.
+Arguments make a model smaller if timm's smallest is large or slow. Images are as small as the model allows with more
+than one place in the last feature map.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-# Those whose cells take longest: --slow runs them.
+# Families whose cells take longest. Only --slow runs them.
 LONG_FAMILIES = frozenset(
     [
         "coat",
@@ -152,12 +152,12 @@ LONG_FAMILIES = frozenset(
 
 
 def known_families() -> set[str]:
-    """Those of the installed timm."""
+    """The families of the installed timm."""
     return {_registry._model_to_module[name] for name in timm.list_models()}
 
 
 def make_family_model(family: str, with_dropout: bool = False) -> nn.Module:
-    """A random model in eval mode, none of whose parameters or statistics is at its initial 0 or 1."""
+    """A random model in eval mode. No parameter or statistic has its initial value of 0 or 1."""
     name, arguments, image_size = FAMILIES[family]
     if timm.get_pretrained_cfg(name).fixed_input_size:
         arguments = {**arguments, "img_size": image_size}

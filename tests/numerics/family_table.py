@@ -6,7 +6,7 @@ python -m tests.numerics.family_table
 from __future__ import annotations
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.federation.cost import compute_cost
+from fedpeft_dist.federation.ahead import compute_cost
 
 from .cases import METHODS
 from .families import FAMILIES

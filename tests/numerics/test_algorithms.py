@@ -98,7 +98,9 @@ class PlainFederation:
     def num_steps(self, client: int) -> int:
         return 2 * math.ceil(self.size(client) / BATCH)
 
-    def train(self, start: Vector, client: int, number: int, term: Callable[[str, torch.Tensor], torch.Tensor]) -> Vector:
+    def train(
+        self, start: Vector, client: int, number: int, term: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> Vector:
         """SGD from `start` on gradients plus term(name, parameter); returns the delta."""
         self.plain.load(start)
         for batch in self._batches(client, number):
@@ -209,7 +211,9 @@ def test_resumed_run_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
 
 def test_client_proximal_is_fedprox_by_another_name(tmp_path: Path) -> None:
     fedprox = make_config(tmp_path, ALGORITHMS["fedprox"])
-    by_another_name = make_config(tmp_path, ALGORITHMS["fedavg"], client={**tree_of(fedprox)["client"], "proximal": 0.7})
+    by_another_name = make_config(
+        tmp_path, ALGORITHMS["fedavg"], client={**tree_of(fedprox)["client"], "proximal": 0.7}
+    )
     for config in (fedprox, by_another_name):
         run(config, runtime=make_runtime())
     assert summary_of(fedprox)["weights_sha256"] == summary_of(by_another_name)["weights_sha256"]

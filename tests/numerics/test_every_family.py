@@ -18,7 +18,7 @@ from fedpeft_dist.backbones.timm_backbone import classifier_names, freeze
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.federation.cost import compute_cost
+from fedpeft_dist.federation.ahead import compute_cost
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.training.lane_check import check_lanes
 

@@ -12,6 +12,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from fedpeft_dist.federation.server_optimizers import make_server_optimizer
+from fedpeft_dist.training.lane_schedule import schedule_lanes
 from safetensors.torch import load_file
 
 from fedpeft_dist.backbones.timm_backbone import build_backbone
@@ -20,10 +22,8 @@ from fedpeft_dist.config.schema import RunConfig, ServerSgdConfig
 from fedpeft_dist.federation import simulation as simulation_module
 from fedpeft_dist.federation.aggregation import Aggregator
 from fedpeft_dist.federation.run import run_federation
-from fedpeft_dist.federation.server_optimizers import make_server_optimizer
 from fedpeft_dist.federation.simulation import Simulation
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.training.lane_schedule import schedule_lanes
 from tests.tiny import tiny_vit
 
 from .cases import (

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedpeft_dist.training.local_training import _NOISE, LocalTrainer
 
 from fedpeft_dist.checkpoint import load_newest_checkpoint
 from fedpeft_dist.config.errors import ConfigError
@@ -25,7 +26,6 @@ from fedpeft_dist.privacy.mechanisms import keyed_normal
 from fedpeft_dist.privacy.noise_seed import derive_noise_seed
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory, read_metrics
-from fedpeft_dist.training.local_training import _NOISE, LocalTrainer
 from tests.tiny import tiny_vit
 
 from .cases import (

@@ -28,12 +28,12 @@ from fedpeft_dist.privacy.accounting import (
 
 ADD_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 GRID_ERROR = 0.002
-"""What pld's grid may add, relative to epsilon."""
+"""Largest relative error that pld's grid may add to epsilon."""
 
 SETTINGS = [
     # noise multiplier, sampling probability, releases, dp_delta
     (1.4, 64 / 781, 780, 1e-3),  # a client of the paper's setting: 6 rounds of 10 epochs
-    (1.4, 64 / 781, 130, 1e-3),  # one round of it
+    (1.4, 64 / 781, 130, 1e-3),  # one round of this client
     (1.05, 16 / 64, 20, 1e-3),
     (1.0, 8 / 64, 50, 1e-3),  # cohorts of the paper's size, the noise of clip_norm
     (2.65, 16 / 19, 160, 1e-3),
@@ -59,13 +59,13 @@ def by_hand(noise: float, probability: float, count: int, dp_delta: float, accou
 
 
 @pytest.mark.parametrize(("noise", "probability", "count", "dp_delta"), SETTINGS)
-def test_rdp_is_dp_accounting_by_hand(noise: float, probability: float, count: int, dp_delta: float) -> None:
+def test_rdp_equals_dp_accounting_by_hand(noise: float, probability: float, count: int, dp_delta: float) -> None:
     expected = by_hand(noise, probability, count, dp_delta, "rdp")
     assert epsilon(sampled(noise, probability, count), dp_delta, "rdp") == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("noise", "probability", "count", "dp_delta"), SETTINGS[2:6])
-def test_pld_is_dp_accounting_by_hand_on_its_fine_grid(
+def test_pld_is_close_to_dp_accounting_on_its_finer_grid(
     noise: float, probability: float, count: int, dp_delta: float
 ) -> None:
     expected = by_hand(noise, probability, count, dp_delta, "pld")
@@ -79,9 +79,9 @@ def test_opacus_agrees(noise: float, probability: float, count: int, dp_delta: f
     prv.history = rdp.history = [(noise, probability, count)]
     releases = sampled(noise, probability, count)
     upper = prv.get_epsilon(dp_delta, eps_error=error)
-    # Its upper and lower bounds are twice the error and a little apart.
+    # Opacus' upper and lower bounds differ by a little more than twice the error.
     assert upper - 2.2 * error <= epsilon(releases, dp_delta, "pld") <= upper * (1 + GRID_ERROR)
-    # dp-accounting leaves fractional orders out where they converge slowly, and never one that is whole.
+    # dp-accounting skips fractional orders that converge slowly, and never skips a whole order.
     whole = [order for order in DEFAULT_RDP_ORDERS if order == int(order)]
     least, most = (rdp.get_epsilon(dp_delta, alphas=orders) for orders in (DEFAULT_RDP_ORDERS, whole))
     assert least * (1 - 1e-6) <= epsilon(releases, dp_delta, "rdp") <= most * (1 + 1e-6)
@@ -90,7 +90,7 @@ def test_opacus_agrees(noise: float, probability: float, count: int, dp_delta: f
 @pytest.mark.parametrize(
     ("noise", "count", "dp_delta"), [(4.0, 10, 1e-3), (1.0, 1, 1e-5), (0.3, 7, 1e-6), (90.0, 9, 1e-2)]
 )
-def test_without_sampling_it_is_the_gaussian_mechanism(noise: float, count: int, dp_delta: float) -> None:
+def test_without_sampling_epsilon_is_that_of_the_gaussian_mechanism(noise: float, count: int, dp_delta: float) -> None:
     """Balle and Wang 2018, arXiv 1805.06530, theorem 8."""
     mu = math.sqrt(count) / noise
 
@@ -103,7 +103,7 @@ def test_without_sampling_it_is_the_gaussian_mechanism(noise: float, count: int,
 
 
 def test_the_small_cohorts_of_the_paper() -> None:
-    """8 of 64 clients, 50 rounds, noise of one clipping norm: what is drawn, and how, decides."""
+    """8 of 64 clients, 50 rounds, noise of one clipping norm. Epsilon depends on how cohorts are drawn."""
     assert epsilon(sampled(1.0, 8 / 64, 50), 1e-3, "pld") == pytest.approx(4.2, abs=0.05)
     assert epsilon(sampled(1.0, 8 / 64, 50), 1e-3, "rdp") == pytest.approx(5.1, abs=0.05)
     fixed = ((without_replacement_event(1.0, 64, 8), 50),)
@@ -112,7 +112,7 @@ def test_the_small_cohorts_of_the_paper() -> None:
     assert epsilon(naive, 1e-3, "rdp") == pytest.approx(9.6, abs=0.05)
 
 
-def test_whole_cohorts_without_replacement_are_a_gaussian_of_twice_the_sensitivity() -> None:
+def test_whole_cohorts_without_replacement_have_twice_the_sensitivity() -> None:
     whole = ((without_replacement_event(3.0, 8, 8), 20),)
     assert epsilon(whole, 1e-3, "rdp") == pytest.approx(epsilon(sampled(1.5, 1.0, 20), 1e-3, "rdp"), rel=1e-12)
 
@@ -137,14 +137,14 @@ def test_different_releases_add_up(accountant: str) -> None:
     assert expected * (1 - 1e-9) <= epsilon(releases, 1e-4, accountant) <= expected * (1 + GRID_ERROR)
 
 
-def test_what_is_not_released_yet_keeps_the_grid() -> None:
-    """Or epsilon could fall when a release comes that needs a finer one."""
+def test_later_releases_count_for_the_grid() -> None:
+    """Otherwise epsilon could fall when a release needs a finer grid."""
     first, second = gaussian_event(0.8, 0.5), gaussian_event(0.8, 0.001)
     spent = [epsilon(((first, 20), (second, count)), 1e-3, "pld") for count in (0, 1, 2)]
     assert spent == sorted(spent)
 
 
-def test_a_batch_cut_short_is_accounted_for() -> None:
+def test_a_truncated_batch_costs_more() -> None:
     noise, size, batch, count = 1.2, 100, 16, 40
     hand = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
     event = dp_accounting.TruncatedSubsampledGaussianDpEvent(size, batch / size, batch, noise)
@@ -160,7 +160,7 @@ def test_a_batch_cut_short_is_accounted_for() -> None:
     assert spent[-1] == pytest.approx(untruncated, rel=1e-6)
 
 
-def test_rdp_leaves_orders_out_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_rdp_skips_orders_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("absl").addHandler(caplog.handler)
     try:
         by_hand(1.5, 0.5, 30, 1e-4, "rdp")
@@ -173,7 +173,7 @@ def test_rdp_leaves_orders_out_without_a_word(caplog: pytest.LogCaptureFixture) 
         logging.getLogger("absl").removeHandler(caplog.handler)
 
 
-def test_a_delta_below_the_accuracy_of_pld() -> None:
+def test_refuses_a_delta_below_the_accuracy_of_pld() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.dp_delta: 1e-18 is too small for the accountant pld"):
         epsilon(sampled(1.0, 0.1, 10), 1e-18, "pld")
     assert math.isfinite(epsilon(sampled(1.0, 0.1, 10), 1e-18, "rdp"))
@@ -185,18 +185,20 @@ def test_a_delta_below_the_accuracy_of_pld() -> None:
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 @pytest.mark.parametrize("target", [0.1, 2.0, 5.0, 50.0])
 @pytest.mark.parametrize(("probability", "count"), [(64 / 781, 780), (1.0, 20), (0.01, 1)])
-def test_the_least_noise_for_a_target(accountant: str, target: float, probability: float, count: int) -> None:
+def test_calibrate_finds_the_least_noise_for_a_target(
+    accountant: str, target: float, probability: float, count: int
+) -> None:
     noise = calibrate(lambda noise: sampled(noise, probability, count), target, 1e-3, accountant)
     assert epsilon(sampled(noise, probability, count), 1e-3, accountant) <= target
     assert epsilon(sampled(noise * 0.998, probability, count), 1e-3, accountant) > target
-    assert float(f"{noise:.4g}") == noise, "what is printed is what is used"
+    assert float(f"{noise:.4g}") == noise, "the printed noise is the noise in use"
 
 
-def test_a_target_that_any_noise_meets() -> None:
+def test_calibrate_returns_the_smallest_noise_for_an_easy_target() -> None:
     assert calibrate(lambda noise: sampled(noise, 0.1, 10), 1e7, 1e-3, "pld") == SMALLEST_NOISE
 
 
-def test_a_target_out_of_reach() -> None:
+def test_calibrate_refuses_a_target_out_of_reach() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.epsilon: 0\.0001 is out of reach at .*dp_delta: 1e-10.*give more"):
         calibrate(lambda noise: sampled(noise, 1.0, 10**6), 1e-4, 1e-10, "rdp")
 
@@ -214,6 +216,6 @@ def test_deltas_and_count_together_cost_what_the_noise_multiplier_says(noise: fl
 
 
 @pytest.mark.parametrize("noise", [0.8, 1.0])
-def test_a_count_that_spends_everything(noise: float) -> None:
+def test_refuses_a_count_that_spends_everything(noise: float) -> None:
     with pytest.raises(ConfigError, match=f"privacy.adaptive.count_noise: 0.4 .*give more than {noise / 2:g}"):
         delta_noise_multiplier(noise, 0.4)

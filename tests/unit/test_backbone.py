@@ -1,4 +1,4 @@
-"""timm models as backbones: names, seeds, local checkpoints in three formats, and the types they compute in."""
+"""timm models as backbones: names, seeds, local checkpoints in three formats, and compute types."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def build(
 
 
 def source_model(name: str = VIT, num_classes: int = 7, side: int = SIDE) -> nn.Module:
-    """A model whose every parameter and buffer differs from what a fresh one has."""
+    """A model whose every parameter and buffer differs from a fresh model's."""
     arguments = {**VIT_ARGS, "img_size": side} if name == VIT else {}
     return with_changed_tensors(timm.create_model(name, num_classes=num_classes, **arguments).eval())
 
 
 @torch.no_grad()
 def features(model: nn.Module, side: int = SIDE, channels: int = 3) -> torch.Tensor:
-    """What the classifier is given."""
+    """The classifier's input."""
     images = torch.randn(3, channels, side, side, generator=torch.Generator().manual_seed(2))
     return model.forward_head(model.forward_features(images), pre_logits=True)
 
@@ -66,24 +66,24 @@ def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.
     ("name", "near"),
     [("vit_bse_patch16_224", "vit_base_patch16_224"), ("resnt50", "resnet50"), ("glyph_vt", "glyph_vit")],
 )
-def test_an_unknown_name_gets_a_suggestion(name: str, near: str) -> None:
+def test_suggests_the_nearest_name_for_an_unknown_one(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=rf"backbone\.name: '{name}' is no timm model; did you mean .*\b{near}\b"):
         build(name)
 
 
-def test_a_name_like_no_other_gets_no_suggestion() -> None:
+def test_suggests_nothing_for_a_name_that_resembles_none() -> None:
     with pytest.raises(ConfigError, match=r"'qqqqqqqqqq' is no timm model; see timm\.list_models"):
         build("qqqqqqqqqq")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_an_unknown_tag_is_the_users_mistake_too(device: str) -> None:
+def test_refuses_an_unknown_pretraining_tag(device: str) -> None:
     config = schema.BackboneConfig(name=f"{VIT}.no_such_tag", pretrained=False)
     with pytest.raises(ConfigError, match="no_such_tag"):
         build_backbone(config, CLASSES, SIDE, 1, device)
 
 
-def test_arguments_that_the_model_does_not_take_are_named() -> None:
+def test_names_arguments_that_the_model_does_not_take() -> None:
     with pytest.raises(ConfigError, match=r"vit_tiny_patch16_224 cannot be made with .*depht"):
         build(model_args={"depht": 3})
 
@@ -92,7 +92,7 @@ def test_model_args_reach_the_model() -> None:
     assert len(build(model_args={"depth": 1}).model.blocks) == 1
 
 
-def test_a_fixed_input_size_is_the_datas() -> None:
+def test_a_fixed_input_size_follows_the_image_size() -> None:
     assert build(image_size=48).model.patch_embed.grid_size == (3, 3)
     backbone = build(image_size=SIDE)
     assert (backbone.image_size, backbone.channels) == (SIDE, 3)
@@ -103,7 +103,7 @@ def test_a_fixed_input_size_is_the_datas() -> None:
 
 
 @pytest.mark.parametrize(("name", "mean"), [(VIT, 0.5), (RESNET, 0.5), ("resnet10t", (0.485 + 0.456 + 0.406) / 3)])
-def test_a_grey_backbone_has_one_channel_to_normalise(name: str, mean: float) -> None:
+def test_a_grey_backbone_normalises_one_channel(name: str, mean: float) -> None:
     backbone = build(name, model_args={"in_chans": 1})
     assert backbone.channels == 1
     assert backbone.mean == pytest.approx((mean,))
@@ -127,7 +127,7 @@ def test_the_meta_device_makes_the_same_shapes_without_memory_or_files() -> None
 # --- seeds -------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_makes_the_same_model_and_another_one_does_not() -> None:
+def test_the_seed_decides_the_model() -> None:
     first, again, other = build(seed=3), build(seed=3), build(seed=4)
     assert_same_tensors(first.model.state_dict(), again.model.state_dict())
     assert not torch.equal(head_of(first)["head.weight"], head_of(other)["head.weight"])
@@ -137,13 +137,13 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path) -> None:
     save_file(source_model().state_dict(), tmp_path / "source.safetensors")
     checkpoint = str(tmp_path / "source.safetensors")
     first = head_of(build(seed=3, checkpoint=checkpoint))
-    torch.rand(5)  # the global generator's state does not matter
+    torch.rand(5)  # the global generator's state must not matter
     assert_same_tensors(first, head_of(build(seed=3, checkpoint=checkpoint)))
     assert not torch.equal(first["head.weight"], head_of(build(seed=4, checkpoint=checkpoint))["head.weight"])
 
 
 @pytest.mark.parametrize("name", [VIT, RESNET])
-def test_the_digest_is_of_all_tensors(tmp_path: Path, name: str) -> None:
+def test_the_digest_covers_all_tensors(tmp_path: Path, name: str) -> None:
     source = source_model(name, num_classes=CLASSES)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     digest = build(name, checkpoint=str(tmp_path / "w.safetensors")).sha256
@@ -171,7 +171,7 @@ METHOD_CONFIGS = [
 
 
 @pytest.mark.parametrize("method", METHOD_CONFIGS, ids=lambda config: config.name)
-def test_building_leaves_the_global_generators_alone(method: schema.MethodConfig) -> None:
+def test_building_does_not_change_the_global_generators(method: schema.MethodConfig) -> None:
     assert {type(config) for config in METHOD_CONFIGS} == set(METHODS)
     before = generator_states()
     backbone = build()
@@ -183,7 +183,7 @@ def test_building_leaves_the_global_generators_alone(method: schema.MethodConfig
     assert torch.equal(first, again)
 
 
-def test_a_failed_build_leaves_the_global_generators_alone() -> None:
+def test_a_failed_build_does_not_change_the_global_generators() -> None:
     before = generator_states()
     with pytest.raises(ConfigError):
         build("qqqqqqqqqq")
@@ -194,7 +194,7 @@ def test_a_failed_build_leaves_the_global_generators_alone() -> None:
 
 
 def save_wrapped(state: dict[str, torch.Tensor], path: Path) -> None:
-    """As a training script leaves it: a dictionary of several things, parameters prefixed by DDP."""
+    """Saves a state as a training script does: in a dictionary with other things, under DDP's prefix."""
     torch.save({"epoch": 3, "state_dict": {f"module.{key}": tensor for key, tensor in state.items()}}, path)
 
 
@@ -207,7 +207,7 @@ SAVERS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor], Path], None]]] =
 
 @pytest.mark.parametrize("name", [VIT, RESNET])
 @pytest.mark.parametrize("saver", SAVERS)
-def test_a_local_checkpoint_brings_its_features_and_a_new_head(tmp_path: Path, name: str, saver: str) -> None:
+def test_a_checkpoint_gives_its_features_and_a_new_head(tmp_path: Path, name: str, saver: str) -> None:
     source = source_model(name, num_classes=7)
     file_name, save = SAVERS[saver]
     save(source.state_dict(), tmp_path / file_name)
@@ -225,7 +225,7 @@ def test_a_head_of_the_same_shape_is_kept(tmp_path: Path, name: str) -> None:
     assert_same_tensors(loaded.model.state_dict(), source.state_dict())
 
 
-def test_a_checkpoint_without_a_head_gets_one(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_head_gets_a_new_head(tmp_path: Path) -> None:
     source = source_model(num_classes=0)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     loaded = build(checkpoint=str(tmp_path / "w.safetensors"))
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_image_size_is_resampled_as_timm_does(tmp_path: 
 
 
 @pytest.mark.parametrize("extra", ["momentum_encoder.weight", "head.projection.weight"])
-def test_tensors_without_a_place_are_left_out(tmp_path: Path, extra: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_skips_tensors_outside_the_encoder(tmp_path: Path, extra: str, caplog: pytest.LogCaptureFixture) -> None:
     source = source_model()
     save_file(source.state_dict() | {extra: torch.zeros(2)}, tmp_path / "w.safetensors")
     with caplog.at_level(logging.INFO, logger="fedpeft_dist"):
@@ -254,7 +254,7 @@ def test_tensors_without_a_place_are_left_out(tmp_path: Path, extra: str, caplog
 
 
 class Opaque:
-    """What a trusted unpickler would run and a safe one refuses."""
+    """A class that a trusting unpickler would run, and a safe one refuses."""
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ class Opaque:
         ("shape.pth", {"shape": 1}, "cannot be loaded .*pos_embed"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, file_name: str, content: Any, message: str) -> None:
+def test_names_a_checkpoint_that_does_not_fit(tmp_path: Path, file_name: str, content: Any, message: str) -> None:
     path = tmp_path / file_name
     state = source_model().state_dict()
     if content == "cut":
@@ -329,7 +329,7 @@ def in_jax_format(model: nn.Module) -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_an_augreg_npz_brings_its_features_and_a_new_head(tmp_path: Path) -> None:
+def test_an_augreg_npz_gives_its_features_and_a_new_head(tmp_path: Path) -> None:
     source = source_model(num_classes=7)
     np.savez(tmp_path / "w.npz", **in_jax_format(source))
     loaded = build(checkpoint=str(tmp_path / "w.npz"))
@@ -337,14 +337,14 @@ def test_an_augreg_npz_brings_its_features_and_a_new_head(tmp_path: Path) -> Non
     assert_same_tensors(head_of(loaded), head_of(build()))
 
 
-def test_an_npz_with_as_many_classes_keeps_its_head(tmp_path: Path) -> None:
+def test_an_npz_with_the_same_classes_keeps_its_head(tmp_path: Path) -> None:
     source = source_model(num_classes=CLASSES)
     np.savez(tmp_path / "w.npz", **in_jax_format(source))
     loaded = build(checkpoint=str(tmp_path / "w.npz"))
     assert_same_tensors(loaded.model.state_dict(), source.state_dict())
 
 
-def test_an_npz_for_a_grey_backbone_sees_grey_as_equal_colours(tmp_path: Path) -> None:
+def test_an_npz_for_a_grey_backbone_sums_its_colours(tmp_path: Path) -> None:
     source = source_model()
     np.savez(tmp_path / "w.npz", **in_jax_format(source))
     loaded = build(checkpoint=str(tmp_path / "w.npz"), model_args={"in_chans": 1})
@@ -353,7 +353,7 @@ def test_an_npz_for_a_grey_backbone_sees_grey_as_equal_colours(tmp_path: Path) -
     assert loaded.channels == 1
 
 
-def test_an_incomplete_npz_is_named(tmp_path: Path) -> None:
+def test_names_an_incomplete_npz(tmp_path: Path) -> None:
     arrays = in_jax_format(source_model())
     del arrays["Transformer/encoderblock_1/LayerNorm_2/scale"]
     np.savez(tmp_path / "w.npz", **arrays)
@@ -361,13 +361,13 @@ def test_an_incomplete_npz_is_named(tmp_path: Path) -> None:
         build(checkpoint=str(tmp_path / "w.npz"))
 
 
-def test_an_npz_is_for_vision_transformers(tmp_path: Path) -> None:
+def test_refuses_an_npz_for_a_resnet(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", **in_jax_format(source_model()))
     with pytest.raises(ConfigError, match=r"w\.npz' cannot be loaded"):
         build(RESNET, checkpoint=str(tmp_path / "w.npz"))
 
 
-def test_the_embedded_backbone_takes_a_checkpoint_too(tmp_path: Path) -> None:
+def test_the_embedded_backbone_loads_a_checkpoint(tmp_path: Path) -> None:
     source = build("glyph_vit", seed=9)
     save_file(source.model.state_dict(), tmp_path / "w.safetensors")
     loaded = build("glyph_vit", seed=1, num_classes=3, checkpoint=str(tmp_path / "w.safetensors"))
@@ -379,7 +379,7 @@ def test_the_embedded_backbone_takes_a_checkpoint_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [VIT, RESNET])
-def test_freeze_casts_linear_layers_and_convolutions_alone(name: str) -> None:
+def test_freeze_casts_only_linear_layers_and_convolutions(name: str) -> None:
     model = build(name).model
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     freeze(model, torch.bfloat16, torch.device("cpu"))
@@ -406,8 +406,8 @@ def test_freeze_in_float32_changes_no_value() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_colour_checkpoint_serves_a_grey_model(tmp_path):
-    """The first convolution is summed over the colours: a grey image gives what the same image in colours gave."""
+def test_a_colour_checkpoint_fits_a_grey_model(tmp_path):
+    """The first convolution is summed over the colours, so a grey image gives the same result in both models."""
     colour = source_model()
     path = tmp_path / "colour.pth"
     torch.save(colour.state_dict(), path)

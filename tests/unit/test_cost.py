@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.config.load import load_config
-from fedpeft_dist.federation.cost import compute_cost
+from fedpeft_dist.federation.ahead import compute_cost
 from fedpeft_dist.lanes.wire import MIB, uplink_bytes
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"

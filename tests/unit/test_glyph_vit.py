@@ -20,10 +20,10 @@ TINY = {"steps": 3, "batch_size": 4, "held_out_images": 8}
 
 
 def quiet(_: str) -> None:
-    """Drops the report."""
+    """Ignores a line of the report."""
 
 
-def test_packaged_weights_are_those_of_the_document() -> None:
+def test_packaged_weights_match_the_document() -> None:
     content = WEIGHTS_FILE.read_bytes()
     assert len(content) <= 6 * 2**20
     documented = re.findall(r"\b[0-9a-f]{64}\b", DOCUMENT.read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def test_output_has_a_column_per_class(num_classes: int) -> None:
     assert model.pretrained_cfg["num_classes"] == num_classes
 
 
-def test_configuration_speaks_timm() -> None:
+def test_configuration_is_that_of_a_timm_model() -> None:
     model = build_glyph_vit(10, pretrained=False)
     assert model.pretrained_cfg["input_size"] == (1, 32, 32)
     assert model.pretrained_cfg["mean"] == model.pretrained_cfg["std"] == (0.5,)
@@ -73,7 +73,7 @@ def test_model_args_reach_timm_and_must_fit_the_weights() -> None:
             build_glyph_vit(10, pretrained=True, **model_args)
 
 
-def test_packaged_weights_know_upright_letters_from_their_features() -> None:
+def test_features_of_the_packaged_weights_separate_letters() -> None:
     """A nearest-mean classifier on the features, without any training, is far above chance (1/45)."""
     model = build_glyph_vit(0, pretrained=True).eval()
     letters = letter_drawings()
@@ -86,7 +86,7 @@ def test_packaged_weights_know_upright_letters_from_their_features() -> None:
     assert accuracy > 0.5
 
 
-def test_pretraining_repeats_and_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+def test_pretraining_repeats_and_restores_the_process(tmp_path: Path) -> None:
     threads, state = torch.get_num_threads(), torch.random.get_rng_state()
     first = pretrain(tmp_path / "a" / "first.safetensors", report=quiet, **TINY)
     again = pretrain(tmp_path / "again.safetensors", report=quiet, **TINY)

@@ -1,4 +1,4 @@
-"""timm's own weights: taken from this machine's caches without a look at the network, downloaded by prefetch only."""
+"""timm's weights: training reads them from this machine's caches, and only prefetch uses the network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ URL_FILE = "weights-1234.pth"
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Any try to reach the network fails the test, even where the code under test swallows the error."""
+    """Fails a test that tries to reach the network, even if the tested code swallows the error."""
     tries: list[object] = []
 
     def refuse(*arguments: object, **_: object) -> None:
@@ -66,7 +66,7 @@ def random_state(name: str = NAME, num_classes: int = 1000) -> dict[str, torch.T
 
 
 def fill_cache(cache: Path, state: dict[str, torch.Tensor], file: str = "model.safetensors") -> Path:
-    """As the hub's own client leaves a download: a blob, a link to it in a snapshot, and the branch's commit."""
+    """Writes a download as the hub's client does: a blob, a link to the blob in a snapshot, and the branch's commit."""
     repository, commit = cache / REPOSITORY, "a" * 40
     for folder in ("blobs", "refs", f"snapshots/{commit}"):
         (repository / folder).mkdir(parents=True)
@@ -80,7 +80,7 @@ def fill_cache(cache: Path, state: dict[str, torch.Tensor], file: str = "model.s
 
 @pytest.mark.parametrize("name", [NAME, f"{NAME}.r160_in1k"])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_cached_weights_are_loaded_without_the_network(caches: Path, name: str, file: str) -> None:
+def test_loads_cached_weights_without_the_network(caches: Path, name: str, file: str) -> None:
     state = random_state()
     fill_cache(caches / "hub", state, file)
     loaded = build(config_of(name)).state_dict()
@@ -90,8 +90,8 @@ def test_cached_weights_are_loaded_without_the_network(caches: Path, name: str, 
         assert torch.equal(tensor, fresh[key] if key.startswith("head.") else state[key]), key
 
 
-def test_the_fake_cache_is_laid_out_as_a_real_one(caches: Path) -> None:
-    """By the hub's own client. (Its download looks at the network even for local files only.)"""
+def test_the_fake_cache_has_the_layout_of_a_real_one(caches: Path) -> None:
+    """The hub's client reads the fake cache. Its download function would use the network even for local files."""
     link = fill_cache(caches / "hub", random_state())
     cache = huggingface_hub.scan_cache_dir(caches / "hub")
     assert not cache.warnings
@@ -99,8 +99,8 @@ def test_the_fake_cache_is_laid_out_as_a_real_one(caches: Path) -> None:
     assert prefetch_weights(config_of()) == str(link)
 
 
-def test_cached_weights_are_adapted_as_timm_adapts_them(caches: Path) -> None:
-    """Another image size and other colours; and the same classes keep their head."""
+def test_adapts_cached_weights_as_timm_does(caches: Path) -> None:
+    """The image size and the channels are adapted. With the same classes the head is kept."""
     state = random_state()
     fill_cache(caches / "hub", state)
     model = build(config_of(model_args={"in_chans": 1}), num_classes=1000, image_size=64)
@@ -111,13 +111,13 @@ def test_cached_weights_are_adapted_as_timm_adapts_them(caches: Path) -> None:
         assert torch.equal(mine, theirs), key
 
 
-def test_a_folder_given_to_timm_is_looked_through(caches: Path) -> None:
+def test_searches_the_cache_folder_that_timm_is_given(caches: Path) -> None:
     fill_cache(caches / "elsewhere", random_state())
     build(config_of(model_args={"cache_dir": str(caches / "elsewhere")}))
 
 
 def stale_ref(cache: Path) -> None:
-    """A commit that is known, but none of its files."""
+    """The cache knows a commit, but holds none of its files."""
     (fill_cache(cache, random_state())).unlink()
 
 
@@ -133,7 +133,7 @@ def unfinished_download(cache: Path) -> None:
 
 
 def known_as_absent(cache: Path) -> None:
-    """The client notes what a repository does not have."""
+    """The client has recorded that the repository lacks the file."""
     stale_ref(cache)
     folder = cache / REPOSITORY / ".no_exist" / ("a" * 40)
     folder.mkdir(parents=True)
@@ -141,7 +141,7 @@ def known_as_absent(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [None, stale_ref, dangling_link, unfinished_download, known_as_absent])
-def test_absent_weights_are_told_without_the_network(caches: Path, damage: Any) -> None:
+def test_reports_absent_weights_without_the_network(caches: Path, damage: Any) -> None:
     if damage is not None:
         damage(caches / "hub")
     with pytest.raises(ConfigError) as error:
@@ -153,21 +153,21 @@ def test_absent_weights_are_told_without_the_network(caches: Path, damage: Any) 
     assert "\n" not in message
 
 
-def test_a_damaged_file_in_the_cache_is_named(caches: Path) -> None:
+def test_names_a_damaged_file_in_the_cache(caches: Path) -> None:
     link = fill_cache(caches / "hub", random_state())
     link.write_bytes(link.read_bytes()[:500])
     with pytest.raises(ConfigError, match=r"the weights of 'test_vit' in '.*model\.safetensors' cannot be loaded"):
         build(config_of())
 
 
-def test_weights_that_do_not_fit_the_arguments_are_told(caches: Path) -> None:
+def test_refuses_weights_that_do_not_fit_the_arguments(caches: Path) -> None:
     fill_cache(caches / "hub", random_state())
     with pytest.raises(ConfigError, match=r"in '.*model\.safetensors' cannot be loaded .*cls_token") as error:
         build(config_of(model_args={"embed_dim": 32, "num_heads": 2}))
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_pretraining_is_told_with_the_known_ones() -> None:
+def test_lists_the_known_pretrainings_for_an_unknown_one() -> None:
     for attempt in (build, prefetch_weights):
         with pytest.raises(ConfigError, match=r"backbone\.name: 'resnet10t\.nosuch': .*known: resnet10t\.c3_in1k"):
             attempt(config_of("resnet10t.nosuch"))
@@ -177,7 +177,7 @@ def test_shapes_alone_need_no_weights() -> None:
     assert build_backbone(config_of(), CLASSES, 160, 1, "meta").num_parameters
 
 
-def test_an_architecture_that_was_never_trained_is_told() -> None:
+def test_refuses_an_architecture_without_weights() -> None:
     untrained = next(
         name
         for name in timm.list_models("vit_*")
@@ -198,7 +198,7 @@ def from_url() -> schema.BackboneConfig:
     return config_of(model_args={"pretrained_cfg_overlay": overlay})
 
 
-def test_weights_of_an_address_are_found_in_torchs_folder(caches: Path, from_url: schema.BackboneConfig) -> None:
+def test_finds_weights_from_an_address_in_torchs_folder(caches: Path, from_url: schema.BackboneConfig) -> None:
     with pytest.raises(ConfigError, match=r"\(https://example\.invalid/folder/weights-1234\.pth\) are not on this"):
         build(from_url)
     state = random_state()
@@ -209,7 +209,7 @@ def test_weights_of_an_address_are_found_in_torchs_folder(caches: Path, from_url
     assert prefetch_weights(from_url) == str(folder / URL_FILE)
 
 
-def test_a_file_that_timms_config_names_is_taken(caches: Path) -> None:
+def test_loads_the_file_that_timms_config_names(caches: Path) -> None:
     state = random_state()
     save_file(state, caches / "own.safetensors")
     config = config_of(model_args={"pretrained_cfg_overlay": {"file": str(caches / "own.safetensors")}})
@@ -240,7 +240,7 @@ def test_prefetch_checks_the_name() -> None:
 
 
 class FakeHub:
-    """Downloads from a folder, as the hub's client would from the network."""
+    """Downloads from a folder instead of the network."""
 
     def __init__(self, cache: Path, files: dict[str, dict[str, torch.Tensor]]):
         self.cache, self.files, self.asked = cache, files, []
@@ -253,7 +253,7 @@ class FakeHub:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_prefetch_downloads_once_and_training_finds_it(
+def test_prefetch_downloads_once_and_training_finds_the_file(
     caches: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     state = random_state()
@@ -272,7 +272,7 @@ def test_prefetch_downloads_once_and_training_finds_it(
 @pytest.mark.parametrize(
     "failure", [LocalEntryNotFoundError("no\nconnection"), OSError("disk full"), RuntimeError("?")]
 )
-def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+def test_a_failed_download_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     def fail(*_: object, **__: object) -> str:
         raise failure
 
@@ -285,7 +285,7 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch, failure:
     assert "\n" not in message
 
 
-def test_a_failed_download_from_an_address_is_one_line(
+def test_a_failed_download_from_an_address_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, from_url: schema.BackboneConfig, caches: Path
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -319,6 +319,6 @@ def test_a_failed_download_from_an_address_is_one_line(
         ),
     ],
 )
-def test_interpolation_is_the_pretrainings(config: schema.BackboneConfig, interpolation: str) -> None:
+def test_uses_the_interpolation_of_the_pretraining(config: schema.BackboneConfig, interpolation: str) -> None:
     backbone = build_backbone(config, CLASSES, 32, seed=1)
     assert backbone.interpolation == interpolation

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from fedpeft_dist.training.private_training import clipped_sums
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -23,7 +24,6 @@ from fedpeft_dist.privacy.mechanisms import (
     secure_bits,
     truncate,
 )
-from fedpeft_dist.training.private_training import clipped_sums
 
 CLIP_NORMS = [1.0, 0.1, 1e-6, 3.7e4]
 numbers = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-45, 3.4e38, -3.4e38, math.inf, math.nan])
@@ -43,7 +43,7 @@ def clipped(rows: torch.Tensor, clip_norm: float, bits: int) -> torch.Tensor:
 @given(rows=rows_of_five, clip_norm=st.sampled_from(CLIP_NORMS))
 @example(rows=[[3.4e38] * 5, [1e-45] * 5, [math.nan, 1.0, 1.0, 1.0, 1.0], [0.0] * 5], clip_norm=1.0)
 def test_no_row_and_no_sum_exceeds_its_sensitivity(rows, clip_norm):
-    """In exact arithmetic: each contribution, and what the sum changes by when any one of them is zeroed out."""
+    """In exact arithmetic, each contribution keeps the bound, and so does the sum's change when one is zeroed out."""
     matrix = torch.tensor(rows, dtype=torch.float32)
     bits = grid_bits(clip_norm * len(rows), 0.0)
     contributions = clipped(matrix, clip_norm, bits)
@@ -59,8 +59,8 @@ def test_no_row_and_no_sum_exceeds_its_sensitivity(rows, clip_norm):
         assert exact_norm((whole - without)[0], bits) <= bound
 
 
-def test_random_rows_at_and_around_the_bound():
-    """Where float32's clipping goes wrong: rows whose norm is C, and large ones scaled down to it."""
+def test_random_rows_around_the_bound_do_not_exceed_it():
+    """Clipping in float32 fails for rows whose norm is C, and for large rows that are scaled down to C."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2000, 64, generator=generator)
     rows *= (1 / rows.norm(dim=1) * torch.logspace(-1, 4, 2000)).unsqueeze(1)
@@ -68,12 +68,12 @@ def test_random_rows_at_and_around_the_bound():
     norms = [exact_norm(row, bits) for row in clipped(rows, 1.0, bits)]
     assert max(norms) <= 1
     large = [norm for norm, row in zip(norms, rows) if row.norm() > 1]
-    assert min(large) > (1 - 2e-6) ** 2, "what is clipped keeps all of C but the margin"
+    assert min(large) > (1 - 2e-6) ** 2, "clipped rows keep all of C except the margin"
     naive = rows * (1.0 / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)
-    assert (naive.double().norm(dim=1) > 1).any(), "which this test is about"
+    assert (naive.double().norm(dim=1) > 1).any(), "clipping in float32 exceeds the bound"
 
 
-def test_small_rows_stay_as_they_are():
+def test_small_rows_do_not_change():
     rows = torch.tensor([[0.25, -0.5, 0.125], [0.0, 0.0, 0.0]])
     bits = grid_bits(10.0, 0.0)
     assert torch.equal(clipped(rows, 1.0, bits).double() * 2.0**-bits, rows.double())
@@ -86,7 +86,7 @@ def test_a_row_that_is_not_finite_counts_as_zero(bad):
 
 
 @pytest.mark.parametrize("clip_norm", CLIP_NORMS)
-def test_the_grid_has_room_for_all_and_for_the_noise(clip_norm):
+def test_the_grid_has_room_for_the_sum_and_the_noise(clip_norm):
     count, multiplier = 100_000, 20.0
     bits = grid_bits(clip_norm * count, clip_norm * multiplier)
     largest = int(clipped(torch.tensor([[clip_norm * 5]]), clip_norm, bits)) * count
@@ -125,7 +125,7 @@ def test_noise_is_a_function_of_its_key_alone():
     assert len({float(value) for value in together[:, 0]}) == 4
 
 
-def test_blocks_make_no_difference(monkeypatch):
+def test_results_do_not_depend_on_the_blocks(monkeypatch):
     keys, deviations = torch.tensor([3, 4]), torch.tensor([1.0, 2.0], dtype=torch.float64)
     rows = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
     whole = noise_on_grid(keys, 1000, deviations, 40, False), keyed_normal(keys, 1000), row_norms(rows)
@@ -138,7 +138,7 @@ def test_blocks_make_no_difference(monkeypatch):
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_noise_on_the_grid_has_the_deviation_asked_for(secure):
+def test_noise_on_the_grid_has_its_standard_deviation(secure):
     deviations = torch.tensor([0.5, 3.0], dtype=torch.float64)
     bits = 40
     noise = noise_on_grid(torch.tensor([1, 2]), 200_000, deviations, bits, secure)

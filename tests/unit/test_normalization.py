@@ -1,4 +1,4 @@
-"""Mean and standard deviation of images: the config's, the name's, and a warning where a checkpoint wants others."""
+"""Mean and standard deviation of images: from the config, from the name, and a warning about a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def under(prefix: str, change: float = 0.0) -> dict[str, torch.Tensor]:
         ("open_clip_vit.pth", encoder, CLIP),
     ],
 )
-def test_a_warning_tells_what_a_known_origin_wants(tmp_path: Path, file: str, wrap: Any, published: Any) -> None:
+def test_warns_if_a_known_publisher_normalises_differently(
+    tmp_path: Path, file: str, wrap: Any, published: Any
+) -> None:
     path = tmp_path / file
     torch.save(wrap(), path)
     backbone = build(checkpoint=str(path))
@@ -71,7 +73,7 @@ def test_a_warning_tells_what_a_known_origin_wants(tmp_path: Path, file: str, wr
         ),
     ],
 )
-def test_a_file_beside_the_weights_is_believed_first(tmp_path: Path, file: str, content: Any) -> None:
+def test_a_file_beside_the_weights_decides_first(tmp_path: Path, file: str, content: Any) -> None:
     torch.save(encoder(), tmp_path / "mae.pth")
     (tmp_path / file).write_text(json.dumps(content))
     warning = build(checkpoint=str(tmp_path / "mae.pth")).warning
@@ -85,12 +87,14 @@ def test_a_file_beside_the_weights_is_believed_first(tmp_path: Path, file: str, 
 def test_no_warning_without_a_reason(tmp_path: Path) -> None:
     torch.save(encoder(), tmp_path / "weights.pth")
     torch.save(encoder(), tmp_path / "mae.pth")
-    assert build(checkpoint=str(tmp_path / "weights.pth")).warning == ""  # nothing shows an origin
-    assert build("vit_base_patch16_224.mae", checkpoint=str(tmp_path / "mae.pth")).warning == ""  # the tag says it
+    assert build(checkpoint=str(tmp_path / "weights.pth")).warning == ""  # nothing shows the publisher
+    assert (
+        build("vit_base_patch16_224.mae", checkpoint=str(tmp_path / "mae.pth")).warning == ""
+    )  # the tag names the normalization
     assert build(pretrained=False).warning == ""
 
 
-def test_a_grey_backbone_is_warned_of_in_grey(tmp_path: Path) -> None:
+def test_a_warning_for_a_grey_backbone_names_one_channel(tmp_path: Path) -> None:
     torch.save(encoder(), tmp_path / "mae.pth")
     grey = build(checkpoint=str(tmp_path / "mae.pth"), model_args={"in_chans": 1})
     assert grey.mean == (0.5,)
@@ -98,14 +102,14 @@ def test_a_grey_backbone_is_warned_of_in_grey(tmp_path: Path) -> None:
     assert build(pretrained=False, model_args={"in_chans": 1}, mean=[0.2], std=[0.3]).mean == (0.2,)
 
 
-def test_the_configs_values_serve_any_backbone() -> None:
+def test_the_configs_values_apply_to_any_backbone() -> None:
     assert build(pretrained=False, mean=IMAGENET[0], std=IMAGENET[1]).std == IMAGENET[1]
     grey = build_backbone(BackboneConfig(name="glyph_vit", mean=(0.1,), std=(0.3,)), 5, SIDE, seed=1)
     assert (grey.mean, grey.std) == ((0.1,), (0.3,))
 
 
 @pytest.mark.parametrize(("mean", "std", "channels"), [([0.5], [0.5], 3), ([0.5] * 4, [0.5] * 4, 3)])
-def test_there_is_a_value_for_every_channel(mean: list[float], std: list[float], channels: int) -> None:
+def test_refuses_another_number_of_values_than_channels(mean: list[float], std: list[float], channels: int) -> None:
     with pytest.raises(
         ConfigError, match=rf"^backbone\.mean: .* for a backbone of {channels} channels; give {channels}"
     ):
@@ -124,6 +128,6 @@ def test_there_is_a_value_for_every_channel(mean: list[float], std: list[float],
         ({"mean": [float("nan")], "std": [0.5]}, "mean"),
     ],
 )
-def test_values_that_cannot_be_are_refused(values: dict[str, Any], words: str) -> None:
+def test_refuses_impossible_values(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         BackboneConfig(**values)

@@ -25,7 +25,7 @@ def numbered(shapes: list[tuple[int, ...]]) -> ParameterLayout:
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(shape_lists)
-def test_columns_are_aligned_apart_and_in_order(shapes: list[tuple[int, ...]]) -> None:
+def test_columns_are_aligned_disjoint_and_in_order(shapes: list[tuple[int, ...]]) -> None:
     layout = numbered(shapes)
     sizes = [math.prod(shape) for shape in shapes]
     assert layout.num_parameters == sum(sizes)
@@ -43,7 +43,7 @@ def test_columns_are_aligned_apart_and_in_order(shapes: list[tuple[int, ...]]) -
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(shape_lists, st.integers(0, 2**31))
-def test_the_wire_and_the_row_go_over_into_each_other(shapes: list[tuple[int, ...]], seed: int) -> None:
+def test_pad_and_unpad_are_inverse(shapes: list[tuple[int, ...]], seed: int) -> None:
     layout = numbered(shapes)
     vector = torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(seed))
     row = layout.pad(vector)
@@ -70,7 +70,7 @@ def test_split_gives_views_and_keeps_the_type() -> None:
     assert layout.pad(vector).dtype == layout.join(named).dtype == torch.float64
 
 
-def test_join_names_what_is_wrong() -> None:
+def test_join_names_wrong_tensors() -> None:
     layout = layout_of(SHAPES)
     named = layout.split(torch.zeros(layout.num_parameters))
     with pytest.raises(ValueError, match="bias"):
@@ -83,7 +83,7 @@ def test_join_names_what_is_wrong() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_lanes", [1, 4])
-def test_views_alias_theta_and_its_gradient(num_lanes: int, dtype: torch.dtype) -> None:
+def test_views_share_memory_with_theta_and_its_gradient(num_lanes: int, dtype: torch.dtype) -> None:
     layout = layout_of(SHAPES)
     parameters = LaneParameters(layout, num_lanes, dtype=dtype)
     assert parameters.num_lanes == num_lanes
@@ -102,7 +102,7 @@ def test_views_alias_theta_and_its_gradient(num_lanes: int, dtype: torch.dtype) 
         assert torch.equal(view.reshape(num_lanes, -1), parameters.theta[:, columns])
         view.grad.fill_(3.0)
         assert (parameters.grad[:, columns] == 3.0).all()
-    assert parameters.grad.sum() == 3.0 * num_lanes * layout.num_parameters  # the padding has none
+    assert parameters.grad.sum() == 3.0 * num_lanes * layout.num_parameters  # the padding has no gradient
     parameters.assert_views_alive()
 
 
@@ -119,7 +119,7 @@ def test_backward_accumulates_into_the_matrix() -> None:
     parameters.assert_views_alive()
 
 
-def test_loading_a_client_changes_its_lane_alone() -> None:
+def test_loading_a_client_changes_only_its_lane() -> None:
     layout = layout_of(SHAPES)
     parameters = LaneParameters(layout, 3)
     vector = torch.randn(layout.num_parameters)
@@ -131,7 +131,7 @@ def test_loading_a_client_changes_its_lane_alone() -> None:
 
 
 def rebind(view: torch.Tensor) -> None:
-    """What `module.to(dtype)` does to a parameter: other memory behind the same object."""
+    """Gives the view other memory, as `module.to(dtype)` does."""
     view.data = view.data.to(torch.float64)
 
 
@@ -140,7 +140,7 @@ def clone(view: torch.Tensor) -> None:
 
 
 def drop_gradient(view: torch.Tensor) -> None:
-    """What `optimizer.zero_grad()` does."""
+    """Drops the gradient, as `optimizer.zero_grad()` does."""
     view.grad = None
 
 
@@ -150,7 +150,7 @@ def replace_gradient(view: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("cut", [rebind, clone, drop_gradient, replace_gradient])
 @pytest.mark.parametrize("name", ["weight", "block"])
-def test_a_view_that_left_its_matrix_is_noticed(cut, name: str) -> None:
+def test_notices_a_view_that_left_its_matrix(cut, name: str) -> None:
     parameters = LaneParameters(layout_of(SHAPES), 2)
     parameters.assert_views_alive()
     cut(parameters.views[name])
@@ -158,7 +158,7 @@ def test_a_view_that_left_its_matrix_is_noticed(cut, name: str) -> None:
         parameters.assert_views_alive()
 
 
-def test_a_replaced_view_is_noticed() -> None:
+def test_notices_a_replaced_view() -> None:
     parameters = LaneParameters(layout_of(SHAPES), 2)
     parameters.views["bias"] = parameters.views["bias"].detach().clone().requires_grad_()
     with pytest.raises(AssertionError, match="bias"):

@@ -1,4 +1,4 @@
-"""Who is selected, who is lost or late, who counts, and how long a simulated round takes."""
+"""Participation: selected, lost, late and counted clients, and the simulated time of a round."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedpeft_dist.participation.plan import Participation
 from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, make_participation, write_trace
 
 NUM_ERRORS = 5
-"""Standard errors that a frequency may be off."""
+"""Standard errors by which a frequency may differ."""
 CLIENT = {"epochs": 1, "batch_size": 8}
 
 
@@ -39,7 +39,7 @@ def assert_frequency(count: int, tries: int, probability: float) -> None:
 
 
 @pytest.mark.parametrize(("population", "cohort"), [(1, 1), (8, 8), (10, 3), (10**9, 50)])
-def test_a_cohort_is_distinct_clients_of_the_population(population: int, cohort: int) -> None:
+def test_a_cohort_holds_distinct_clients_of_the_population(population: int, cohort: int) -> None:
     for clients in cohorts(make_participation(population, cohort), 20):
         assert len(clients) == len(set(clients)) == cohort
         assert list(clients) == sorted(clients)
@@ -47,8 +47,8 @@ def test_a_cohort_is_distinct_clients_of_the_population(population: int, cohort:
 
 
 @pytest.mark.parametrize(("population", "cohort"), [(8, 8), (64, 8), (10**6, 50)])
-def test_uniform_cohorts_are_those_of_a_plain_draw(population: int, cohort: int) -> None:
-    """What runs have always drawn: their results must not change."""
+def test_uniform_cohorts_equal_a_plain_draw(population: int, cohort: int) -> None:
+    """The draw stays as it has always been, so the results of runs do not change."""
     expected = [
         tuple(sorted(random.Random(derive_seed(3, "cohort", number)).sample(range(population), cohort)))
         for number in range(20)
@@ -87,7 +87,7 @@ def test_a_billion_clients_cost_no_memory() -> None:
 # --- poisson, weighted -------------------------------------------------------------------------------------------
 
 
-def test_poisson_takes_each_client_by_itself() -> None:
+def test_poisson_draws_each_client_independently() -> None:
     population, cohort, rounds = 10, 3, 6000
     drawn = cohorts(make_participation(population, cohort, name="poisson"), rounds)
     q, sizes, pairs = cohort / population, Counter(map(len, drawn)), Counter()
@@ -101,7 +101,7 @@ def test_poisson_takes_each_client_by_itself() -> None:
 
 
 def test_weighted_draws_one_after_another_in_proportion_to_size() -> None:
-    """Every ordered pair as often as it should be, whichever way the draw goes on."""
+    """Every ordered pair has its frequency, whether the draw ends early or goes on."""
     sizes, rounds = [1, 2, 0, 3, 10], 6000
     participation = make_participation(sizes, 2, name="weighted")
     counts = Counter(tuple(participation.select(number).tolist()) for number in range(rounds))
@@ -110,8 +110,8 @@ def test_weighted_draws_one_after_another_in_proportion_to_size() -> None:
     assert sum(counts.values()) == rounds
 
 
-def test_weighted_goes_on_where_one_client_holds_nearly_everything() -> None:
-    """The draw would find that one for ever; the rest comes all the same, in proportion."""
+def test_weighted_finishes_if_one_client_holds_nearly_everything() -> None:
+    """Repeated draws would nearly always find this client. The others still come in proportion to their samples."""
     sizes, rounds = [10**9, *range(1, 101)], 1500
     participation = make_participation(sizes, 3, name="weighted")
     selected = [participation.select(number).tolist() for number in range(rounds)]
@@ -120,7 +120,7 @@ def test_weighted_goes_on_where_one_client_holds_nearly_everything() -> None:
     assert_frequency(large, rounds, sum(range(51, 101)) / sum(range(1, 101)))
 
 
-def test_bound_on_the_weights() -> None:
+def test_largest_weight_bounds_a_rounds_weights() -> None:
     sizes = [5, 1, 7, 3]
     assert make_participation(sizes, 2).largest_weight == 12
     assert make_participation(sizes, 2, over_selection=2.0).largest_weight == 12
@@ -166,11 +166,11 @@ def test_a_client_without_samples_is_never_selected(condition: str, privacy: str
         assert set(plan.steps) <= set(selected.tolist())
         if CONDITIONS[condition].get("name") != "poisson" and "availability" not in CONDITIONS[condition]:
             assert len(selected) == participation.num_selected
-    assert seen == set(range(1, 60, 3)), "every other one is"
+    assert seen == set(range(1, 60, 3)), "every client with samples is selected"
 
 
 @pytest.mark.parametrize("name", ["uniform", "poisson"])
-def test_clients_with_samples_are_drawn_as_if_there_were_no_others(name: str) -> None:
+def test_clients_without_samples_do_not_change_the_draw(name: str) -> None:
     among_others = make_participation(HOLDERS, 8, name=name)
     alone = make_participation([size for size in HOLDERS if size], 8, name=name)
     for number in range(20):
@@ -180,7 +180,7 @@ def test_clients_with_samples_are_drawn_as_if_there_were_no_others(name: str) ->
     assert among_others.describe() == "40 of 60 clients have no samples and are never selected"
 
 
-def test_availability_is_counted_over_clients_with_samples() -> None:
+def test_availability_counts_only_clients_with_samples() -> None:
     participation = make_participation(HOLDERS, 8, availability={"name": "on_off", "share": 0.5})
     for number in range(5):
         on = participation.availability.of(np.arange(60), number)
@@ -194,7 +194,7 @@ def test_availability_is_counted_over_clients_with_samples() -> None:
 
 
 class Counting:
-    """Of the candidates that are asked whether they are available."""
+    """Counts the candidates that are asked whether they are available."""
 
     def __init__(self, share: float):
         self.share, self.most, self.asked = share, 0, 0
@@ -205,7 +205,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("name", ["uniform", "poisson", "weighted"])
-def test_availability_is_asked_of_a_few_candidates_only(name: str) -> None:
+def test_only_a_few_candidates_are_asked_for_availability(name: str) -> None:
     population, cohort, rounds = 1_000_000, 32, 30
     participation = make_participation(population, cohort, name=name)
     participation.availability = Counting(0.25)
@@ -219,8 +219,8 @@ def test_availability_is_asked_of_a_few_candidates_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["uniform", "weighted"])
 @pytest.mark.parametrize("population", [40, 4000])
-def test_whoever_is_available_is_found(name: str, population: int) -> None:
-    """Also the last of many; where fewer are available than wanted, all of them are selected."""
+def test_finds_every_available_client(name: str, population: int) -> None:
+    """The last of many clients is found, too. If fewer are available than wanted, all are selected."""
     participation = make_participation(population, 8, name=name)
     available = {1, 7, 11, 29, population - 1}
     participation.availability = Counting(1.0)
@@ -230,7 +230,7 @@ def test_whoever_is_available_is_found(name: str, population: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["uniform", "weighted"])
-def test_the_available_are_drawn_as_if_there_were_no_others(name: str) -> None:
+def test_unavailable_clients_do_not_change_the_draw(name: str) -> None:
     sizes, rounds = [1, 50, 2, 50, 3, 50, 4, 50], 4000
     participation = make_participation(sizes, 1, name=name)
     participation.availability = Counting(1.0)
@@ -240,7 +240,7 @@ def test_the_available_are_drawn_as_if_there_were_no_others(name: str) -> None:
         assert_frequency(counts[client], rounds, 1 / 4 if name == "uniform" else sizes[client] / 10)
 
 
-def test_on_off_lasts_and_differs_between_clients() -> None:
+def test_on_off_lasts_for_its_rounds_and_differs_between_clients() -> None:
     population, rounds = 3000, 40
     settings = {"name": "on_off", "share": 0.3, "spread": 0.2, "rounds": 5}
     availability = make_participation(population, 1, availability=settings).availability
@@ -269,7 +269,7 @@ def test_diurnal_follows_the_time_of_day() -> None:
     on = np.stack([spread.of(clients, number) for number in range(8)])
     for row in on:
         assert_frequency(int(row.sum()), population, 0.4)
-    # Still a client has a day of its own: who is on in one round is more often so a day later than half a day later.
+    # Each client has its own day: if it is on in a round, it is on a day later more often than half a day later.
     assert (on[0] & on[4]).mean() > (on[0] & on[2]).mean() + 0.05
 
 
@@ -287,7 +287,7 @@ def test_a_trace_is_read_at_the_start_of_each_round_and_begins_again(tmp_path: P
 # --- dropout -----------------------------------------------------------------------------------------------------
 
 
-def test_dropout_comes_as_often_as_it_should() -> None:
+def test_dropout_has_its_probabilities() -> None:
     clients, rounds = np.arange(500), 40
     dropout = make_participation(500, 1, dropout={"name": "random", "before": 0.1, "during": 0.2, "after": 0.3}).dropout
     progress = np.concatenate([dropout.progress(clients, number) for number in range(rounds)])
@@ -298,7 +298,7 @@ def test_dropout_comes_as_often_as_it_should() -> None:
     assert np.isinf(progress).mean() == pytest.approx(0.4, abs=0.02)
 
 
-def test_a_dropout_trace_says_who_is_lost_when(tmp_path: Path) -> None:
+def test_a_dropout_trace_decides_who_is_lost_and_when(tmp_path: Path) -> None:
     rows = [(2, 1, "after"), (1, 0, "before"), (2, 3, "during"), (1, 3, " after")]
     path = write_trace(tmp_path / "d.csv", DROPOUT, rows)
     participation = make_participation(4, 4, dropout={"name": "trace", "path": path})
@@ -330,14 +330,14 @@ def test_work_is_counted_batch_by_batch(num_samples: int, num_steps: int) -> Non
         assert work.steps_within(float(seconds), 4.0) == max(0, int((done <= seconds * 4).sum()) - 1)
 
 
-def test_no_samples_are_no_work() -> None:
+def test_a_client_without_samples_has_no_work() -> None:
     assert LocalWork(0, 8, 0).samples(0) == LocalWork(0, 8, 0).steps_within(1.0, 2.0) == 0
 
 
 # --- plans -------------------------------------------------------------------------------------------------------
 
 # 3 local steps of 8 samples (0.5 s each at 16 a second), 1,000 bytes each way.
-PARAMETERS = 250
+BYTES = 1000
 
 
 @pytest.fixture
@@ -349,22 +349,22 @@ def devices(tmp_path: Path) -> dict[str, str]:
 
 def make_slow(devices: dict[str, str], cohort: int = 6, **settings) -> Participation:
     participation = make_participation(
-        [24] * 6, cohort, client=CLIENT, parameters=PARAMETERS, devices=devices, **settings
+        [24] * 6, cohort, client=CLIENT, bytes_per_client=BYTES, devices=devices, **settings
     )
     participation.check()
     return participation
 
 
-def test_a_round_lasts_as_long_as_its_slowest(devices: dict[str, str]) -> None:
+def test_a_round_lasts_as_long_as_its_slowest_client(devices: dict[str, str]) -> None:
     plan = make_slow(devices).plan(0)
     assert plan.steps == dict.fromkeys(range(6), 3)
     assert (plan.seconds, plan.wasted_samples, plan.late) == (7.0, 0, 0)
 
 
-def test_random_batches_take_the_time_that_they_take_on_average(tmp_path: Path) -> None:
-    """Under sample-level privacy every step draws 8 of the 20 samples on average: there is no short batch."""
+def test_random_batches_take_their_average_time(tmp_path: Path) -> None:
+    """Under sample-level privacy every step draws 8 of the 20 samples on average, so no batch is short."""
     trace = write_trace(tmp_path / "devices.csv", DEVICES, [(client, 16, 1000, 1000) for client in range(3)])
-    settings = {"client": CLIENT, "parameters": PARAMETERS, "devices": {"name": "trace", "path": trace}}
+    settings = {"client": CLIENT, "bytes_per_client": BYTES, "devices": {"name": "trace", "path": trace}}
     private = {"privacy": {"name": "sample", "noise_multiplier": 1.0}}
     plans = [make_participation([20, 3, 0], 2, **settings, **own).plan(0) for own in ({}, private)]
     assert plans[0].steps == plans[1].steps == {0: 3, 1: 1}
@@ -375,11 +375,11 @@ def test_late_clients_are_dropped_at_the_deadline(devices: dict[str, str]) -> No
     plan = make_slow(devices, deadline=4.0).plan(0)
     assert plan.steps == {0: 3, 1: 3, 2: 3}
     assert (plan.selected, plan.late, plan.partial, plan.seconds) == (6, 3, 0, 4.0)
-    # In the 3 s after receiving: two steps, whose time is 3.5 / 3, 4.5 / 3 and 5.5 / 3 s.
+    # In the 3 s after receiving, clients 3, 4 and 5 end two, two and one steps of 3.5 / 3, 4.5 / 3 and 5.5 / 3 s.
     assert plan.wasted_samples == 16 + 16 + 8
 
 
-def test_partial_work_is_what_fits_before_the_deadline(devices: dict[str, str]) -> None:
+def test_partial_work_fits_before_the_deadline(devices: dict[str, str]) -> None:
     plan = make_slow(devices, deadline=4.0, late="partial").plan(0)
     # Clients 3, 4 and 5 have 2.5 s for steps of 3.5 / 3, 4.5 / 3 and 5.5 / 3 s.
     assert plan.steps == {0: 3, 1: 3, 2: 3, 3: 2, 4: 1, 5: 1}
@@ -405,19 +405,19 @@ def test_without_devices_the_first_to_report_are_the_first_drawn() -> None:
         assert (plan.selected, plan.surplus, plan.seconds) == (14, 4, None)
 
 
-def test_over_selection_rounds_up_and_no_further() -> None:
+def test_over_selection_rounds_up_to_the_next_client() -> None:
     for factor, cohort, selected in ((1.1, 10, 11), (1.3, 10, 13), (1.01, 10, 11), (1.0, 7, 7), (1.5, 5, 8)):
         assert make_participation(100, cohort, over_selection=factor).num_selected == selected
 
 
-def test_over_selection_makes_up_for_the_lost(devices: dict[str, str], tmp_path: Path) -> None:
+def test_over_selection_replaces_lost_clients(devices: dict[str, str], tmp_path: Path) -> None:
     rows = [(1, 0, "before"), (1, 1, "after"), (2, 0, "before"), (2, 1, "after"), (2, 2, "after"), (2, 3, "after")]
     path = write_trace(tmp_path / "dropout.csv", DROPOUT, rows)
     settings = {"cohort": 3, "over_selection": 2.0, "dropout": {"name": "trace", "path": path}}
     first, second = (make_slow(devices, **settings).plan(number) for number in range(2))
     assert first.steps == {2: 3, 3: 3, 4: 3}
     assert (first.dropped, first.surplus, first.seconds, first.wasted_samples) == (2, 1, 6.0, 0 + 24 + 16)
-    # Too few are left: without a deadline the server hears of the losses, with one it waits in vain.
+    # Too few clients are left. Without a deadline the server waits for the losses, with one until the deadline.
     assert second.steps == {4: 3, 5: 3}
     assert (second.dropped, second.surplus, second.seconds) == (4, 0, 7.0)
     assert make_slow(devices, deadline=50.0, **settings).plan(1).seconds == 50.0
@@ -431,7 +431,7 @@ def test_a_cohort_that_loses_everyone(devices: dict[str, str]) -> None:
     assert (plan.steps, plan.seconds, plan.wasted_samples) == ({}, 6.5, 6 * 24)
 
 
-def test_nobody_at_all() -> None:
+def test_a_round_that_selects_nobody() -> None:
     plan = make_participation(10**6, 1, seed=3, name="poisson").plan(1)
     plans = [make_participation(10**6, 1, name="poisson").plan(number) for number in range(20)]
     plan = next(plan for plan in plans if not plan.selected)
@@ -462,7 +462,7 @@ def test_a_plan_is_a_function_of_config_seed_and_round(settings: dict) -> None:
     assert not found & {tuple(make(2).plan(number).steps) for number in range(30)}
 
 
-def test_everybody_selected_is_accounted_for() -> None:
+def test_every_selected_client_is_counted_once() -> None:
     participation = make_participation([8 * (1 + n % 9) for n in range(1000)], 20, client=CLIENT, **EVERYTHING)
     plans = [participation.plan(number) for number in range(200)]
     for plan in plans:
@@ -475,7 +475,7 @@ def test_everybody_selected_is_accounted_for() -> None:
         assert any(getattr(plan, name) for plan in plans), name
 
 
-def test_lognormal_devices_have_their_medians_and_stay_as_they_are() -> None:
+def test_lognormal_devices_have_their_medians_and_spreads() -> None:
     settings = {"name": "lognormal", "samples_per_second": 20.0, "compute_sigma": 0.5, "bandwidth_sigma": 1.5}
     devices = make_participation(20_000, 1, devices=settings).devices
     for speeds, median, sigma in (
@@ -492,7 +492,7 @@ def test_lognormal_devices_have_their_medians_and_stay_as_they_are() -> None:
     assert abs(correlation) < NUM_ERRORS / math.sqrt(20_000)
 
 
-# --- what cannot be ----------------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------------------
 
 
 def refusal(*arguments, **settings) -> str:
@@ -502,13 +502,13 @@ def refusal(*arguments, **settings) -> str:
     return str(caught.value)
 
 
-def test_more_selected_than_there_are() -> None:
+def test_refuses_to_select_more_clients_than_exist() -> None:
     message = refusal(10, 8, over_selection=1.5)
     assert "federation.participation.over_selection: 1.5 selects 12 clients of a population of 10" in message
     assert "at most 1.25" in message
 
 
-def test_more_than_have_samples() -> None:
+def test_refuses_a_cohort_above_the_clients_with_samples() -> None:
     for name in ("uniform", "poisson", "weighted"):
         message = refusal([4, 0, 4], 3, name=name)
         assert "federation.cohort: 3 is larger than the 2 clients that have samples, of 3" in message
@@ -517,7 +517,7 @@ def test_more_than_have_samples() -> None:
     assert "selects 3 clients of a population of 2" in refusal([4, 0, 4], 2, over_selection=1.5)
 
 
-def test_more_than_have_samples_at_once(tmp_path: Path) -> None:
+def test_refuses_a_cohort_above_the_clients_with_samples_available_at_once(tmp_path: Path) -> None:
     """Clients 0 and 1 are always available, client 2 never is, and client 0 has no samples."""
     path = write_trace(tmp_path / "a.csv", AVAILABILITY, [(0, 0, 9, 1), (1, 0, 9, 1), (2, 0, 9, 0)])
     availability = {"name": "trace", "path": path}
@@ -528,12 +528,14 @@ def test_more_than_have_samples_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("late", "what"), [("drop", "all its local steps"), ("partial", "a single local step")])
-def test_a_deadline_that_nobody_can_meet(devices: dict[str, str], late: str, what: str) -> None:
+def test_refuses_a_deadline_that_nobody_can_meet(devices: dict[str, str], late: str, what: str) -> None:
     fastest = 2.0 if late == "drop" else 1.0 + 1 / 6 + 0.5
     make_slow(devices, deadline=fastest + 1e-6, late=late)
-    settings = {"client": CLIENT, "parameters": PARAMETERS, "devices": devices, "late": late}
+    settings = {"client": CLIENT, "bytes_per_client": BYTES, "devices": devices, "late": late}
     message = refusal([24] * 6, 6, deadline=fastest - 1e-6, **settings)
     assert f"federation.participation.deadline: {fastest - 1e-6:g} seconds are met by no client" in message
     assert what in message
     assert f"{fastest:.4g} to receive 1,000 bytes" in message
-    assert "met by no client" in refusal([0, *[24] * 5], 5, deadline=1.6, **settings), "an empty client helps nobody"
+    assert "met by no client" in refusal([0, *[24] * 5], 5, deadline=1.6, **settings), (
+        "a client without samples does not count"
+    )

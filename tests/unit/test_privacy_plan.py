@@ -1,4 +1,4 @@
-"""What a run spends, planned ahead: of which releases it consists, whose they are, and when the budget ends."""
+"""Privacy plans: what a run releases, who spends how much, and when the budget ends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import IndexPartition
-from fedpeft_dist.federation.privacy_ahead import plan_ahead
+from fedpeft_dist.federation.ahead import plan_privacy
 from fedpeft_dist.participation.plan import Participation
-from fedpeft_dist.participation.sampling import poisson_draw
+from fedpeft_dist.participation.sampling import Draw, poisson_draw
 from fedpeft_dist.privacy import accounting
 from fedpeft_dist.privacy.plan import PrivacyPlan, make_privacy_plan
 
@@ -41,7 +41,7 @@ def participation_of(
         "privacy": privacy,
     }
     partition = IndexPartition(np.cumsum([0, *sizes]), torch.arange(sum(sizes)))
-    made = Participation(parse_config(tree, "test"), partition, 1000)
+    made = Participation(parse_config(tree, "test"), partition, 4000)
     made.whole_config = parse_config(tree, "test")
     return made
 
@@ -61,7 +61,7 @@ def user_plan(noise_multipliers: torch.Tensor | None = None, **settings: Any) ->
 
 
 def steps_of(rounds: int, **settings: Any) -> Counter:
-    """Each client's local steps, as the rounds themselves would count them."""
+    """Each client's local steps, counted over the rounds' plans."""
     total, participation = Counter(), participation_of(**{"name": "sample", "noise_multiplier": 1.0} | settings)
     for number in range(rounds):
         total.update(participation.plan(number).steps)
@@ -77,7 +77,7 @@ def spent_by(client: int, noise: float, steps: int, accountant: str = "pld") -> 
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
-def test_the_client_that_spends_most_counts(accountant: str) -> None:
+def test_epsilon_is_that_of_the_client_that_spends_most(accountant: str) -> None:
     plan = sample_plan(noise_multiplier=1.3, accountant=accountant)
     assert plan.num_rounds == 6
     assert plan.noise_multipliers.dtype == torch.float64
@@ -86,14 +86,14 @@ def test_the_client_that_spends_most_counts(accountant: str) -> None:
     for rounds in range(7):
         steps = steps_of(rounds)
         expected = max((spent_by(client, 1.3, count, accountant) for client, count in steps.items()), default=0.0)
-        # Whoever surely spends less is not looked at, though its coarser grid may claim a little more.
+        # Clients that surely spend less are skipped, although their coarser grids may give slightly more.
         assert expected * (1 - 2e-3) <= plan.epsilon(rounds) <= expected
         spent.append(plan.epsilon(rounds))
     assert spent == sorted(spent)
     assert spent[0] == 0.0 < spent[1]
 
 
-def test_every_client_has_noise_for_the_target() -> None:
+def test_every_clients_noise_meets_the_target() -> None:
     plan, steps = sample_plan(epsilon=4.0, cohort=2), steps_of(6, cohort=2)
     assert 0 < len(steps) < len(SIZES), "the settings should leave a client out"
     for client in range(len(SIZES)):
@@ -105,10 +105,10 @@ def test_every_client_has_noise_for_the_target() -> None:
     assert len(set(plan.noise_multipliers.tolist())) > 3
     assert 0.98 * 4.0 < plan.epsilon(6) <= 4.0
     spent = [plan.epsilon(rounds) for rounds in range(7)]
-    assert spent == sorted(spent), "who takes part in one round only has spent all after it"
+    assert spent == sorted(spent), "a client that takes part in one round has spent everything after it"
 
 
-def test_clients_that_are_late_or_lost_release_nothing() -> None:
+def test_late_and_lost_clients_release_nothing() -> None:
     lost = {"dropout": {"name": "random", "before": 0.5}}
     plan = sample_plan(noise_multiplier=1.0, participation=lost)
     steps = steps_of(6, participation=lost)
@@ -122,7 +122,7 @@ def test_clients_that_are_late_or_lost_release_nothing() -> None:
     assert silent.figures(6)["noise_multiplier"] == 0.0
 
 
-def test_a_client_without_samples() -> None:
+def test_a_client_without_samples_needs_no_noise() -> None:
     plan = sample_plan(sizes=[0, 32, 32], cohort=3, epsilon=2.0)
     assert plan.noise_multipliers[0] == 0.0
     assert 0.98 * 2.0 < plan.epsilon(6) <= 2.0
@@ -140,7 +140,7 @@ def test_figures_are_those_of_one_client_at_each_quantile_of_epsilon() -> None:
     assert figures["epsilon"] == plan.epsilon(6)
     clients = figures["clients"]
     assert list(clients) == ["min", "p25", "median", "p75", "max"]
-    assert set(clients["min"].values()) == {0}, "of a client that never takes part"
+    assert set(clients["min"].values()) == {0}, "the client never takes part"
     assert clients["max"] == {key: figures[key] for key in clients["max"]}
     noise = plan.noise_multipliers[list(steps)]
     assert figures["ranges"]["noise_multiplier"] == [noise.min(), noise.max()]
@@ -175,13 +175,13 @@ def test_each_row_of_figures_is_one_client(settings: dict[str, Any], rounds: int
     epsilons = [row["epsilon"] for row in quantiles]
     assert epsilons == sorted(epsilons)
     assert epsilons[-1] == plan.epsilon(rounds)
-    for row in quantiles:  # its epsilon follows from its own numbers
+    for row in quantiles:  # the epsilon of a row follows from the other numbers of the row
         places = (row["noise_multiplier"], row["steps"], row["sampling_probability"])
         own = [spent_by(client, *places[:2]) for client, found in enumerate(rows) if found == places]
         assert row["epsilon"] == pytest.approx(own[0] if row["steps"] else 0.0, rel=1e-3)
 
 
-def test_batches_cut_short_need_more_noise() -> None:
+def test_truncated_batches_need_more_noise() -> None:
     free, cut = (sample_plan(epsilon=4.0, max_batch=most) for most in (None, 16))
     took_part = free.noise_multipliers > 0
     assert (cut.noise_multipliers > 0).tolist() == took_part.tolist()
@@ -205,7 +205,7 @@ def test_a_run_ends_before_its_budget_is_exceeded(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [sample_plan, user_plan])
-def test_more_rounds_than_the_noise_was_calibrated_for(make: Any) -> None:
+def test_refuses_more_rounds_than_the_noise_was_calibrated_for(make: Any) -> None:
     begun = make(epsilon=3.0, rounds=3)
     with pytest.raises(ConfigError) as caught:
         make(begun.noise_multipliers, epsilon=3.0, rounds=6)
@@ -222,7 +222,7 @@ def test_more_rounds_than_the_noise_was_calibrated_for(make: Any) -> None:
     assert same.noise_multipliers.tolist() == begun.noise_multipliers.tolist()
 
 
-def test_who_takes_part_later_only_gets_noise_then() -> None:
+def test_a_client_that_joins_later_gets_noise_then() -> None:
     begun = sample_plan(epsilon=3.0, rounds=1)
     raised = sample_plan(begun.noise_multipliers, epsilon=20.0, rounds=6)
     steps = steps_of(6)
@@ -232,13 +232,13 @@ def test_who_takes_part_later_only_gets_noise_then() -> None:
         assert 0.98 * 20 < spent_by(client, float(raised.noise_multipliers[client]), steps[client]) <= 20
 
 
-def test_noise_too_small_to_account_for() -> None:
+def test_refuses_noise_too_small_to_account_for() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier: 1e-06 is too little .*give at least 0\.01"):
         sample_plan(noise_multiplier=1e-6)
 
 
 @pytest.mark.parametrize("name", ["none", "paper_noise"])
-def test_what_is_not_accounted_for_has_no_plan(name: str) -> None:
+def test_privacy_without_accounting_has_no_plan(name: str) -> None:
     assert plan_of(name=name) is None
 
 
@@ -273,7 +273,7 @@ def test_a_round_is_one_release(accountant: str, used: str) -> None:
     assert "clients" not in figures
 
 
-def test_a_target_for_clients() -> None:
+def test_user_level_noise_meets_the_target() -> None:
     plan = user_plan(epsilon=3.0)
     assert plan.noise_multipliers.shape == (1,)
     assert 0.98 * 3.0 < plan.epsilon(6) <= 3.0
@@ -289,7 +289,7 @@ def available_in(number: int, **settings: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_the_fewer_are_available_the_likelier_each_is_drawn(share: float) -> None:
+def test_fewer_available_clients_spend_more(share: float) -> None:
     participation = {"name": "poisson", "availability": {"name": "on_off", "share": share}}
     plan, events = user_plan(noise_multiplier=1.0, participation=participation), []
     for number in range(6):
@@ -303,8 +303,8 @@ def test_the_fewer_are_available_the_likelier_each_is_drawn(share: float) -> Non
 
 
 @pytest.mark.parametrize("sampling", ["poisson", "without_replacement"])
-def test_clients_without_samples_do_not_thin_out_the_draw(sampling: str) -> None:
-    """Three of four clients are empty: what is spent is what a population of the rest would spend."""
+def test_clients_without_samples_do_not_lower_epsilon(sampling: str) -> None:
+    """Three of four clients have no samples. The run spends as much as one with only the other clients."""
     settings = {"noise_multiplier": 1.0, "sampling": sampling, "accountant": "rdp"}
     settings["participation"] = {"name": "poisson" if sampling == "poisson" else "uniform"}
     sizes = [8 * (n % 4 == 0) for n in range(80)]
@@ -324,15 +324,15 @@ def test_a_plan_ahead_counts_the_clients_that_a_run_would_draw_from(partition: d
         "federation": {"rounds": 2, "cohort": 4, "participation": {"name": "poisson"}},
         "privacy": {"name": "user", "noise_multiplier": 1.0},
     }
-    plan = plan_ahead(parse_config(tree, "test"))
+    plan = plan_privacy(parse_config(tree, "test"))
     assert plan.population < 64
     assert plan.figures(2)["sampling_probability"] == 4 / plan.population
     tree["federation"]["cohort"] = plan.population + 1
     with pytest.raises(ConfigError, match=f"larger than the {plan.population} clients that have samples, of 64"):
-        plan_ahead(parse_config(tree, "test"))
+        plan_privacy(parse_config(tree, "test"))
 
 
-def test_cohorts_of_a_fixed_size() -> None:
+def test_cohorts_of_a_fixed_size_are_accounted_without_replacement() -> None:
     uniform = {"name": "uniform"}
     plan = user_plan(noise_multiplier=4.0, sampling="without_replacement", participation=uniform)
     event = accounting.without_replacement_event(4.0, 8, 3)
@@ -348,14 +348,16 @@ def test_cohorts_of_a_fixed_size() -> None:
     assert plan.epsilon(6) == pytest.approx(accounting.epsilon(tuple(events), DELTA, "rdp"), rel=1e-9)
 
 
-def test_nobody_is_ever_there() -> None:
+def test_refuses_a_run_in_which_nobody_is_ever_available() -> None:
     nobody = {"name": "poisson", "availability": {"name": "on_off", "share": 1e-6}}
     with pytest.raises(ConfigError, match=r"federation\.participation\.availability: no client is available"):
         user_plan(epsilon=1.0, participation=nobody)
 
 
 def test_adaptive_clipping_shares_the_budget() -> None:
-    assert user_plan(noise_multiplier=0.2, adaptive={}).count_noise == 0.2, "which leaves most to the deltas"
+    assert user_plan(noise_multiplier=0.2, adaptive={}).count_noise == 0.2, (
+        "the default leaves most of the budget to the deltas"
+    )
     plan = user_plan(noise_multiplier=0.1, adaptive={})
     assert plan.count_noise == 3 / 20
     assert plan.delta_noise_multiplier == accounting.delta_noise_multiplier(0.1, 3 / 20)
@@ -368,7 +370,7 @@ def test_adaptive_clipping_shares_the_budget() -> None:
 # --- how cohorts are drawn ---------------------------------------------------------------------------------------
 
 
-def test_each_available_client_is_drawn_with_the_probability_accounted_for() -> None:
+def test_clients_are_drawn_with_the_probability_that_is_accounted_for() -> None:
     participation = {"name": "poisson", "availability": ON_OFF | {"rounds": 10**6}}
     settings = {"sizes": [16] * 20, "cohort": 4, "participation": participation}
     drawing = participation_of(name="user", noise_multiplier=1.0, **settings)
@@ -384,12 +386,10 @@ def test_each_available_client_is_drawn_with_the_probability_accounted_for() -> 
 
 
 @pytest.mark.parametrize("name", ["none", "sample"])
-def test_other_runs_draw_as_they_always_have(name: str) -> None:
+def test_runs_without_user_level_privacy_draw_as_before(name: str) -> None:
     privacy = {"none": {}, "sample": {"noise_multiplier": 1.0}}[name]
     settings = {"sizes": [16] * 40, "cohort": 8, "participation": {"name": "poisson", "availability": ON_OFF}}
     drawing = participation_of(name=name, **privacy, **settings)
     for number in range(20):
-        expected = poisson_draw(
-            40, 8 / 40, 1, number, lambda ids, number=number: ids[drawing.availability.of(ids, number)]
-        )
-        assert drawing.select(number).tolist() == expected.tolist()
+        draw = Draw(1, number, lambda ids, number=number: ids[drawing.availability.of(ids, number)])
+        assert drawing.select(number).tolist() == poisson_draw(40, 8 / 40, draw).tolist()

@@ -1,4 +1,4 @@
-"""Weights as the world publishes them: families, layouts, wrappings, and files with too much or too little."""
+"""Weights as others publish them: families, layouts, wrappings, and files with extra or missing tensors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FAMILIES = {
 
 
 def source(family: Family, **changed: Any) -> nn.Module:
-    """timm's model with classes of its own; every parameter and buffer differs from a fresh one's."""
+    """timm's model with 7 classes. Every parameter and buffer differs from a fresh model's."""
     sized = timm.models.get_pretrained_cfg(family.name).fixed_input_size
     arguments = ({"img_size": family.side} if sized else {}) | family.arguments | changed
     return with_changed_tensors(timm.create_model(family.name, num_classes=7, **arguments).eval())
@@ -123,7 +123,7 @@ WRAPPINGS: dict[str, Callable[[State], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_every_wrapping_of_every_family_brings_timms_features(tmp_path: Path, family: Family) -> None:
+def test_every_wrapping_of_every_family_gives_timms_features(tmp_path: Path, family: Family) -> None:
     model = source(family)
     expected = features(model, family.side)
     for wrapping, wrap in WRAPPINGS.items():
@@ -132,7 +132,7 @@ def test_every_wrapping_of_every_family_brings_timms_features(tmp_path: Path, fa
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_too_much_and_too_little_are_refused(tmp_path: Path, family: Family) -> None:
+def test_refuses_a_missing_and_an_extra_tensor(tmp_path: Path, family: Family) -> None:
     state = source(family).state_dict()
     names = [n for n, tensor in state.items() if tensor.is_floating_point() and not n.startswith(("head", "fc."))]
     for name, prefix in ((names[0], ""), (names[len(names) // 2], "model.backbone."), (names[-1], "")):
@@ -142,19 +142,19 @@ def test_too_much_and_too_little_are_refused(tmp_path: Path, family: Family) -> 
         assert f"has 1 more than the model, '{name}_more' among them" in refusal(family, tmp_path / "w.pth")
 
 
-def test_parts_that_fit_alike_are_named(tmp_path: Path) -> None:
+def test_names_parts_that_fit_equally_well(tmp_path: Path) -> None:
     family = FAMILIES["ViT"]
     state = source(family).state_dict()
     torch.save(under("left.", state) | under("right.", state, 1.0), tmp_path / "w.pth")
     assert "holds several parts that fit: 'left.', 'right.'" in refusal(family, tmp_path / "w.pth")
 
 
-def test_the_prefixes_of_a_file_without_the_model_are_named(tmp_path: Path) -> None:
+def test_names_the_prefixes_of_a_file_without_an_encoder(tmp_path: Path) -> None:
     torch.save({"state_dict": under("audio.", PART) | under("text.", PART)}, tmp_path / "w.pth")
     assert "under every prefix of its names ('audio.', 'text.')" in refusal(FAMILIES["Swin"], tmp_path / "w.pth")
 
 
-def test_what_lies_beside_the_encoder_must_be_known(tmp_path: Path) -> None:
+def test_refuses_unknown_tensors_beside_the_encoder(tmp_path: Path) -> None:
     family = FAMILIES["ViT"]
     torch.save(under("backbone.", source(family).state_dict()) | under("adapter.", PART), tmp_path / "w.pth")
     assert "has 1 more than the model, 'adapter.weight'" in refusal(family, tmp_path / "w.pth")
@@ -193,7 +193,7 @@ def facebook_convnext(state: State) -> dict[str, Any]:
 
 def facebook_dinov2(state: State) -> State:
     state = state | {"mask_token": torch.zeros(1, 24)}
-    if "reg_token" in state:  # the class token's position stands in the table
+    if "reg_token" in state:  # the table includes the class token's position
         state["register_tokens"] = state.pop("reg_token")
         state["pos_embed"] = torch.cat([torch.zeros(1, 1, 24), state["pos_embed"]], dim=1)
     return state
@@ -324,7 +324,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_other_layouts_bring_timms_features(tmp_path: Path, layout: str) -> None:
+def test_other_layouts_give_timms_features(tmp_path: Path, layout: str) -> None:
     key, write = LAYOUTS[layout]
     family = FAMILIES[key]
     model = source(family)
@@ -333,7 +333,7 @@ def test_other_layouts_bring_timms_features(tmp_path: Path, layout: str) -> None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_other_layouts_of_a_deeper_model_are_refused(tmp_path: Path, layout: str) -> None:
+def test_refuses_other_layouts_of_a_deeper_model(tmp_path: Path, layout: str) -> None:
     key, write = LAYOUTS[layout]
     family = FAMILIES[key]
     depths = family.arguments.get("depths")
@@ -341,11 +341,11 @@ def test_other_layouts_of_a_deeper_model_are_refused(tmp_path: Path, layout: str
     torch.save(write(dict(source(family, **deeper).state_dict())), tmp_path / "w.pth")
     message = refusal(family, tmp_path / "w.pth")
     assert "more than the model" in message
-    if key != "Swin":  # its last blocks change their place in the original's names
+    if key != "Swin":  # the last blocks have other places in the original's names
         assert "depth" in message.partition("give ")[2]
 
 
-def test_an_unknown_layout_of_transformers_is_refused(tmp_path: Path) -> None:
+def test_refuses_an_unknown_layout_of_transformers(tmp_path: Path) -> None:
     torch.save(
         {f"swin.encoder.layers.{i}.blocks.0.layernorm_before.weight": torch.ones(2) for i in range(90)},
         tmp_path / "w.pth",
@@ -383,7 +383,7 @@ VIT_FAMILY, SWIN_FAMILY, CONVNEXT_FAMILY = FAMILIES["ViT"], FAMILIES["Swin"], FA
         (CONVNEXT_FAMILY, {"depths": [1, 1, 2, 1]}, {}, {"depths": [1, 1, 2, 1]}),
     ],
 )
-def test_the_named_key_makes_the_file_fit(
+def test_the_suggested_key_makes_the_file_fit(
     tmp_path: Path, family: Family, theirs: dict[str, Any], ours: dict[str, Any], hint: dict[str, Any]
 ) -> None:
     torch.save(source(family, **theirs).state_dict(), tmp_path / "w.pth")
@@ -408,25 +408,25 @@ def test_the_named_key_makes_the_file_fit(
         ("ViT", FAMILIES["ResNet"], "give another backbone.name"),
     ],
 )
-def test_another_family_is_refused(tmp_path: Path, theirs: str, ours: Family, words: str) -> None:
+def test_refuses_the_weights_of_another_family(tmp_path: Path, theirs: str, ours: Family, words: str) -> None:
     torch.save(source(FAMILIES[theirs]).state_dict(), tmp_path / "w.pth")
     assert words in refusal(ours, tmp_path / "w.pth")
 
 
-def test_the_original_names_of_deit_iii_are_told_from_a_plain_vit(tmp_path: Path) -> None:
+def test_recognises_the_original_names_of_deit_iii(tmp_path: Path) -> None:
     state = source(VIT_FAMILY).state_dict()
     torch.save({"model": state | {"blocks.0.gamma_1": torch.ones(24)}}, tmp_path / "w.pth")
     assert "give a backbone.name of DeiT III (deit3_...)" in refusal(VIT_FAMILY, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [([1, 1, 2, 1], [1, 1, 1, 1]), ([1, 1, 1, 1], [1, 1, 2, 1])])
-def test_a_longer_resnet_is_no_shorter_one(tmp_path: Path, theirs: list[int], ours: list[int]) -> None:
+def test_refuses_a_resnet_of_another_depth(tmp_path: Path, theirs: list[int], ours: list[int]) -> None:
     family = Family("resnet18", {"layers": ours})
     torch.save(source(family, layers=theirs).state_dict(), tmp_path / "w.pth")
     assert "'layer3.1.conv1.weight' among them; give another backbone.name" in refusal(family, tmp_path / "w.pth")
 
 
-def test_other_sizes_are_told_by_a_tensors_two_shapes(tmp_path: Path) -> None:
+def test_names_both_shapes_of_a_tensor_that_does_not_fit(tmp_path: Path) -> None:
     torch.save(source(VIT_FAMILY, embed_dim=48).state_dict(), tmp_path / "w.pth")
     message = refusal(VIT_FAMILY, tmp_path / "w.pth")
     assert "('cls_token' is 1 x 1 x 48 in the file and 1 x 1 x 24 in the model)" in message
@@ -442,7 +442,7 @@ def filter_of(name: str) -> Any:
     return found[0]
 
 
-def test_the_filter_is_that_of_the_models_entry_point() -> None:
+def test_uses_the_filter_of_the_models_entry_point() -> None:
     plain = vision_transformer.checkpoint_filter_fn
     assert filter_of("vit_tiny_patch16_224") is plain
     assert filter_of("deit3_small_patch16_224").keywords == {"adapt_layer_scale": True}
@@ -451,7 +451,7 @@ def test_the_filter_is_that_of_the_models_entry_point() -> None:
     assert filter_of("resnet18") is None
 
 
-def test_flexivit_is_resized_as_its_entry_point_says(tmp_path: Path) -> None:
+def test_resizes_flexivit_as_its_entry_point_does(tmp_path: Path) -> None:
     family = FAMILIES["FlexiViT"]
     larger = source(family, img_size=64)
     torch.save(larger.state_dict(), tmp_path / "w.pth")
@@ -461,7 +461,7 @@ def test_flexivit_is_resized_as_its_entry_point_says(tmp_path: Path) -> None:
     assert torch.equal(load(family, tmp_path / "w.pth").pos_embed, expected.pos_embed)
 
 
-def test_timms_loader_is_put_back_after_a_failure(tmp_path: Path) -> None:
+def test_restores_timms_loader_after_a_failure(tmp_path: Path) -> None:
     before = _builder.load_pretrained
     torch.save(PART, tmp_path / "w.pth")
     refusal(VIT_FAMILY, tmp_path / "w.pth")
@@ -490,7 +490,7 @@ def pretrained(family: Family, file: Path, classes: int = CLASSES, **changed: An
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_arguments_that_add_to_pretrained_weights_are_refused(
+def test_refuses_arguments_that_change_the_tensors_of_pretrained_weights(
     tmp_path: Path, changed: dict[str, Any], words: str, classes: int, suffix: str
 ) -> None:
     model = timm.create_model(VIT_FAMILY.name, img_size=32, **VIT)
@@ -505,8 +505,8 @@ def test_arguments_that_add_to_pretrained_weights_are_refused(
     assert torch.equal(loaded.head.weight, model.head.weight) == (classes == 1000)
 
 
-def test_what_timm_loads_loosely_stays_loadable(tmp_path: Path) -> None:
-    """FCMAE's files end before the last norm; SigLIP's pooling is left out of models that average."""
+def test_loads_the_files_that_timm_loads_loosely(tmp_path: Path) -> None:
+    """FCMAE's files lack the last norm. Models that average skip SigLIP's pooling."""
     family = Family("convnextv2_atto.fcmae", CONVNEXT)
     state = {n: t for n, t in source(family).state_dict().items() if not n.startswith("head.")}
     save_file(state, tmp_path / "fcmae.safetensors")

@@ -17,7 +17,7 @@ WORD = (1 << 64) - 1
 
 
 def signed(value: int) -> int:
-    """A 64-bit word as torch's int64."""
+    """A 64-bit word as a signed number, as in torch's int64."""
     value &= WORD
     return value - (1 << 64) if value >> 63 else value
 
@@ -35,11 +35,11 @@ def keys_of(*values: int) -> torch.Tensor:
 
 
 def bits_of(words: torch.Tensor) -> np.ndarray:
-    """[n] int64 to [n, 64] of 0 and 1."""
+    """The bits of int64 words [n]: [n, 64] of 0 and 1."""
     return np.unpackbits(words.numpy().view(np.uint8).reshape(-1, 8), axis=1)
 
 
-def test_mix_gives_splitmix64s_published_numbers() -> None:
+def test_mix_equals_the_published_numbers_of_splitmix64() -> None:
     """The first outputs of the reference generator (Vigna's splitmix64.c) seeded with 1234567."""
     published = [
         6457827717110365317,
@@ -120,7 +120,7 @@ def test_every_output_bit_is_balanced_and_every_input_bit_flips_half_of_them() -
         assert np.abs(flipped.mean(axis=0) - 0.5).max() < 6 * 0.5 / math.sqrt(n), bit
 
 
-def test_derived_seeds_tell_every_purpose_and_id_apart() -> None:
+def test_derived_seeds_differ_for_every_purpose_and_id() -> None:
     purposes = ("data", "backbone", "method", "partition", "validation", "cohort", "step", "order", "tick")
     seeds = [derive_seed(s, p, *ids) for s in range(3) for p in purposes for ids in product(range(12), repeat=2)]
     seeds += [derive_seed(s, p, i) for s in range(3) for p in purposes for i in range(120)]
@@ -146,7 +146,7 @@ def test_permutations_of_different_keys_differ() -> None:
 
 
 def test_every_order_is_equally_likely() -> None:
-    """Chi-square over all 24 orders of 4, and over the position that each of 16 elements takes."""
+    """Chi-square over all 24 orders of 4 elements, and over the position of each of 16 elements."""
     trials = 6000
     counts = dict.fromkeys(permutations(range(4)), 0)
     for trial in range(trials):

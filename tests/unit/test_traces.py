@@ -1,4 +1,4 @@
-"""Traces that do not fit: one line that names key and file, what is wrong, and what would be right."""
+"""Traces that do not fit: one line names the key, the file, the problem and the valid choices."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def refusal(path: Path, kind: str, cohort: int = 1) -> str:
         ("availability", [(0, 0, 0, 1), (0, 0, 100, 0), WHOLE[2]], ["client 0, seconds 0 to 0", "end after it starts"]),
         ("availability", [*WHOLE[:2], (1, 0, "nan", 1)], ["client 1, seconds 0 to nan", "end after it starts"]),
         ("availability", [*WHOLE[:2], (1, 0, 100, 2)], ["client 1", "available is 2", "0 or 1"]),
-        ("availability", [*WHOLE, (2, 0, 100, 1)], ["client 2, which there is not", "0 to 1"]),
-        ("availability", [*WHOLE, (-1, 0, 100, 1)], ["client -1, which there is not"]),
+        ("availability", [*WHOLE, (2, 0, 100, 1)], ["client 2, which does not exist", "0 to 1"]),
+        ("availability", [*WHOLE, (-1, 0, 100, 1)], ["client -1, which does not exist"]),
         ("availability", [*WHOLE[:2], (1, 0, 100, "on")], ["line 4 has 'on' for available", "no whole", AVAILABILITY]),
         ("availability", [*WHOLE[:2], (1, 0, 100)], ["line 4 has 3 columns", AVAILABILITY]),
         ("availability", [], ["no rows"]),
-        ("dropout", [(1, 5, "after")], ["client 5, which there is not"]),
+        ("dropout", [(1, 5, "after")], ["client 5, which does not exist"]),
         ("dropout", [(0, 1, "after")], ["round 0", "counted from 1"]),
         ("dropout", [(1, 1, "never")], ["when is 'never'", "before, during, after"]),
         ("dropout", [(1, 1, "duringly")], ["when is 'duringl'", "before, during, after"]),
@@ -57,7 +57,7 @@ def refusal(path: Path, kind: str, cohort: int = 1) -> str:
         ("devices", [SPEEDS[0], (1, 2, 10, "inf")], ["downlink_bytes_per_second of client 1 is inf"]),
     ],
 )
-def test_rows(tmp_path: Path, kind: str, rows: Sequence[Sequence], words: list[str]) -> None:
+def test_refuses_wrong_rows(tmp_path: Path, kind: str, rows: Sequence[Sequence], words: list[str]) -> None:
     message = refusal(Path(write_trace(tmp_path / "trace.csv", COLUMNS[kind], rows)), kind)
     for word in words:
         assert word in message, message
@@ -65,7 +65,7 @@ def test_rows(tmp_path: Path, kind: str, rows: Sequence[Sequence], words: list[s
 
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.filterwarnings("error")
-def test_files(tmp_path: Path, kind: str) -> None:
+def test_refuses_files_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
     assert "No such file" in refusal(tmp_path / "gone.csv", kind)
     assert "Is a directory" in refusal(tmp_path, kind)
     wrong = Path(write_trace(tmp_path / "wrong.csv", "client,speed", [(0, 1)]))
@@ -78,7 +78,7 @@ def test_files(tmp_path: Path, kind: str) -> None:
     assert "cannot be read" in refusal(tmp_path / "binary.csv", kind)
 
 
-def test_more_than_are_ever_available(tmp_path: Path) -> None:
+def test_refuses_a_cohort_that_is_never_available_at_once(tmp_path: Path) -> None:
     rows = [(0, 0, 60, 1), (0, 60, 100, 0), (1, 0, 60, 0), (1, 60, 100, 1)]
     path = Path(write_trace(tmp_path / "trace.csv", AVAILABILITY, rows))
     with pytest.raises(ConfigError) as caught:
@@ -88,8 +88,8 @@ def test_more_than_are_ever_available(tmp_path: Path) -> None:
     make_participation(2, 1, availability={"name": "trace", "path": str(path)}).check()
 
 
-def test_spreadsheets_files_are_read(tmp_path: Path) -> None:
-    """A byte order mark, Windows' line ends, blanks around commas, and no newline at the end."""
+def test_reads_the_files_of_spreadsheets(tmp_path: Path) -> None:
+    """The file has a byte order mark, Windows' line ends, blanks around commas, and no newline at the end."""
     path = tmp_path / "trace.csv"
     text = DEVICES.replace(",", " , ") + "\r\n0, 10, 1000, 1000\r\n1 ,20.5,1e3,1000"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -97,7 +97,7 @@ def test_spreadsheets_files_are_read(tmp_path: Path) -> None:
     assert np.array_equal(devices.samples_per_second, [10, 20.5])
 
 
-def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
+def test_the_digest_covers_the_contents(tmp_path: Path) -> None:
     def digest(content: Sequence[Sequence], name: str) -> str:
         path = write_trace(tmp_path / name, DEVICES, content)
         return make_participation(2, 1, devices={"name": "trace", "path": path}).sha256

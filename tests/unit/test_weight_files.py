@@ -1,4 +1,4 @@
-"""Files of weights: what is read without running code, what is refused and in which words, and weights in parts."""
+"""Files of weights: reading without running code, refusals and their messages, and weights in several files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refusal(path: Path) -> str:
 
 
 class Custom:
-    """A class of someone's own."""
+    """A class of a user."""
 
 
 class Command:
@@ -86,7 +86,7 @@ HARMFUL = {
 
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("kind", HARMLESS)
-def test_harmless_neighbours_are_read_over(tmp_path: Path, kind: str, is_zip: bool) -> None:
+def test_reads_weights_beside_harmless_objects(tmp_path: Path, kind: str, is_zip: bool) -> None:
     content = {"state_dict": WEIGHTS, "neighbour": HARMLESS[kind], "epoch": 3}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=is_zip)
     read = read_weights(tmp_path / "w.pth")
@@ -95,8 +95,8 @@ def test_harmless_neighbours_are_read_over(tmp_path: Path, kind: str, is_zip: bo
 
 
 @pytest.mark.parametrize("name", [b"cposixpath\nPosixPath\n", b"cpathlib._local\nPosixPath\n", b"cpathlib\nPath\n"])
-def test_no_path_is_made_of_a_path(tmp_path: Path, name: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pythons keep their paths in differing modules, and PosixPath cannot be made on Windows."""
+def test_reading_a_path_creates_no_path(tmp_path: Path, name: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python versions keep path classes in different modules, and Windows cannot create a PosixPath."""
     monkeypatch.setattr(pathlib.Path, "__new__", lambda *_: pytest.fail("a path was made"))
     known = name.startswith(b"cpathlib")
     legacy = tmp_path / "w.pth"
@@ -114,7 +114,7 @@ def test_no_path_is_made_of_a_path(tmp_path: Path, name: bytes, monkeypatch: pyt
 
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("kind", HARMFUL)
-def test_other_objects_are_named_and_refused(tmp_path: Path, kind: str, is_zip: bool) -> None:
+def test_refuses_and_names_other_objects(tmp_path: Path, kind: str, is_zip: bool) -> None:
     content, name = HARMFUL[kind]
     path = tmp_path / "w.pth"
     torch.save(WEIGHTS | {"extra": content}, path, _use_new_zipfile_serialization=is_zip)
@@ -123,7 +123,7 @@ def test_other_objects_are_named_and_refused(tmp_path: Path, kind: str, is_zip: 
     assert "which could run code; save the model's state_dict() alone" in message
 
 
-def test_all_unknown_objects_are_named_up_to_five(tmp_path: Path) -> None:
+def test_names_at_most_five_unknown_objects(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.Conv2d(1, 1, 1), nn.ReLU(), nn.GELU(), nn.LayerNorm(1), nn.Dropout())
     torch.save({"model": model}, tmp_path / "w.pth")
     message = refusal(tmp_path / "w.pth")
@@ -131,14 +131,14 @@ def test_all_unknown_objects_are_named_up_to_five(tmp_path: Path) -> None:
     assert " more, which could run code" in message
 
 
-def test_pickles_of_other_programs_are_told(tmp_path: Path) -> None:
+def test_recognises_pickles_that_torch_save_did_not_write(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": defaultdict(int)}, protocol=4))
     assert "it is damaged, or no file of torch.save: Unsupported operand" in refusal(tmp_path / "w.pth")
     torch.jit.script(nn.Linear(1, 1)).save(tmp_path / "w.pt")
     assert "it is a TorchScript archive; save the model's state_dict()" in refusal(tmp_path / "w.pt")
 
 
-# --- files that are no weights -----------------------------------------------------------------------------------
+# --- files that hold no weights -----------------------------------------------------------------------------------
 
 PAGES = [
     b"<!DOCTYPE html><html>",
@@ -150,7 +150,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin", ".npz", ".safetensors.index.json"])
-def test_what_a_failed_download_leaves_is_told(tmp_path: Path, suffix: str) -> None:
+def test_recognises_the_leftovers_of_a_failed_download(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"w{suffix}"
     for page in PAGES:
         path.write_bytes(page + b" " * 500)
@@ -161,7 +161,7 @@ def test_what_a_failed_download_leaves_is_told(tmp_path: Path, suffix: str) -> N
     assert "it is empty" in refusal(path)
 
 
-def test_timms_own_files_are_looked_at_too(tmp_path: Path) -> None:
+def test_checks_timms_own_files_for_a_failed_download(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(PAGES[0])
     overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors")}}
     config = BackboneConfig(name=VIT_NAME, model_args=VIT_ARGS | overlay)
@@ -173,13 +173,13 @@ def test_timms_own_files_are_looked_at_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["w.PTH", "W.Pth.Tar", "w.SafeTensors", "w.PT", "w.BIN"])
-def test_endings_may_be_written_large(tmp_path: Path, name: str) -> None:
+def test_suffixes_may_be_in_capitals(tmp_path: Path, name: str) -> None:
     weights = state()
     (save_file if "safe" in name.lower() else torch.save)(weights, tmp_path / name)
     assert torch.equal(build(tmp_path / name).cls_token, weights["cls_token"])
 
 
-def test_the_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_means_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     weights = state()
     save_file(weights, tmp_path / "w.safetensors")
@@ -192,7 +192,7 @@ def test_the_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def write_index(folder: Path, suffix: str, weights: dict[str, torch.Tensor]) -> Path:
-    """As transformers write a large model: two files, and an index of which tensor is where."""
+    """Writes weights as transformers write a large model: two files, and an index from tensors to files."""
     names = sorted(weights)
     files = {f"model-0000{i + 1}-of-00002{suffix}": names[i::2] for i in range(2)}
     for file, held in files.items():
@@ -204,13 +204,13 @@ def write_index(folder: Path, suffix: str, weights: dict[str, torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_an_index_brings_the_tensors_of_all_its_files(tmp_path: Path, suffix: str) -> None:
+def test_an_index_loads_the_tensors_of_all_its_files(tmp_path: Path, suffix: str) -> None:
     weights = state()
     loaded = build(write_index(tmp_path, suffix, weights)).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items() if not name.startswith("head."))
 
 
-def test_a_part_alone_is_told_from_the_whole(tmp_path: Path) -> None:
+def test_refuses_one_of_several_files(tmp_path: Path) -> None:
     write_index(tmp_path, ".safetensors", state())
     assert "is one of several files; give their .index.json" in refusal(tmp_path / "model-00001-of-00002.safetensors")
     save_file(state(), tmp_path / "model-00001-of-00001.safetensors")
@@ -228,7 +228,7 @@ def test_a_part_alone_is_told_from_the_whole(tmp_path: Path) -> None:
         (lambda index: index["weight_map"].update(a="model-00001-of-00002.safetensors"), "'a' is not in 'model-00001"),
     ],
 )
-def test_an_index_that_does_not_hold_is_told(tmp_path: Path, change: Any, words: str) -> None:
+def test_refuses_a_wrong_index(tmp_path: Path, change: Any, words: str) -> None:
     path = write_index(tmp_path, ".safetensors", state())
     index = json.loads(path.read_text())
     change(index)
@@ -236,7 +236,7 @@ def test_an_index_that_does_not_hold_is_told(tmp_path: Path, change: Any, words:
     assert words in refusal(path)
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+def test_names_a_damaged_part(tmp_path: Path) -> None:
     path = write_index(tmp_path, ".safetensors", state())
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(PAGES[0])
     assert "'model-00002-of-00002.safetensors' cannot be loaded (it is a web page" in refusal(path)

@@ -1,4 +1,4 @@
-"""The `backbone` section: which timm model, and with which weights."""
+"""The `backbone` section: the timm model and its weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fedpeft_dist.config.schema.types import Channels, Section
 
 class BackboneConfig(Section):
     name: str = "vit_base_patch16_224.augreg_in21k"
-    """Any timm model, with its pre-training tag, or `glyph_vit`, the small one that the package carries."""
+    """A timm model's name, with its pre-training tag, or `glyph_vit`, the small model that the package carries."""
     pretrained: bool = True
-    """Take timm's own weights, which must be on this machine (`fedpeft prefetch` downloads them), or the package's."""
+    """Start from timm's weights, which `fedpeft prefetch` downloads beforehand, or the package's for `glyph_vit`."""
     checkpoint: UserPath | None = None
-    """A local file to take the weights from instead: .safetensors, .pth, .pth.tar, .pt, .bin, .npz, or the
-    .index.json of several .safetensors or .bin files.
+    """A local file whose weights replace timm's: .safetensors, .pth, .pth.tar, .pt, .bin, .npz, or the .index.json of
+    several .safetensors or .bin files.
 
-    It may be wrapped as public pre-trainings wrap it. It must fill all of the model but a classifier, and may hold no
-    more of an encoder than the model has."""
+    The weights may be wrapped as public pre-trainings wrap them. They must fill the whole model except its classifier,
+    and hold no more of an encoder than the model has."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Passed to `timm.create_model` as they are."""
+    """Arguments for `timm.create_model`, passed unchanged."""
     mean: Channels | None = None
-    """Per channel, for images scaled to 0 .. 1; null takes what timm has for `name`. A checkpoint may want others."""
+    """Mean of each channel, for images scaled to 0 .. 1; null: timm's for `name`. A checkpoint may need another."""
     std: Channels | None = None
-    """The same, given together with `mean`."""
+    """Standard deviation of each channel. Goes with `mean`."""
 
     @model_validator(mode="after")
     def _mean_and_std_go_together(self) -> BackboneConfig:

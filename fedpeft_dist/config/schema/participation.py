@@ -1,4 +1,4 @@
-"""The `federation.participation` section: who takes part in a round, and what becomes of them."""
+"""The `federation.participation` section: who takes part in a round, and who is lost or late."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class AlwaysAvailable(Section):
 
 
 class OnOffAvailability(Section):
-    """Every client goes on and off by itself, at random."""
+    """Each client goes on and off at random, independently of the others."""
 
     name: Literal["on_off"]
     share: Share = 0.5
-    """Of the rounds, in which a client is available."""
+    """Share of the rounds in which a client is available."""
     spread: Fraction = 0.0
-    """Clients differ: each has a share of its own, uniform between share - spread and share + spread."""
+    """Difference between clients: the share of each is drawn uniformly from share - spread to share + spread."""
     rounds: Count = 1
-    """How long a client stays as it is before it is drawn anew; each is drawn at other rounds."""
+    """Rounds for which a client stays on or off before the next draw. Clients are drawn at different rounds."""
 
     @model_validator(mode="after")
     def _shares_are_probabilities(self) -> OnOffAvailability:
@@ -40,9 +40,9 @@ class DiurnalAvailability(Section):
     low: Probability = 0.1
     high: Share = 0.9
     period: Positive = 86_400.0
-    """Seconds of a day; round r starts r * `seconds_per_round` seconds into the first."""
+    """Seconds of a day. Round r starts r * `seconds_per_round` seconds after the start of the first day."""
     spread: Probability = 1.0
-    """Of a day, over which the clients' days begin: 0 is one time zone, 1 is around the world."""
+    """Share of a day over which the clients' days begin: 0 is one time zone, 1 is the whole world."""
 
     @model_validator(mode="after")
     def _low_is_lower(self) -> DiurnalAvailability:
@@ -52,11 +52,11 @@ class DiurnalAvailability(Section):
 
 
 class TraceAvailability(Section):
-    """From a CSV file with the columns `client,start,end,available`, in any order of rows.
+    """Availability from a CSV file with the columns `client,start,end,available`, in any order of rows.
 
     A row says whether a client (counted from 0) is available (1) or not (0) from second `start` up to, but without,
     second `end`. The rows of a client follow each other without gap or overlap, from 0 to an end that all clients
-    share; after it the trace begins again. Round r looks at second r * `seconds_per_round`.
+    share. After the end the trace begins again. Round r looks at second r * `seconds_per_round`.
     """
 
     name: Literal["trace"]
@@ -73,15 +73,15 @@ class NoDropout(Section):
 
 
 class RandomDropout(Section):
-    """In every round each selected client is lost with these probabilities, at most one of them."""
+    """In every round each selected client is lost at most once, with these probabilities."""
 
     name: Literal["random"]
     before: Probability = 0.0
-    """It has received the parameters, and trains nothing."""
+    """Probability that a client receives the parameters and then trains nothing."""
     during: Probability = 0.0
-    """It trains a share of its local steps, which is drawn, too, and sends nothing."""
+    """Probability that a client trains a random share of its local steps and sends nothing."""
     after: Probability = 0.0
-    """It trains in vain: what it would send does not arrive."""
+    """Probability that a client trains, but its update does not arrive."""
 
     @model_validator(mode="after")
     def _add_up(self) -> RandomDropout:
@@ -94,10 +94,10 @@ class RandomDropout(Section):
 
 
 class TraceDropout(Section):
-    """From a CSV file with the columns `round,client,when`, where `when` is before, during or after.
+    """Dropout from a CSV file with the columns `round,client,when`, where `when` is before, during or after.
 
-    A row says that a client (counted from 0), should it be selected in that round (counted from 1, as in
-    metrics.jsonl), is lost then; the meaning is that of `RandomDropout`. Whoever stands in no row stays.
+    A row says that a client (counted from 0) is lost if it is selected in that round (counted from 1, as in
+    metrics.jsonl). `when` means the same as in `RandomDropout`. A client without a row is not lost.
     """
 
     name: Literal["trace"]
@@ -114,22 +114,22 @@ class NoDevices(Section):
 
 
 class LognormalDevices(Section):
-    """Each client has a speed and a link of its own for the whole run: a median times exp(sigma * normal)."""
+    """Each client has its own speed and link for the whole run: a median times exp(sigma * normal)."""
 
     name: Literal["lognormal"]
     samples_per_second: Positive = 100.0
-    """The median client's, in local training."""
+    """Local training speed of the median client."""
     uplink_bytes_per_second: Positive = 1.0e6
     downlink_bytes_per_second: Positive = 4.0e6
     compute_sigma: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
     bandwidth_sigma: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
-    """Of the link; a client with a slow one is slow both ways."""
+    """Sigma of the link. A client with a slow link is slow both ways."""
 
 
 class TraceDevices(Section):
-    """From a CSV file with the columns `client,samples_per_second,uplink_bytes_per_second,downlink_bytes_per_second`.
+    """Speeds from a CSV file with one row for each client (counted from 0), in any order. All speeds are above 0.
 
-    It has one row for each client (counted from 0), in any order; all speeds are above 0.
+    The columns are `client,samples_per_second,uplink_bytes_per_second,downlink_bytes_per_second`.
     """
 
     name: Literal["trace"]
@@ -140,31 +140,32 @@ DevicesConfig = Annotated[NoDevices | LognormalDevices | TraceDevices, Field(dis
 
 
 class ParticipationConfig(Section):
-    """Who takes part in a round, and what becomes of them. Paths are relative to the folder the command runs in."""
+    """The clients that take part in a round, are lost or are late. Paths are relative to the command's folder."""
 
     name: Literal["uniform", "poisson", "weighted"] = "uniform"
-    """uniform: `cohort` of the available clients; poisson: each of them by itself, with probability cohort / N
-    (under user-level privacy, cohort over the number available);
-    weighted: `cohort` of them, drawn one after another in proportion to their samples. In the mean of updates a client
-    weighs as many as it has samples, whichever way it was drawn. N counts the clients that have samples: no others
-    are selected."""
+    """How cohorts are drawn.
+
+    uniform: `cohort` of the available clients. poisson: each available client independently, with probability
+    cohort / N (under user-level privacy, cohort / the number of available clients). weighted: `cohort` of the available
+    clients, one after another, in proportion to their samples. A client's weight in the mean of updates is its number
+    of samples, for all three. N counts the clients that have samples; only these are selected."""
     over_selection: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
-    """So many times `cohort` clients are selected, and the first `cohort` to report count; not for poisson."""
+    """Number of selected clients divided by `cohort`. The first `cohort` clients to report count. Not for poisson."""
     availability: AvailabilityConfig = AlwaysAvailable(name="always")
     seconds_per_round: Positive = 3600.0
-    """The clock of `availability`: round r, counted from 0, starts after r times as many seconds."""
+    """Seconds between the starts of two rounds, for `availability`. The first round starts at second 0."""
     dropout: DropoutConfig = NoDropout(name="none")
     devices: DevicesConfig = NoDevices(name="none")
-    """How fast clients receive, train and send: what a round's simulated seconds follow from."""
+    """How fast clients receive, train and send. A round's simulated seconds follow from these speeds."""
     deadline: Positive | None = None
-    """Simulated seconds after which a round ends, whoever is still at work; null waits for all."""
+    """Simulated seconds after which a round ends, even if clients still work; null waits for all."""
     late: Literal["drop", "partial"] = "drop"
-    """A client that cannot meet the deadline. drop: it does not count; partial: it sends what it has after those local
-    steps that leave time for it, which counts with its usual weight; without time for a single step it is dropped."""
+    """What happens to a client that cannot meet the deadline. drop: it does not count. partial: it takes only the local
+    steps that fit, and its update counts with its usual weight; if no step fits, it is dropped."""
 
     @property
     def is_ideal(self) -> bool:
-        """Whether everyone is there, nobody is lost, and nothing takes simulated time."""
+        """Whether all clients are available, none is lost, and nothing takes simulated time."""
         names = (self.availability.name, self.dropout.name, self.devices.name)
         return names == ("always", "none", "none") and self.over_selection == 1.0
 
@@ -180,5 +181,5 @@ class ParticipationConfig(Section):
                 "give devices: {name: lognormal} or {name: trace}, or deadline: null"
             )
         if self.deadline is None and self.late == "partial":
-            raise ValueError("late: partial needs a deadline, which nobody can miss where it is null; give one")
+            raise ValueError("late: partial needs a deadline, and deadline: null has none to miss; give one")
         return self

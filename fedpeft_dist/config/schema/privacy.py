@@ -20,21 +20,21 @@ class NoPrivacy(Section):
 
 
 class AccountedPrivacy(Section):
-    """What the mechanisms with a guarantee have: Gaussian noise of `noise_multiplier` times `clip_norm`."""
+    """The keys of all mechanisms with a guarantee. They add Gaussian noise of `noise_multiplier` times `clip_norm`."""
 
     clip_norm: ClipNorm = 1.0
-    """C, the Euclidean norm that one contribution is clipped to."""
+    """C, the Euclidean norm that each contribution is clipped to."""
     epsilon: Positive | None = None
-    """The target at the end of the run: the noise is calibrated to it. Give this or `noise_multiplier`."""
+    """Target at the end of the run. The noise is calibrated to it. Give this or `noise_multiplier`."""
     noise_multiplier: Noise | None = None
     """Standard deviation of the noise in units of `clip_norm`."""
     dp_delta: Delta = 1.0e-3
     """The delta of (epsilon, delta)-differential privacy; not a client's delta."""
     stop_at_epsilon: Positive | None = None
-    """Ends the run before the first round after which epsilon would be above; goes with `noise_multiplier`."""
+    """Limit of epsilon. The run ends before the first round that would exceed it. Goes with `noise_multiplier`."""
     secure_noise: bool = False
-    """Draw noise, batches and, under user-level privacy, cohorts from the operating system's randomness, in place of
-    the seed, which must else be kept secret. Such a run cannot be repeated."""
+    """Draw noise, batches and, under user-level privacy, cohorts from the operating system's randomness. Such a run
+    cannot be repeated. Otherwise all draws follow from the seed, which must then be kept secret."""
 
     @model_validator(mode="after")
     def _one_of_epsilon_and_noise(self) -> AccountedPrivacy:
@@ -54,18 +54,18 @@ class AccountedPrivacy(Section):
 
 
 class SamplePrivacy(AccountedPrivacy):
-    """DP-SGD (Abadi et al. 2016, arXiv 1607.00133) in every client: protects single samples from the server.
+    """DP-SGD (Abadi et al. 2016, arXiv 1607.00133) in every client protects single samples from the server.
 
-    Each local step draws every sample of the client by itself with probability q = min(1, batch_size / n), clips each
-    sample's gradient, and adds the noise to their sum.
+    Each local step draws every sample of the client independently, with probability q = min(1, batch_size / n). The
+    step clips the gradient of each drawn sample, and adds noise to the sum of the gradients.
     """
 
     name: Literal["sample"]
     accountant: Literal["pld", "rdp"] = "pld"
     max_batch: Count | None = None
-    """Keep a random subset of so many where more samples were drawn; null keeps all of them."""
+    """Largest batch. If more samples are drawn, a random subset of this size is kept; null keeps all of them."""
     slots: Literal["auto"] | Count = "auto"
-    """Samples that a rank takes gradients of side by side; auto: `runtime.lanes` batches, as far as memory allows."""
+    """Number of samples whose gradients a rank takes side by side; auto: `runtime.lanes` batches, if memory allows."""
 
     @model_validator(mode="after")
     def _truncation_needs_pld(self) -> SamplePrivacy:
@@ -82,22 +82,25 @@ class AdaptiveClipping(Section):
 
     quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     lr: Positive = 0.2
-    """Of the geometric update."""
+    """Learning rate of the geometric update of `clip_norm`."""
     count_noise: Noise | None = None
-    """Standard deviation of the noise on the number of unclipped deltas; null: cohort / 20, but at least the noise
-    multiplier, of which it takes its share."""
+    """Standard deviation of the noise on the number of unclipped deltas, which takes a share of the budget; null:
+    cohort / 20, but at least the noise multiplier."""
 
 
 class UserPrivacy(AccountedPrivacy):
-    """Each client's delta is clipped, and noise is added to their sum (McMahan et al. 2018, arXiv 1710.06963): protects
-    whole clients from whoever sees the global parameters. Clients count alike, whatever they hold."""
+    """DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963) protects whole clients.
+
+    Each client's delta is clipped, and noise is added to the sum of the deltas. All clients have the same
+    weight. The guarantee holds against anyone who sees the global parameters.
+    """
 
     name: Literal["user"]
     sampling: Literal["poisson", "without_replacement"] = "poisson"
-    """How cohorts are drawn, which `federation.participation` must agree with. without_replacement: uniform cohorts of
-    a fixed size, for neighbours that differ in a replaced client."""
+    """How cohorts are drawn; `federation.participation` must agree. without_replacement: uniform cohorts of a fixed
+    size, for neighbours that differ in one replaced client."""
     accountant: Literal["auto", "pld", "rdp"] = "auto"
-    """auto: pld, and rdp for without_replacement, which pld cannot account for."""
+    """Method of accounting. auto: pld, or rdp for without_replacement, which pld cannot account for."""
     adaptive: AdaptiveClipping | None = None
 
     @model_validator(mode="after")
@@ -116,8 +119,11 @@ class UserPrivacy(AccountedPrivacy):
 
 
 class PaperNoise(Section):
-    """What the paper's first code did, for comparison: nothing is clipped, and noise of standard deviation
-    2 C sqrt(2 ln(1.25 / delta) / epsilon) is added to each batch's gradient. It carries no guarantee."""
+    """The noise of the paper's first code, for comparison. It carries no guarantee.
+
+    Nothing is clipped. Noise of standard deviation 2 C sqrt(2 ln(1.25 / delta) / epsilon) is added to each batch's
+    gradient.
+    """
 
     name: Literal["paper_noise"]
     clip_norm: Positive = 1.0

@@ -1,4 +1,4 @@
-"""Types that several sections share."""
+"""Types that several config sections share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Channels = Annotated[tuple[Probability, ...], Field(strict=False, min_length=1)]
 Concentration = Annotated[float, Field(ge=1e-9, le=1e9)]
-"""A Dirichlet distribution's alpha, as far as float64 can draw from it."""
+"""The alpha of a Dirichlet distribution, in the range in which float64 can draw from it."""
 
 
 class Section(BaseModel):
