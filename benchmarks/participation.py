@@ -22,6 +22,7 @@ import numpy as np
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import SharedPoolPartition
+from fedpeft_dist.lanes.wire import Traffic
 from fedpeft_dist.participation.plan import Participation
 
 COHORT, SAMPLES, BYTES = 50, 64, 400_000
@@ -74,7 +75,7 @@ def measure(name: str, traces: dict[str, Any], rounds: int, clients: int) -> dic
     }
     config, partition = parse_config(tree, "benchmark"), SharedPoolPartition(clients, SAMPLES, 4096)
     started = time.perf_counter()
-    participation = Participation(config, partition, BYTES)
+    participation = Participation(config, partition, Traffic(BYTES, BYTES))
     participation.check()
     opened = time.perf_counter()
     sums: dict[str, float] = {}

@@ -11,6 +11,7 @@ import torch
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import IndexPartition, SharedPoolPartition
+from fedpeft_dist.lanes.wire import Traffic
 from fedpeft_dist.participation.plan import Participation
 
 SAMPLES, BYTES = 64, 4000
@@ -41,7 +42,7 @@ def make_participation(
     federation = {"cohort": cohort, "participation": participation}
     tree = {"seed": seed, "data": data, "federation": federation, "client": client or {}}
     tree["privacy"] = privacy or {"name": "none"}
-    return Participation(parse_config(tree, "test"), partition, bytes_per_client)
+    return Participation(parse_config(tree, "test"), partition, Traffic(bytes_per_client, bytes_per_client))
 
 
 def write_trace(path: Path, columns: str, rows: Iterable[Sequence[Any]]) -> str:

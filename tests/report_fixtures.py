@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft_dist.config.load import parse_config
-from fedpeft_dist.lanes.wire import uplink_bytes
+from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
 FULL = 2**20
@@ -38,7 +38,7 @@ def make_run(
     directory = RunDirectory(path)
     path.mkdir(parents=True)
     directory.write_config(config)
-    sent = uplink_bytes(parameters, config.federation.cohort)
+    sent = BYTES_PER_PARAMETER * parameters * config.federation.cohort
     for number, accuracy in enumerate(accuracies, 1):
         timed = {} if simulated_seconds is None else {"simulated_seconds": simulated_seconds}
         directory.append_metrics({"round": number, "accuracy": accuracy, "uplink_bytes": sent, **timed})

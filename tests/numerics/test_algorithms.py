@@ -45,6 +45,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "median": {"name": "median"},
 }
 Vector = dict[str, torch.Tensor]
+Term = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def make_config(output: Path, algorithm: Mapping[str, Any], **sections: Any) -> RunConfig:
@@ -98,9 +99,7 @@ class PlainFederation:
     def num_steps(self, client: int) -> int:
         return 2 * math.ceil(self.size(client) / BATCH)
 
-    def train(
-        self, start: Vector, client: int, number: int, term: Callable[[str, torch.Tensor], torch.Tensor]
-    ) -> Vector:
+    def train(self, start: Vector, client: int, number: int, term: Term) -> Vector:
         """SGD from `start` on gradients plus term(name, parameter); returns the delta."""
         self.plain.load(start)
         for batch in self._batches(client, number):
@@ -121,7 +120,7 @@ def plain_fedprox(federation: PlainFederation, mu: float) -> Vector:
     vector = federation.start()
     for number in range(ROUNDS):
         cohort = federation.cohort(number)
-        deltas = [federation.train(vector, i, number, lambda name, p: mu * (p - vector[name])) for i in cohort]
+        deltas = [federation.train(vector, i, number, lambda name, p, x=vector: mu * (p - x[name])) for i in cohort]
         total = sum(federation.size(i) for i in cohort)
         shares = [federation.size(i) / total for i in cohort]
         vector = {k: v + sum(share * delta[k] for share, delta in zip(shares, deltas)) for k, v in vector.items()}
@@ -136,7 +135,7 @@ def plain_scaffold(federation: PlainFederation) -> Vector:
     for number in range(ROUNDS):
         cohort, deltas, changes = federation.cohort(number), [], []
         for i in cohort:
-            delta = federation.train(x, i, number, lambda name, _, i=i: c[name] - c_i[i][name])
+            delta = federation.train(x, i, number, lambda name, _, c=c, own=c_i[i]: c[name] - own[name])
             steps = federation.num_steps(i) * federation.rate(number)
             after = {k: c_i[i][k] - c[k] - delta[k] / steps for k in x}
             deltas.append(delta)
@@ -211,16 +210,11 @@ def test_resumed_run_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
 
 def test_client_proximal_is_fedprox_by_another_name(tmp_path: Path) -> None:
     fedprox = make_config(tmp_path, ALGORITHMS["fedprox"])
-    by_another_name = make_config(
-        tmp_path, ALGORITHMS["fedavg"], client={**tree_of(fedprox)["client"], "proximal": 0.7}
-    )
+    client = {**fedprox.client.model_dump(mode="json"), "proximal": 0.7}
+    by_another_name = make_config(tmp_path, ALGORITHMS["fedavg"], client=client)
     for config in (fedprox, by_another_name):
         run(config, runtime=make_runtime())
     assert summary_of(fedprox)["weights_sha256"] == summary_of(by_another_name)["weights_sha256"]
-
-
-def tree_of(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")
 
 
 def test_scaffold_counts_both_vectors(tmp_path: Path) -> None:

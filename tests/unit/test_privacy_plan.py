@@ -15,6 +15,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.partition import IndexPartition
 from fedpeft_dist.federation.ahead import plan_privacy
+from fedpeft_dist.lanes.wire import Traffic
 from fedpeft_dist.participation.plan import Participation
 from fedpeft_dist.participation.sampling import Draw, poisson_draw
 from fedpeft_dist.privacy import accounting
@@ -41,7 +42,7 @@ def participation_of(
         "privacy": privacy,
     }
     partition = IndexPartition(np.cumsum([0, *sizes]), torch.arange(sum(sizes)))
-    made = Participation(parse_config(tree, "test"), partition, 4000)
+    made = Participation(parse_config(tree, "test"), partition, Traffic(4000, 4000))
     made.whole_config = parse_config(tree, "test")
     return made
 
