@@ -1,10 +1,11 @@
-"""What a checkpoint costs beside a round of the quickstart, and how large it is beside what it must hold.
+"""Measures a checkpoint: its seconds beside a round of the quickstart, its bytes beside the vector that it must hold.
 
     python benchmarks/checkpoint_cost.py [rounds] [folder]
 
-The runs, and so their checkpoints, lie below the folder (a temporary one without it): give one on the disk in question.
-Prints one JSON object. Seconds are medians over a run's rounds, from one run each with a checkpoint after every round;
-a round's are those without its evaluation, a checkpoint's include its flush to the disk.
+The runs, and so their checkpoints, lie below the folder, by default a temporary one. Give a folder on the disk that you
+want to measure. The script prints one JSON object. Each case is one run with a checkpoint after every round, and
+seconds are medians over its rounds. The seconds of a round leave out its evaluation. The seconds of a checkpoint
+include its flush to the disk.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def measure(method: str, server: str, rounds: int, root: Path) -> dict[str, floa
 
 @contextmanager
 def timed_saves() -> Iterator[list[float]]:
-    """The seconds that each checkpoint takes while the context lasts."""
+    """Collects the seconds of each checkpoint that is saved inside the context."""
     seconds: list[float] = []
     save = Run.save
 

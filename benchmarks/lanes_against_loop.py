@@ -1,10 +1,10 @@
-"""Samples per second of the lanes beside a bare PyTorch loop over the same batch, in one process, in turns.
+"""Measures samples per second of the lanes and of a bare PyTorch loop over the same batch, in turns in one process.
 
     python benchmarks/lanes_against_loop.py [--backbone NAME] [--image-size N] [--lanes L] [--batch B] [--method M]
 
-The loop is what one would write for one model: L * B images, the same parameters trained in place, torch.optim.SGD,
-autocast. The lanes train L clients of B images with parameters, momentum and gradients of their own, refills and all.
-Prints one JSON object; `ratio` is lanes / loop, the median over the turns.
+The loop is the usual loop for one model: L * B images, the same parameters trained in place, torch.optim.SGD, autocast.
+The lanes train L clients of B images. Each client has its own parameters, momentum and gradients, and refills are
+included. The script prints one JSON object. `ratio` is lanes / loop, the median over the turns.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def bare_loop(config, runtime: process.Runtime) -> Callable[[], None]:
     steps = config.data.partition.samples // config.client.batch_size
 
     def run() -> None:
-        torch.use_deterministic_algorithms(False)  # a bare loop would not ask for them
+        torch.use_deterministic_algorithms(False)  # a bare loop would not switch them on
         for _ in range(steps):
             optimizer.zero_grad()
             with runtime.autocast():

@@ -1,9 +1,9 @@
-"""Whether images can keep up with training: the store's speed against a trainer's appetite, its building, its memory.
+"""Measures whether images keep up with training: the store's speed beside a trainer's need, its building, its memory.
 
     python benchmarks/loader.py [batches]
 
-Prints one JSON object. All figures come from one run on one machine and so many threads (OMP_NUM_THREADS), over a
-CIFAR-100 of random pixels, 50,000 + 10,000 images, written to a temporary folder in its original format.
+The script prints one JSON object. All figures come from one run on one machine, with OMP_NUM_THREADS threads. The data
+is a CIFAR-100 of random pixels, 50,000 + 10,000 images, written to a temporary folder in its original format.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def write_cifar100(root: Path) -> None:
 
 
 def make_config(root: str, augment: str) -> RunConfig:
-    """The least that the quickstart trains: the head of glyph_vit; random weights take as long as others."""
+    """The least work in the quickstart: training the head of glyph_vit. Random weights take as long as trained ones."""
     data = {"name": "cifar100", "root": root, "image_size": 32, "augment": augment, "clients": 8}
     tree = {
         "backbone": {"name": "glyph_vit", "pretrained": False, "model_args": {"in_chans": 3}},
@@ -95,14 +95,14 @@ def random_batches(simulation: Simulation, count: int) -> Iterator[tuple[torch.T
 
 
 def store_rate(simulation: Simulation) -> float:
-    """Images per second, gathered, augmented and normalised: the median of single batches."""
+    """Images per second that are gathered, augmented and normalised: the median of single batches."""
     batches = random_batches(simulation, 110)
     seconds = [timed(lambda: simulation.train_store.batch(*next(batches)))[0] for _ in range(110)]
     return LANES * BATCH / statistics.median(seconds[10:])
 
 
 def measure_rates(simulation: Simulation) -> dict[str, float]:
-    """Images per second that the store makes, and those that a round of clients consumes, the store's time left out."""
+    """Images per second that the store makes, and that a round of clients consumes without the store's time."""
     simulation.train_store.transform, transform = (lambda images, keys: images), simulation.train_store.transform
     plain = store_rate(simulation)
     simulation.train_store.transform = transform
@@ -116,7 +116,7 @@ def measure_rates(simulation: Simulation) -> dict[str, float]:
 
 
 def measure_memory(simulation: Simulation, num_batches: int) -> dict[str, float]:
-    """Resident MiB while batches are made: anonymous memory is the process's own, file memory the shared page cache."""
+    """Resident MiB while batches are made: the process's own (RssAnon), and the shared page cache (RssFile)."""
     readings = []
     for number, (indices, keys) in enumerate(random_batches(simulation, num_batches)):
         simulation.train_store.batch(indices, keys)

@@ -1,11 +1,14 @@
-"""Rounds of participation over 1,000,000 clients with traces, planned and not trained: seconds and memory.
+"""Measures seconds and memory to plan, without training, rounds over 1,000,000 clients with traces.
 
     python benchmarks/participation.py [rounds] [clients]
 
-Availability (three intervals a client), dropout and devices come from CSV files, with over-selection and a deadline
-that some meet with a part of their work. Prints one JSON object: by sampling, the seconds to read the traces
-(`open_seconds`) and to plan all rounds (`plan_seconds`), 10,000 where not told otherwise, and what became of clients.
-`seconds_per_round_of_nobody` is of a round in which none is available, where the whole population is looked through.
+Availability (three intervals a client), dropout and devices come from CSV files. There is over-selection, and a
+deadline that some clients meet with a part of their work. The default is 10,000 rounds.
+
+The script prints one JSON object. For each kind of sampling it holds two times: to read the
+traces (`open_seconds`) and to plan all rounds (`plan_seconds`). It also counts what became of the clients.
+`seconds_per_round_of_nobody` belongs to a round in which no client is available; such a round looks through the whole
+population.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Classes held and size of the first and the last client against the others', for every partition with a draw.
+"""Compares the first and the last client with the others, in classes and samples, for every partition with a draw.
 
     python benchmarks/partition_ends.py [--seeds 20]
 
-Two data sets over 64 clients with alpha 0.1: CIFAR-100's sizes (100 classes of 500), and glyphs100 as
-configs/offline/glyphs100/base.yaml has it. Where no client is preferred, the three columns differ by chance alone.
+Two data sets are dealt out to 64 clients with alpha 0.1. One has the sizes of CIFAR-100 (100 classes of 500); the other
+is glyphs100 as in configs/offline/glyphs100/base.yaml. If no client is preferred, the three columns differ by chance
+alone.
 """
 
 from __future__ import annotations

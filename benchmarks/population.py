@@ -1,8 +1,8 @@
-"""Rounds over 1,000,000 virtual clients beside rounds over 1,000: seconds a round, set-up and memory.
+"""Compares rounds over 1,000,000 virtual clients with rounds over 1,000: seconds a round and memory.
 
     python benchmarks/population.py [rounds]
 
-Prints one JSON object. Each population runs in a process of its own, so that its peak memory is its own.
+The script prints one JSON object. Each population runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(clients: int, rounds: int, root: Path) -> dict[str, float]:
-    """The median round without the first, which warms up, and the process's peak memory."""
+    """The median seconds of a round without the first, which warms up, and the peak memory of the process."""
     config = root / f"{clients}.yaml"
     config.write_text(CONFIG.format(clients=clients, rounds=rounds, root=root))
     command = [sys.executable, "-m", "fedpeft_dist", "train", str(config)]

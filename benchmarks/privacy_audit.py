@@ -1,14 +1,14 @@
-"""Attacks on the privacy mechanisms as they run: what epsilon is at least, beside what the plan claims.
+"""Attacks the privacy mechanisms as they run: bounds epsilon from below, and compares it with the plan's claim.
 
     python benchmarks/privacy_audit.py [--trials N] [--seed S]
 
-A trial trains with one canary or without it and releases what a run does. An attacker who knows all the rest guesses
-which of the two it was, from how far the releases lie in the canary's direction. How often it errs bounds epsilon from
-below (Jagielski et al. 2020, arXiv 2006.07709; Nasr et al. 2021, arXiv 2101.04535). The canary is the worst there is:
-its contribution is far beyond the clipping norm, and nobody else's lies in its direction.
+A trial trains with one canary or without it, and releases the same vectors as a run. An attacker knows all the rest and
+guesses whether the canary was there, from how far the releases lie in the canary's direction. The rate of wrong guesses
+bounds epsilon from below (Jagielski et al. 2020, arXiv 2006.07709; Nasr et al. 2021, arXiv 2101.04535). The canary is
+the worst case: its contribution is far beyond the clipping norm, and no other contribution lies in its direction.
 
-Prints one JSON object a case. Exit code 1 where the bound of a right mechanism is above its claim, or that of a broken
-one is not: an audit that no mechanism fails says nothing.
+The script prints one JSON object a case. It exits with 1 if the bound of a right mechanism is above the claim, or if
+the bound of a broken mechanism is not. An audit that no mechanism can fail says nothing.
 
 Shapes: P trainable parameters.
 """
@@ -52,29 +52,32 @@ from fedpeft_dist.training.sample_schedule import BatchDraw
 CONFIDENCE, DP_DELTA, CLIP_NORM = 0.95, 1e-3, 1.0
 CANARY = 0
 STEPS, NOISE_MULTIPLIER = 4, 1.25
-"""Of a trial: the noisy sums that it goes through, of local steps or of rounds, and the noise of each."""
+"""The number of noisy sums in a trial (local steps or rounds), and the noise of each sum."""
 RIGHT = "right"
 
 
 class Mechanism(Protocol):
     level: str
     claimed_epsilon: float
-    """Of a trial, by the plan that a run makes."""
+    """The epsilon of one trial, by the plan that a run makes."""
     faults: dict[str, AbstractContextManager]
-    """Patches that break it, by name; `right` is none."""
+    """Patches that break the mechanism, by name. The patch `right` changes nothing."""
 
     def scores(self, is_present: bool, num_trials: int) -> np.ndarray:
-        """Of independent trials, with the canary or without: float64 [num_trials], larger where it seems to be there.
+        """Scores of independent trials: float64 [num_trials]. A larger score says that the canary seems to be there.
 
-        No call repeats the randomness of another.
+        Each call has fresh randomness.
+
+        Args:
+            is_present: whether the trials have the canary.
         """
 
 
 def make_faults(module: ModuleType, no_sampling: AbstractContextManager) -> dict[str, AbstractContextManager]:
     """
     Args:
-        module: where a mechanism clips and takes its noise from.
-        no_sampling: makes everybody contribute every time.
+        module: the module whose functions clip and make the noise of a mechanism.
+        no_sampling: a patch that makes every client or sample contribute every time.
     """
     return {
         RIGHT: nullcontext(),
@@ -94,11 +97,11 @@ def scaled_noise(factor: float) -> Callable[..., torch.Tensor]:
 
 
 class SampleMechanism:
-    """Sample-level privacy: a trial is a client's local training, its release the client's delta.
+    """Sample-level privacy: a trial is a client's local training, and its release is the client's delta.
 
-    Clients train side by side; each holds the same samples, and has draws and noise of its own. Without the canary, its
-    gradient is zero. The other samples are all of class 0, as the head has them from the start, so that their gradients
-    vanish; the canary is of class 1.
+    Clients train side by side. Each client holds the same samples and has its own draws and noise. In a trial without
+    the canary, the canary's gradient is zero. The canary is of class 1. All other samples are of class 0, which the
+    head predicts from the start, so their gradients vanish.
     """
 
     level = "sample"
@@ -107,7 +110,7 @@ class SampleMechanism:
     IGNORED = -100
     """cross_entropy's `ignore_index`: the label of a sample whose gradient is zero."""
     CERTAINTY = 20.0
-    """Of class 0, in logits."""
+    """The head's initial bias towards class 0, in logits."""
 
     def __init__(self, runtime: Runtime, seed: int):
         self.faults = make_faults(
@@ -133,11 +136,11 @@ class SampleMechanism:
         return np.array([float(delta @ self.direction) for delta in islice(self._deltas(is_present), num_trials)])
 
     def _deltas(self, is_present: bool) -> Iterator[torch.Tensor]:
-        """One of each trial, without end: float64 [P]."""
+        """An endless sequence of deltas, one for each trial: float64 [P]."""
         trainer = self._trainer(is_present)
         for round_number in self.rounds:
             updates = trainer.train(self.tasks, self.vector, round_number)
-            # Not as they come: a client with small batches is done sooner, and the last round may be cut short.
+            # Sort the updates: a client with small batches is done sooner, and the last round may be cut short.
             for update in sorted(updates, key=lambda update: update.client):
                 yield update.delta.double()
 
@@ -154,10 +157,11 @@ class SampleMechanism:
 
 
 class UserMechanism:
-    """User-level privacy: a trial is a few rounds, its releases are their noisy means.
+    """User-level privacy: a trial is a few rounds, and its releases are their noisy means.
 
-    Cohorts are drawn and deltas are summed as in a run. A client may send what it likes, so deltas are made up: the
-    canary's is far too long, the others' are at right angles to it. Without the canary, its delta is left out.
+    Cohorts are drawn and deltas are summed as in a run. A client may send any delta, so the deltas are made up. The
+    delta of the canary is far too long; the other deltas are at right angles to it. A trial without the canary leaves
+    its delta out.
     """
 
     level = "user"
@@ -187,7 +191,7 @@ class UserMechanism:
         return np.fromiter(releases, dtype=np.float64).reshape(num_trials, STEPS).sum(axis=1)
 
     def _release(self, aggregator: UserAggregator, round_number: int, is_present: bool) -> float:
-        """What a round's mean has in the canary's direction."""
+        """The component of a round's mean in the canary's direction."""
         for client in self.participation.plan(round_number).steps:
             if is_present or client != CANARY:
                 aggregator.add(ClientUpdate(client, 1, self.deltas[client], torch.tensor(0.0), 1))
@@ -195,7 +199,7 @@ class UserMechanism:
 
 
 def make_config(seed: int, privacy: str, clients: int, client: dict[str, Any], federation: dict[str, Any]) -> RunConfig:
-    """Clients that take plain steps with the head of a tiny ViT, as far as they train at all."""
+    """A config of clients that, if they train at all, take plain steps with the head of a tiny ViT."""
     tiny = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     sgd = {"name": "sgd", "lr": 1.0e-3, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
     data = {"name": "synthetic", "classes": 4, "image_size": 16, "clients": clients, "partition": {"name": "iid"}}
@@ -216,12 +220,12 @@ def make_config(seed: int, privacy: str, clients: int, client: dict[str, Any], f
 def lower_bound(absent: np.ndarray, present: np.ndarray, dp_delta: float, confidence: float = CONFIDENCE) -> float:
     """A lower bound on the epsilon of any mechanism that is (epsilon, dp_delta)-differentially private.
 
-    The attacker's rule, a threshold and which of the two to look for, is chosen on a quarter of the trials and bounded
-    on the others; so the bound holds with this confidence, whatever the choice.
+    The attacker's rule is a threshold and the case to look for (with or without the canary). A quarter of the trials
+    chooses the rule, and the other trials bound it. So the bound holds with this confidence, whatever the choice.
 
     Args:
         absent: scores of independent trials without the canary: float64 [n].
-        present: those with it, as many.
+        present: scores of as many independent trials with the canary: float64 [n].
     """
     learn, best = len(absent) // 4, -1.0
     for negatives, positives in ((absent, present), (-present, -absent)):
@@ -237,8 +241,8 @@ def threshold_bound(negatives: np.ndarray, positives: np.ndarray, dp_delta: floa
     """ln((TPR - dp_delta) / FPR), or 0, with Clopper and Pearson's bounds on both rates.
 
     Args:
-        negatives: bool [n], the guesses of a fixed rule where it should say no.
-        positives: bool [n], where it should say yes.
+        negatives: bool [n], the guesses of a fixed rule in trials where "no" is right.
+        positives: bool [n], its guesses in trials where "yes" is right.
     """
     false, true, num_trials, error = negatives.sum(), positives.sum(), len(negatives), (1 - confidence) / 2
     most_false = beta.ppf(1 - error, false + 1, num_trials - false) if false < num_trials else 1.0
@@ -250,7 +254,7 @@ def audit(mechanism: Mechanism, case: str, num_trials: int) -> dict[str, Any]:
     """
     Args:
         case: `right` or the name of a fault.
-        num_trials: half of them with the canary.
+        num_trials: the number of trials; half of them have the canary.
     """
     with mechanism.faults[case]:
         absent, present = (mechanism.scores(is_present, num_trials // 2) for is_present in (False, True))
@@ -266,7 +270,7 @@ def audit(mechanism: Mechanism, case: str, num_trials: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=14_000, help="of each case, half of them with the canary")
+    parser.add_argument("--trials", type=int, default=14_000, help="trials of each case; half of them have the canary")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     is_sound = True

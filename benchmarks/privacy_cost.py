@@ -1,11 +1,14 @@
-"""What sample-level privacy costs: its samples per second beside training without, in one process, in turns.
+"""Measures samples per second with and without sample-level privacy, in turns in one process.
 
     python benchmarks/privacy_cost.py [--methods bias lora ...] [--turns N]
 
-A ViT of width 128, depth 6, 32 pixels in patches of 8; 64 clients of 64 samples, a cohort of 8, batches of 16, two
-epochs. A turn trains a round of each; samples are those gone through, which a Poisson draw makes vary. Prints one JSON
-object a method: `ratio` is private / plain, the median over the turns; `memory_over_gradients` is the most that a
-private round takes, matrices and activations included, in units of L * B * P float32 numbers, the per-sample gradients.
+The model is a ViT of width 128 and depth 6, on 32 pixels in patches of 8. There are 64 clients of 64 samples, a cohort
+of 8, batches of 16 and two epochs. A turn trains one private and one plain round. The samples counted are those that
+the round goes through; under a Poisson draw their number varies.
+
+The script prints one JSON object a method. `ratio` is private / plain, the median over the turns.
+`memory_over_gradients` is the peak memory of a private round, matrices and activations included. Its unit is the size
+of the per-sample gradients, L * B * P float32 numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
     with process.start(make_config(method, options, {"name": "none"}).runtime) as runtime:
         private, size = make_round(make_config(method, options, {"name": "sample", "noise_multiplier": 1.0}), runtime)
         plain, _ = make_round(make_config(method, options, {"name": "none"}), runtime)
-        memory = memory_of(private, runtime)  # of the first round, which makes the matrices
+        memory = memory_of(private, runtime)  # the first round makes the matrices
         plain_memory = memory_of(plain, runtime)
         turns = [(speed(private, turn, runtime), speed(plain, turn, runtime)) for turn in range(options.turns)]
     return {
@@ -90,12 +93,12 @@ def make_config(method: str, options: argparse.Namespace, privacy: dict[str, Any
 
 
 def make_round(config, runtime: process.Runtime) -> tuple[Callable[[int], int], int]:
-    """What trains a round of a given number and returns the samples gone through; and P."""
+    """A function that trains the round of a given number and returns how many samples it went through; and P."""
     simulation = Simulation(config, runtime)
     simulation.plan_privacy()
     simulation.seed_noise(config)
     if simulation.privacy_plan is not None:
-        simulation.privacy_plan.noise_multipliers.fill_(1.0)  # whoever is trained here, scheduled or not
+        simulation.privacy_plan.noise_multipliers.fill_(1.0)  # every client that is trained here, scheduled or not
     tasks = simulation.tasks(range(COHORT))
 
     def run(number: int) -> int:
@@ -114,7 +117,7 @@ def speed(run: Callable[[int], int], number: int, runtime: process.Runtime) -> f
 
 
 def memory_of(run: Callable[[int], int], runtime: process.Runtime) -> int:
-    """The most bytes that a round takes at a time, beyond what was there before."""
+    """The peak bytes of a round, beyond the memory in use before it."""
     before = used_memory(runtime.device)
     forget_peak_memory(runtime.device)
     run(0)

@@ -2,8 +2,9 @@
 
     python benchmarks/tune_quickstart.py [method ...]
 
-A fifth of every client's samples is held out; the test images are never looked at. Prints one JSON object a method:
-validation accuracy of the global model after the last round, by rate, the mean over the seeds, and the best rate.
+A fifth of every client's samples is held out. The test images are never looked at. The script prints one JSON object a
+method. It holds the best rate and, for each rate, the validation accuracy of the global model after the last round, the
+mean over the seeds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes a usable environment and prints nothing but what pip says. Meant to be sourced: it sets PYTHON.
+# Makes a usable environment and sets PYTHON. Source this file.
 #
 #   source launch/setup.sh [extras]      extras: "test", or nothing
 #
-# Uses FEDPEFT_VENV if it is set, else the active virtual environment, else .venv in the repository, which it makes.
+# It uses FEDPEFT_VENV if that is set, else the active virtual environment, else .venv in the repository, which it
+# makes.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +17,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 PYTHON=$venv/bin/python
 
-# An environment that has what this package and its tests import is used as it is, with the package from here.
+# An environment that has all that this package and its tests import is used as it is, with the package from here.
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 needed="import fedpeft_dist.cli, fedpeft_dist.federation.run, fedpeft_dist.reports.report, sklearn, submitit, tensorboard, h5py"
 [ "$extras" = test ] && needed="$needed, pytest, pytest_timeout, xdist, hypothesis, importlinter, ruff, datasets, peft, selenium"

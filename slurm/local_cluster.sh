@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes on this machine, to test and to try things with. It needs root, slurm-wlm and munge.
+# A real Slurm of two nodes on this machine, for tests and trials. It needs root, slurm-wlm and munge.
 #
 #   slurm/local_cluster.sh start|stop|status
 #
-# Everything it writes lies in FEDPEFT_CLUSTER (by default fedpeft-slurm in the folder for temporary files), and `stop`
-# removes it. Clusters in different folders can run side by side. The nodes n1 and n2 offer four CPUs each, however many
-# there are. Jobs in the partition `urgent` preempt those in the default one, `batch`, which are requeued.
+# All its files lie in FEDPEFT_CLUSTER (by default fedpeft-slurm in the folder for temporary files). `stop` removes
+# them. Clusters in different folders can run side by side. The nodes n1 and n2 offer four CPUs each, however many CPUs
+# the machine has. Jobs in the partition `urgent` preempt jobs in the default partition, `batch`; these are requeued.
 #
-# Test code may kill a node's daemon (its process id stands in n1.pid) and start it again: `slurmd -N n1`.
+# Tests may kill the daemon of a node (its process id stands in n1.pid) and start it again: `slurmd -N n1`.
 set -euo pipefail
 
 folder=$(realpath -m "${FEDPEFT_CLUSTER:-${TMPDIR:-/tmp}/fedpeft-slurm}")
@@ -16,7 +16,7 @@ export PATH=$PATH:/usr/sbin:/sbin
 
 fail() { echo "error: $*" >&2; exit 1; }
 
-# Three ports in a row that nobody listens on, below those that the kernel hands out.
+# Prints the first of three unused ports in a row, below the ports that the kernel hands out.
 free_ports() {
     local port=$((10000 + $$ % 3000 * 3))
     while (for i in 0 1 2; do : <"/dev/tcp/127.0.0.1/$((port + i))" && exit 0; done; exit 1) 2>/dev/null; do
@@ -26,8 +26,8 @@ free_ports() {
 }
 
 # Slurm's defaults are for large clusters; the short times here make tests quick. A job that is requeued waits until its
-# credential has expired (cred_expire), and a node without its daemon is looked for after SlurmdTimeout. Clusters count
-# their jobs from different numbers, so that the jobs of two, which share this machine, do not meet at the same port.
+# credential has expired (cred_expire). Slurm notices a node without its daemon after SlurmdTimeout. Two clusters on
+# this machine count their jobs from different numbers, so that their jobs do not use the same port.
 write_config() {
     local port=$1 host
     host=$(uname -n)
@@ -103,8 +103,9 @@ status() {
     [ -e "$SLURM_CONF" ] && timeout 10 sinfo 2>/dev/null || fail "no cluster runs in $folder"
 }
 
-# The cluster's processes: its daemons, and whatever its jobs have started. Both carry the path of its configuration in
-# their environment, but so does everyone who merely talks to it.
+# Prints the cluster's processes: its daemons, and all processes that its jobs have started. Both carry the path of the
+# cluster's configuration in their environment. Programs that merely talk to the cluster carry it, too, and are left
+# out.
 processes() {
     local process
     for process in /proc/[0-9]*; do
