@@ -1,4 +1,4 @@
-"""Measures a checkpoint: its seconds beside a round of the quickstart, its bytes beside the vector that it must hold.
+"""The cost of a checkpoint beside a round of the quickstart, and its size beside the vector that it must hold.
 
     python benchmarks/checkpoint_cost.py [rounds] [folder]
 
@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from fedpeft_dist.algorithms.state import State
 from fedpeft_dist.config.load import load_config
-from fedpeft_dist.federation.opening import Run
-from fedpeft_dist.federation.run import run_federation
-from fedpeft_dist.runtime import process
+from fedpeft_dist.federation.opening import OpenRun
+from fedpeft_dist.federation.run import run
 from fedpeft_dist.tracking.run_directory import RunDirectory, read_json, read_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
@@ -48,8 +48,8 @@ def measure(method: str, server: str, rounds: int, root: Path) -> dict[str, floa
         "output.checkpoint_every=1",
     ]
     config, directory = load_config(CONFIGS / f"{method}.yaml", overrides), RunDirectory(root / name)
-    with process.start(config.runtime) as runtime, timed_saves() as saves:
-        run_federation(config, runtime)
+    with timed_saves() as saves:
+        run(config)
     round_seconds = statistics.median(row["seconds"] for row in read_metrics(directory.metrics_file))
     save_seconds = statistics.median(saves)
     size = max(directory.checkpoints.iterdir()).stat().st_size
@@ -68,18 +68,18 @@ def measure(method: str, server: str, rounds: int, root: Path) -> dict[str, floa
 def timed_saves() -> Iterator[list[float]]:
     """Collects the seconds of each checkpoint that is saved inside the context."""
     seconds: list[float] = []
-    save = Run.save
+    save = OpenRun.save
 
-    def timed(run: Run) -> None:
+    def timed(opened: OpenRun, state: State) -> None:
         started = time.perf_counter()
-        save(run)
+        save(opened, state)
         seconds.append(time.perf_counter() - started)
 
-    Run.save = timed
+    OpenRun.save = timed
     try:
         yield seconds
     finally:
-        Run.save = save
+        OpenRun.save = save
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from torch import nn
 
 from fedpeft_dist.backbones.timm_backbone import build_backbone, classifier_names, freeze
 from fedpeft_dist.config.load import parse_config
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.federation.simulation import build_simulation
 from fedpeft_dist.runtime import process
+from fedpeft_dist.training.trainer import RoundStart
 
 TINY = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 
@@ -85,11 +86,12 @@ def make_config(options: argparse.Namespace):
 
 
 def lanes_round(config, runtime: process.Runtime) -> Callable[[], None]:
-    simulation = Simulation(config, runtime)
-    tasks = simulation.tasks(range(config.federation.cohort))
+    simulation = build_simulation(config, runtime)
+    tasks = simulation.setup.tasks(range(config.federation.cohort))
+    start = RoundStart(0, simulation.setup.initial_vector)
 
     def run() -> None:
-        for _ in simulation.trainer.train(tasks, simulation.initial_vector, round_number=0):
+        for _ in simulation.trainer.train(tasks, start):
             pass
 
     return run

@@ -23,8 +23,11 @@ import torch
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data import load_dataset
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.federation.setup import Setup
+from fedpeft_dist.federation.simulation import Simulation, build_simulation
 from fedpeft_dist.runtime import process
+from fedpeft_dist.training.trainer import RoundStart
 
 LANES, BATCH, STEPS = 4, 64, 40
 NUM_TRAIN, NUM_TEST = 50_000, 10_000
@@ -38,12 +41,10 @@ def main() -> None:
         seconds, _ = timed(lambda: load_dataset(config.data, 1))
         opened, _ = timed(lambda: load_dataset(config.data, 1))
         with process.start(config.runtime) as runtime:
-            simulation = Simulation(config, runtime)
-            rates = measure_rates(simulation)
-            own = Simulation(make_config(folder, "resized_crop_flip"), runtime)
-            streamed = Simulation(config, runtime)
-            rates["resized_crop_flip"] = store_rate(own)
-            memory = measure_memory(streamed, num_batches)
+            rates = measure_rates(build_simulation(config, runtime))
+            resized = Setup(make_config(folder, "resized_crop_flip"), runtime).train_store
+            rates["resized_crop_flip"] = store_rate(resized)
+            memory = measure_memory(Setup(config, runtime).train_store, num_batches)
     result = {
         "store_over_training": rates["crop_flip"] / rates["training"],
         "images_per_second": rates,
@@ -86,40 +87,40 @@ def timed(function: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def random_batches(simulation: Simulation, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def random_batches(store: DeviceStore, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Sample numbers and keys, [L, B] each."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
-        indices = torch.randint(0, len(simulation.train_store), (LANES, BATCH), generator=generator)
+        indices = torch.randint(0, len(store), (LANES, BATCH), generator=generator)
         yield indices, torch.randint(-(2**62), 2**62, (LANES, BATCH), generator=generator)
 
 
-def store_rate(simulation: Simulation) -> float:
-    """Images per second that are gathered, augmented and normalised: the median of single batches."""
-    batches = random_batches(simulation, 110)
-    seconds = [timed(lambda: simulation.train_store.batch(*next(batches)))[0] for _ in range(110)]
+def store_rate(store: DeviceStore) -> float:
+    """Images per second, gathered, augmented and normalised: the median of single batches."""
+    batches = random_batches(store, 110)
+    seconds = [timed(lambda: store.batch(*next(batches)))[0] for _ in range(110)]
     return LANES * BATCH / statistics.median(seconds[10:])
 
 
 def measure_rates(simulation: Simulation) -> dict[str, float]:
-    """Images per second that the store makes, and that a round of clients consumes without the store's time."""
-    simulation.train_store.transform, transform = (lambda images, keys: images), simulation.train_store.transform
-    plain = store_rate(simulation)
-    simulation.train_store.transform = transform
-    making = store_rate(simulation)
-    trainer = simulation.trainer
-    [(images, labels)] = [simulation.train_store.batch(*pair) for pair in random_batches(simulation, 1)]
-    simulation.train_store.batch = lambda indices, keys: (images, labels)
-    tasks = simulation.tasks(range(LANES))
-    rounds = [timed(lambda: list(trainer.train(tasks, simulation.initial_vector, 0)))[0] for _ in range(4)]
+    """Images per second that the store makes, and those that a round of clients consumes, the store's time left out."""
+    setup, trainer, store = simulation.setup, simulation.trainer, simulation.setup.train_store
+    store.transform, transform = (lambda images, keys: images), store.transform
+    plain = store_rate(store)
+    store.transform = transform
+    making = store_rate(store)
+    [(images, labels)] = [store.batch(*pair) for pair in random_batches(store, 1)]
+    store.batch = lambda indices, keys: (images, labels)
+    tasks, start = setup.tasks(range(LANES)), RoundStart(0, setup.initial_vector)
+    rounds = [timed(lambda: list(trainer.train(tasks, start)))[0] for _ in range(4)]
     return {"none": plain, "crop_flip": making, "training": LANES * BATCH * STEPS / statistics.median(rounds[1:])}
 
 
-def measure_memory(simulation: Simulation, num_batches: int) -> dict[str, float]:
-    """Resident MiB while batches are made: the process's own (RssAnon), and the shared page cache (RssFile)."""
+def measure_memory(store: DeviceStore, num_batches: int) -> dict[str, float]:
+    """Resident MiB while batches are made: anonymous memory is the process's own, file memory the shared page cache."""
     readings = []
-    for number, (indices, keys) in enumerate(random_batches(simulation, num_batches)):
-        simulation.train_store.batch(indices, keys)
+    for number, (indices, keys) in enumerate(random_batches(store, num_batches)):
+        store.batch(indices, keys)
         if number in (num_batches // 10, num_batches - 1):
             readings.append(resident_mib())
     first, last = readings

@@ -30,41 +30,46 @@ import numpy as np
 import torch
 from scipy.stats import beta
 
+from fedpeft_dist.algorithms import make_algorithm
+from fedpeft_dist.algorithms.algorithm import Federation
+from fedpeft_dist.algorithms.server_optimizers import make_server_optimizer
+from fedpeft_dist.algorithms.state import State
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.config.schema import RunConfig, RuntimeConfig
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import SharedPoolPartition
 from fedpeft_dist.data.store import DeviceStore
-from fedpeft_dist.federation.user_aggregation import UserAggregator
+from fedpeft_dist.federation.aggregation import Aggregation
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.participation.plan import Participation
-from fedpeft_dist.privacy import user_level as user_aggregation
+from fedpeft_dist.privacy import user_level
 from fedpeft_dist.privacy.mechanisms import noise_on_grid
 from fedpeft_dist.privacy.plan import make_privacy_plan
+from fedpeft_dist.privacy.user_level import NoisyMean
 from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.training import private_training
-from fedpeft_dist.training.lane_schedule import ClientTask
-from fedpeft_dist.training.local_training import ClientUpdate
-from fedpeft_dist.training.private_training import PrivateTrainer
-from fedpeft_dist.training.sample_schedule import BatchDraw
+from fedpeft_dist.training import gradients
+from fedpeft_dist.training.batches import PoissonBatches
+from fedpeft_dist.training.gradients import NoisyGradient
+from fedpeft_dist.training.schedule import ClientTask, Schedule
+from fedpeft_dist.training.trainer import ClientUpdate, RoundStart, Trainer
 
 CONFIDENCE, DP_DELTA, CLIP_NORM = 0.95, 1e-3, 1.0
 CANARY = 0
 STEPS, NOISE_MULTIPLIER = 4, 1.25
-"""The number of noisy sums in a trial (local steps or rounds), and the noise of each sum."""
+"""The noisy sums of a trial, one for each local step or round, and the noise of each."""
 RIGHT = "right"
 
 
 class Mechanism(Protocol):
     level: str
     claimed_epsilon: float
-    """The epsilon of one trial, by the plan that a run makes."""
+    """The epsilon of a trial, by the plan that a run makes."""
     faults: dict[str, AbstractContextManager]
     """Patches that break the mechanism, by name. The patch `right` changes nothing."""
 
     def scores(self, is_present: bool, num_trials: int) -> np.ndarray:
-        """Scores of independent trials: float64 [num_trials]. A larger score says that the canary seems to be there.
+        """Scores of independent trials with or without the canary: float64 [num_trials], larger if it seems there.
 
         Each call has fresh randomness.
 
@@ -110,12 +115,11 @@ class SampleMechanism:
     IGNORED = -100
     """cross_entropy's `ignore_index`: the label of a sample whose gradient is zero."""
     CERTAINTY = 20.0
-    """The head's initial bias towards class 0, in logits."""
+    """The head's bias for class 0, in logits."""
 
     def __init__(self, runtime: Runtime, seed: int):
-        self.faults = make_faults(
-            private_training, mock.patch.object(BatchDraw, "__call__", lambda _, samples, key: samples)
-        )
+        everything = mock.patch.object(PoissonBatches, "draw", lambda _, samples, key: samples)
+        self.faults = make_faults(gradients, everything)
         client = {"steps": STEPS, "batch_size": self.BATCH}
         self.config = make_config(seed, self.level, self.CLIENTS, client, {"rounds": 1, "cohort": self.CLIENTS})
         self.model, self.runtime = build_lane_model(self.config, self.config.data.classes), runtime
@@ -128,7 +132,7 @@ class SampleMechanism:
         self.vector = self.model.initial_vector()
         self.model.layout.split(self.vector)["head.bias"][0] += self.CERTAINTY
         self.rounds = count()
-        with mock.patch.object(private_training, "noise_on_grid", scaled_noise(0.0)):
+        with mock.patch.object(gradients, "noise_on_grid", scaled_noise(0.0)):
             signal = sum(islice(self._deltas(is_present=True), self.CLIENTS))
         self.direction = signal / signal.norm()
 
@@ -139,12 +143,12 @@ class SampleMechanism:
         """An endless sequence of deltas, one for each trial: float64 [P]."""
         trainer = self._trainer(is_present)
         for round_number in self.rounds:
-            updates = trainer.train(self.tasks, self.vector, round_number)
-            # Sort the updates: a client with small batches is done sooner, and the last round may be cut short.
+            updates = trainer.train(self.tasks, RoundStart(round_number, self.vector))
+            # Not as they come: a client with small batches is done sooner, and the last round may be cut short.
             for update in sorted(updates, key=lambda update: update.client):
                 yield update.delta.double()
 
-    def _trainer(self, is_present: bool) -> PrivateTrainer:
+    def _trainer(self, is_present: bool) -> Trainer:
         config, backbone = self.config, self.model.backbone
         size = (self.SAMPLES, backbone.channels, config.data.image_size, config.data.image_size)
         pixels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(config.seed), dtype=torch.uint8)
@@ -152,8 +156,19 @@ class SampleMechanism:
         labels[CANARY] = 1 if is_present else self.IGNORED
         place = (backbone.channels, backbone.mean, backbone.std, self.runtime.device)
         store = DeviceStore(ImageSet(pixels, labels), lambda images, keys: images, *place)
-        work = (self.model, store, config.client, config.privacy, self.plan.noise_multipliers, self.SAMPLES)
-        return PrivateTrainer(*work, self.runtime, config.seed, config.seed, self.LANES, self.SLOTS)
+        batches = PoissonBatches(self.BATCH, config.seed)
+        rule = NoisyGradient(
+            self.model.layout,
+            self.LANES,
+            self.SLOTS,
+            privacy=config.privacy,
+            batches=batches,
+            noise_multipliers=self.plan.noise_multipliers,
+            largest_client=self.SAMPLES,
+            runtime=self.runtime,
+        )
+        schedule = Schedule(self.LANES, batches, config.seed, self.SLOTS)
+        return Trainer(self.model, store, config.client, self.runtime, schedule=schedule, rule=rule)
 
 
 class UserMechanism:
@@ -171,7 +186,7 @@ class UserMechanism:
 
     def __init__(self, runtime: Runtime, seed: int):
         everyone = mock.patch.object(Participation, "select", lambda self, number: np.arange(self.population))
-        self.faults = make_faults(user_aggregation, everyone)
+        self.faults = make_faults(user_level, everyone)
         federation = {"rounds": STEPS, "cohort": self.COHORT, "participation": {"name": "poisson"}}
         self.config, self.runtime = make_config(seed, self.level, self.CLIENTS, {}, federation), runtime
         self.participation = Participation(self.config, SharedPoolPartition(self.CLIENTS, 1, 1), self.P)
@@ -182,20 +197,32 @@ class UserMechanism:
         self.deltas *= self.OTHER_NORM / self.deltas.norm(dim=1, keepdim=True)
         self.deltas[CANARY] = self.CANARY_NORM * torch.eye(self.P)[0]
         self.rounds = count()
+        server = make_server_optimizer(self.config.server.optimizer)
+        federation = Federation(self.P, self.CLIENTS, runtime.device, server, client_lr=1.0)
+        self.algorithm = make_algorithm(self.config, federation)
+        self.rule = NoisyMean(
+            self.config.privacy,
+            clip_norm=CLIP_NORM,
+            largest_cohort=self.CLIENTS,
+            expected_cohort=self.COHORT,
+            noise_multiplier=self.plan.delta_noise_multiplier,
+            count_noise=self.plan.count_noise,
+            noise_seed=seed,
+        )
 
     def scores(self, is_present: bool, num_trials: int) -> np.ndarray:
-        noise = (self.plan.delta_noise_multiplier, self.plan.count_noise)
-        work = (self.P, self.CLIENTS, self.COHORT, self.config.privacy, *noise)
-        aggregator = UserAggregator(*work, self.runtime, self.config.seed)
-        releases = (self._release(aggregator, next(self.rounds), is_present) for _ in range(num_trials * STEPS))
+        releases = (self._release(next(self.rounds), is_present) for _ in range(num_trials * STEPS))
         return np.fromiter(releases, dtype=np.float64).reshape(num_trials, STEPS).sum(axis=1)
 
-    def _release(self, aggregator: UserAggregator, round_number: int, is_present: bool) -> float:
-        """The component of a round's mean in the canary's direction."""
+    def _release(self, round_number: int, is_present: bool) -> float:
+        """The part of a round's mean in the canary's direction."""
+        state = State(round_number, torch.zeros(self.P), server={}, algorithm={})
+        aggregation = Aggregation(self.algorithm, state, 1.0, self.CLIENTS, self.rule)
         for client in self.participation.plan(round_number).steps:
             if is_present or client != CANARY:
-                aggregator.add(ClientUpdate(client, 1, self.deltas[client], torch.tensor(0.0), 1))
-        return float(aggregator.reduce(round_number).mean_delta[0])
+                aggregation.add(ClientUpdate(client, 1, self.deltas[client], torch.tensor(0.0), 1, 1))
+        aggregation.add_noise(round_number)
+        return float(aggregation.total(aggregation.sums).mean[0])
 
 
 def make_config(seed: int, privacy: str, clients: int, client: dict[str, Any], federation: dict[str, Any]) -> RunConfig:

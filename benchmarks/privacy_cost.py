@@ -1,4 +1,4 @@
-"""Measures samples per second with and without sample-level privacy, in turns in one process.
+"""The cost of sample-level privacy: its samples per second beside training without, in one process, in turns.
 
     python benchmarks/privacy_cost.py [--methods bias lora ...] [--turns N]
 
@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
+from fedpeft_dist.checkpoint import Noise
 from fedpeft_dist.config.load import parse_config
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.federation.simulation import build_simulation
 from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.memory import forget_peak_memory, peak_memory, used_memory
+from fedpeft_dist.training.trainer import RoundStart
 
 METHODS = {
     "head": {"name": "head"},
@@ -93,18 +95,15 @@ def make_config(method: str, options: argparse.Namespace, privacy: dict[str, Any
 
 
 def make_round(config, runtime: process.Runtime) -> tuple[Callable[[int], int], int]:
-    """A function that trains the round of a given number and returns how many samples it went through; and P."""
-    simulation = Simulation(config, runtime)
-    simulation.plan_privacy()
-    simulation.seed_noise(config)
-    if simulation.privacy_plan is not None:
-        simulation.privacy_plan.noise_multipliers.fill_(1.0)  # every client that is trained here, scheduled or not
-    tasks = simulation.tasks(range(COHORT))
+    """A function that trains the round of a given number and returns the samples gone through; and P."""
+    everyone = Noise(torch.ones(CLIENTS, dtype=torch.float64), seed=1)  # also clients that no round schedules
+    simulation = build_simulation(config, runtime, None if config.privacy.name == "none" else everyone)
+    tasks, vector = simulation.setup.tasks(range(COHORT)), simulation.setup.initial_vector
 
     def run(number: int) -> int:
-        return sum(update.num_samples for update in simulation.trainer.train(tasks, simulation.initial_vector, number))
+        return sum(update.num_samples for update in simulation.trainer.train(tasks, RoundStart(number, vector)))
 
-    return run, simulation.model.layout.num_parameters
+    return run, len(vector)
 
 
 def speed(run: Callable[[int], int], number: int, runtime: process.Runtime) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fedpeft_dist.config.load import load_config
 from fedpeft_dist.config.schema import RuntimeConfig
-from fedpeft_dist.federation.run import run_federation
+from fedpeft_dist.federation.run import run
 from fedpeft_dist.runtime import process
 from fedpeft_dist.tracking.run_directory import RunDirectory, read_json
 
@@ -51,7 +51,7 @@ def mean_accuracy(method: str, rate: float, root: Path, runtime: process.Runtime
             f"output.name={name}",
             "output.checkpoint_every=0",
         ]
-        run_federation(load_config(CONFIGS / f"{method}.yaml", overrides), runtime)
+        run(load_config(CONFIGS / f"{method}.yaml", overrides), runtime=runtime)
         accuracies.append(read_json(RunDirectory(root / name).summary_file)["final_accuracy"])
     return statistics.mean(accuracies)
 

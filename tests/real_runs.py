@@ -41,8 +41,8 @@ class Late:
 
 late = Late()
 """
-"""As a folder's sitecustomize.py, for PYTHONPATH: the process gets these signals when its interpreter has already taken
-down the handlers that are written in Python, which it does ahead of what modules hold."""
+"""The text of a sitecustomize.py in a folder on PYTHONPATH. The process then gets these signals after its interpreter
+has taken down the handlers that are written in Python, and before it frees what modules hold."""
 _TOKEN = "FEDPEFT_TEST_TOKEN"
 _numbers = itertools.count()
 
@@ -87,7 +87,7 @@ class Launched:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
     def processes(self) -> dict[int, dict[str, str]]:
@@ -108,7 +108,7 @@ class Launched:
         return {int(variables["RANK"]): pid for pid, variables in self.processes().items() if "RANK" in variables}
 
     def wait(self, timeout: float = PATIENCE) -> int:
-        """Until the command and all that it has started are gone; returns its exit code."""
+        """Waits until the command and all that it has started are gone; returns its exit code."""
         deadline = time.monotonic() + timeout
         code = self.process.wait(timeout)
         wait_until(lambda: not self.processes(), timeout=deadline - time.monotonic())
@@ -144,7 +144,7 @@ def send(pid: int, number: signal.Signals) -> bool:
 
 
 def start(config: Path, ranks: int = 1, max_restarts: int = 0, faulty: bool = False, **environment: str) -> Launched:
-    """Under torchrun where there are several ranks; a faulty one has the fault that FAULT names."""
+    """Starts a config, under torchrun if it has several ranks; `faulty` plants the fault that FAULT names."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={max_restarts}"]
     launcher = [*launcher, f"--nproc-per-node={ranks}"] * (ranks > 1)
     return Launched([sys.executable, *launcher, *program(faulty), "train", str(config)], config.parent, environment)
@@ -211,7 +211,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 def differences(run: RunDirectory, whole: RunDirectory) -> list[str]:
-    """In what a run differs from one that nobody disturbed; empty where all that counts is the same."""
+    """The differences of a run from one that nobody disturbed; empty if all that counts is the same."""
     state = run.read_state()
     if state is None or state["state"] != COMPLETE:
         return [f"state {state}"]
@@ -250,6 +250,6 @@ def _scalars(run: RunDirectory) -> dict[str, list[tuple[int, float]]]:
 
 
 def _files(run: RunDirectory) -> set[str]:
-    """Of the whole run; which checkpoints and event files there are depends on when it was stopped."""
+    """The run's files, without checkpoints and event files, which depend on when the run was stopped."""
     names = {str(path.relative_to(run.path)) for path in run.path.rglob("*")}
     return {name for name in names if not re.fullmatch(r"checkpoints/round-\d+\.\w+|tensorboard/events[^/]*", name)}

@@ -10,12 +10,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fedpeft_dist.config.load import parse_config, with_values
+from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.config.schema import RuntimeConfig
-from fedpeft_dist.federation import run as rounds
+from fedpeft_dist.federation.run import run
 from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
 from fedpeft_dist.runtime import process
-from fedpeft_dist.training import local_training
+from fedpeft_dist.training.schedule import Schedule
 from tests.tiny import tiny_vit
 
 VIT = tiny_vit(depth=2, proj_drop_rate=0.1, drop_path_rate=0.1)
@@ -73,8 +73,7 @@ def main() -> None:
                 name = f"{case}-{precision}-{runtime.world_size}"
                 config = parse_config(make_config(method, output, name, backbone), "test")
                 refills[0] = stochastic[0] = 0
-                own = replace(runtime, precision=precision)
-                rounds.run_federation(with_values(config, "runtime", precision=precision), own)
+                run(config, runtime=replace(runtime, precision=precision))
                 if runtime.is_main:
                     summary = json.loads((output / name / "summary.json").read_text())
                     results[f"{case}-{precision}"] = {
@@ -90,15 +89,15 @@ def main() -> None:
 def _count_refills() -> list[int]:
     """Counts the clients that are loaded into a lane while another lane is in the middle of one."""
     counter = [0]
-    schedule = local_training.schedule_lanes
+    passes = Schedule.passes
 
     def counting(*arguments):
-        for number, tick in enumerate(schedule(*arguments)):
+        for number, one in enumerate(passes(*arguments)):
             if number:
-                counter[0] += len(tick.starting)
-            yield tick
+                counter[0] += len(one.starting)
+            yield one
 
-    local_training.schedule_lanes = counting
+    Schedule.passes = counting
     return counter
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.config.schema import RuntimeConfig
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.federation.setup import Setup
 from fedpeft_dist.runtime import process
 from tests.multiprocess.exactness_worker import BATCH, CASES, METHODS, make_config
 
@@ -49,7 +49,7 @@ def test_weights_are_equal_on_1_2_and_4_ranks(results, case, precision):
 
 
 def test_cases_differ_from_each_other(results):
-    """Otherwise equality would prove nothing: each method and precision trains something of its own."""
+    """Each method and precision trains something of its own; otherwise equality would prove nothing."""
     hashes = [case["weights_sha256"] for case in results[1].values()]
     assert len(set(hashes)) == len(hashes) == 2 * len(CASES)
 
@@ -62,11 +62,11 @@ def test_a_second_run_is_equal(results, tmp_path):
 
 
 def test_clients_are_as_ragged_as_the_comparison_needs(tmp_path):
-    """From below one batch to five batches, and an odd number of tokens."""
+    """Clients hold from less than one batch to five batches, and an image has an odd number of tokens."""
     config = parse_config(make_config(METHODS["bias"], tmp_path, "none"), "test")
     with process.start(RuntimeConfig(device="cpu")) as runtime:
-        simulation = Simulation(config, runtime)
-    sizes = [simulation.partition.size(client) for client in range(12)]
+        setup = Setup(config, runtime)
+    sizes = [setup.partition.size(client) for client in range(12)]
     assert min(sizes) < BATCH
     assert max(sizes) > 4 * BATCH
-    assert simulation.model.backbone.model.pos_embed.shape[1] % 2 == 1
+    assert setup.model.backbone.model.pos_embed.shape[1] % 2 == 1

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import timm
 import torch
-from fedpeft_dist.training.lane_schedule import ClientTask, Tick, schedule_lanes
-from fedpeft_dist.training.local_training import ClientUpdate, LocalTrainer
+from fedpeft_dist.training.local_training import ClientUpdate
 from pydantic import TypeAdapter
 from torch import nn
 
+from fedpeft_dist.algorithms.algorithm import Algorithm, Federation
+from fedpeft_dist.algorithms.fedprox import FedProx
+from fedpeft_dist.algorithms.server_optimizers import make_server_optimizer
 from fedpeft_dist.backbones.timm_backbone import Backbone, freeze
-from fedpeft_dist.config.schema import ClientConfig, MethodConfig
+from fedpeft_dist.config.schema import ClientConfig, FedProxConfig, MethodConfig, ServerSgdConfig
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.methods import attach_method
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.training.batches import EpochBatches
+from fedpeft_dist.training.gradients import MeanGradient
+from fedpeft_dist.training.schedule import ClientTask, Pass, Schedule
+from fedpeft_dist.training.trainer import ClientUpdate, RoundStart, Trainer
 from tests.tiny import VIT_ARGS, VIT_NAME
 
 SEED, ROUND = 11, 3
@@ -123,12 +130,33 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     precision: str = "fp32",
     device: torch.device = CPU,
-) -> LocalTrainer:
+    gradient_noise: float = 0.0,
+) -> Trainer:
     """As `Simulation` does it; call it after everything that needs the model's own float32 values."""
     runtime = make_runtime(precision, device)
     if precision != "fp32" or device != CPU:
         freeze(lane_model.backbone.model, runtime.compute_dtype, device)
-    return LocalTrainer(lane_model, make_store(images, device), client, runtime, SEED, num_lanes, dtype)
+    return Trainer(
+        lane_model,
+        make_store(images, device),
+        client,
+        runtime,
+        schedule=make_schedule(num_lanes, client.batch_size),
+        rule=MeanGradient(lane_model.layout, num_lanes, runtime, dtype),
+        term=make_algorithm(lane_model.layout.num_parameters, client.proximal).add_to_gradient,
+        gradient_noise=gradient_noise,
+    )
+
+
+def make_algorithm(num_parameters: int, proximal: float = 0.0, population: int = 5) -> Algorithm:
+    """FedAvg, or FedProx, with a server that adds the mean delta."""
+    server = make_server_optimizer(ServerSgdConfig(name="sgd", lr=1.0))
+    federation = Federation(num_parameters, population, CPU, server, client_lr=1.0)
+    return FedProx(FedProxConfig(name="fedprox", mu=proximal), federation)
+
+
+def make_schedule(num_lanes: int, batch_size: int) -> Schedule:
+    return Schedule(num_lanes, EpochBatches(batch_size, SEED), SEED)
 
 
 def client_config(optimizer: Mapping[str, Any], batch_size: int, **more: Any) -> ClientConfig:
@@ -136,29 +164,31 @@ def client_config(optimizer: Mapping[str, Any], batch_size: int, **more: Any) ->
 
 
 def train_lanes(
-    trainer: LocalTrainer, tasks: Sequence[ClientTask], vector: torch.Tensor, lr_factor: float = 1.0
+    trainer: Trainer, tasks: Sequence[ClientTask], vector: torch.Tensor, lr_factor: float = 1.0
 ) -> dict[int, ClientUpdate]:
-    updates = {update.client: update for update in trainer.train(tasks, vector, ROUND, lr_factor)}
+    start = RoundStart(ROUND, vector, lr_factor)
+    updates = {update.client: update for update in trainer.train(tasks, start)}
     assert set(updates) == {task.client for task in tasks}
     return updates
 
 
-def ticks_of(tasks: Sequence[ClientTask], num_lanes: int, batch_size: int, round_number: int = ROUND) -> list[Tick]:
-    return list(schedule_lanes(tasks, num_lanes, batch_size, SEED, round_number))
+def passes_of(tasks: Sequence[ClientTask], num_lanes: int, batch_size: int) -> list[Pass]:
+    return list(make_schedule(num_lanes, batch_size).passes(tasks, ROUND))
 
 
-def assert_ragged(ticks: Sequence[Tick]) -> None:
+def assert_ragged(passes: Sequence[Pass]) -> None:
     """The schedule has what the comparison is for: refills, idle lanes, and batches of several sizes at once."""
-    assert any(tick.starting for tick in ticks[1:])
-    batch_sizes = [set(tick.mask.sum(dim=1).tolist()) for tick in ticks]
+    assert any(one.starting for one in passes[1:])
+    batch_sizes = [set(one.mask.sum(dim=1).tolist()) for one in passes]
     assert any(len(sizes - {0}) > 1 for sizes in batch_sizes)
     assert any(0 in sizes for sizes in batch_sizes)
 
 
-def client_batches(task: ClientTask, batch_size: int, round_number: int = ROUND) -> Iterator[torch.Tensor]:
-    """The sample indices of each of a client's steps: a schedule of this client alone."""
-    for tick in schedule_lanes([task], 1, batch_size, SEED, round_number):
-        yield tick.indices[0][tick.mask[0]]
+def client_batches(
+    task: ClientTask, batch_size: int, round_number: int = ROUND, seed: int = SEED
+) -> Iterator[torch.Tensor]:
+    """The sample indices of each of a client's steps."""
+    return islice(EpochBatches(batch_size, seed).of(task.samples, task.client, round_number), task.num_steps)
 
 
 def plain_batches(

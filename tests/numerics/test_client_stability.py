@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from fedpeft_dist.backbones.timm_backbone import build_backbone
 from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import ParticipationConfig
-from fedpeft_dist.federation.run import run_federation
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.federation.run import run
+from fedpeft_dist.federation.setup import Setup
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.training.lane_schedule import schedule_lanes
 from tests.participation_fixtures import DEVICES, DROPOUT, write_trace
 
-from .cases import METHODS, OPTIMIZERS, assert_same_delta, make_runtime
+from .cases import METHODS, OPTIMIZERS, assert_same_delta, client_batches, make_runtime
 from .plain import make_plain, train_plain
 from .test_federated_rounds import BATCH, CLIENTS, COHORT, make_config, plain_cohort, plain_images
 
@@ -56,8 +55,7 @@ def plain_fedavg(config, plain, vector, clients, images, labels, late):
         total, weight, steps_of = {name: torch.zeros_like(value) for name, value in vector.items()}, 0, {}
         for client in plain_cohort(config, number):
             task = clients[client]
-            ticks = schedule_lanes([task], 1, BATCH, config.seed, number)
-            batches = [tick.indices[0][tick.mask[0]] for tick in ticks]
+            batches = list(client_batches(task, BATCH, number, config.seed))
             found = plain_round([len(batch) for batch in batches], SPEEDS[client], num_bytes, late)
             if found is None or any((number + 1, client) == loss[:2] for loss in LOSSES):
                 continue
@@ -85,17 +83,17 @@ def test_a_run_with_losses_and_stragglers_is_federated_averaging_of_what_arrives
     config = make_config("bias", tmp_path)
     config = with_values(config, "federation", participation=ParticipationConfig.model_validate(settings))
     runtime = make_runtime()
-    assert run_federation(config, runtime) == "complete"
+    assert run(config, runtime=runtime) == "complete"
     final = load_file(tmp_path / "bias" / "trainable.safetensors")
     rows = [json.loads(line) for line in (tmp_path / "bias" / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((tmp_path / "bias" / "summary.json").read_text())
 
-    simulation = Simulation(config, runtime)
-    clients = simulation.tasks(range(CLIENTS))
+    setup = Setup(config, runtime)
+    clients = setup.tasks(range(CLIENTS))
     backbone = build_backbone(config.backbone, 10, 16, derive_seed(config.seed, "backbone"))
     plain = make_plain(backbone.model, METHODS["bias"], ("head",))
-    start = simulation.model.layout.split(simulation.initial_vector)
-    train = simulation.dataset.train
+    start = setup.model.layout.split(setup.initial_vector)
+    train = setup.dataset.train
     images = plain_images(train, backbone.mean, backbone.std)
     expected, rounds = plain_fedavg(config, plain, start, clients, images, train.labels, late)
 
@@ -111,8 +109,8 @@ def test_a_run_with_losses_and_stragglers_is_federated_averaging_of_what_arrives
     assert any(row["late"] for row in rows), "somebody should be late"
     for row in rows:
         assert row["selected"] == COHORT == row["cohort"] + row["dropped"] + row["late"]
-        assert row["uplink_bytes"] == 4 * len(simulation.initial_vector) * row["cohort"]
-        assert row["downlink_bytes"] == 4 * len(simulation.initial_vector) * COHORT
+        assert row["uplink_bytes"] == 4 * len(setup.initial_vector) * row["cohort"]
+        assert row["downlink_bytes"] == 4 * len(setup.initial_vector) * COHORT
     for name in ("uplink_bytes", "downlink_bytes"):
         assert summary[f"{name}_total"] == sum(row[name] for row in rows)
     for name, value in summary["participation"].items():

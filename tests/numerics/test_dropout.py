@@ -16,7 +16,6 @@ from torch import nn
 
 from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
 from fedpeft_dist.lanes.random import fold_in
-from fedpeft_dist.training.lane_schedule import schedule_lanes
 
 from .cases import (
     METHODS,

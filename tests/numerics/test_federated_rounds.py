@@ -12,29 +12,31 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from fedpeft_dist.federation.server_optimizers import make_server_optimizer
-from fedpeft_dist.training.lane_schedule import schedule_lanes
 from safetensors.torch import load_file
 
+from fedpeft_dist.algorithms.state import State
 from fedpeft_dist.backbones.timm_backbone import build_backbone
 from fedpeft_dist.config.load import parse_config, with_values
-from fedpeft_dist.config.schema import RunConfig, ServerSgdConfig
+from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation import simulation as simulation_module
-from fedpeft_dist.federation.aggregation import Aggregator
-from fedpeft_dist.federation.run import run_federation
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.federation.aggregation import Aggregation, WeightedMean, fraction_bits
+from fedpeft_dist.federation.run import run
+from fedpeft_dist.federation.setup import Setup
+from fedpeft_dist.federation.simulation import build_simulation
 from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.training.trainer import RoundStart
 from tests.tiny import tiny_vit
 
 from .cases import (
-    CPU,
     MEAN,
     METHODS,
     OPTIMIZERS,
     STD,
     VIT,
     assert_same_delta,
+    client_batches,
     client_config,
+    make_algorithm,
     make_images,
     make_lane_model,
     make_model,
@@ -62,7 +64,7 @@ RUNS = {
 
 
 def make_config(method: str, output, batch: int = BATCH, **data) -> RunConfig:
-    run = RUNS[method]
+    own = RUNS[method]
     return parse_config(
         {
             "seed": 7,
@@ -78,8 +80,8 @@ def make_config(method: str, output, batch: int = BATCH, **data) -> RunConfig:
                 **data,
             },
             "federation": {"rounds": ROUNDS, "cohort": COHORT},
-            "client": {"epochs": EPOCHS, "batch_size": batch, **run["client"]},
-            "server": run.get("server", {}),
+            "client": {"epochs": EPOCHS, "batch_size": batch, **own["client"]},
+            "server": own.get("server", {}),
             "runtime": {"device": "cpu", "precision": "fp32", "lanes": 3},
             "output": {"root": str(output), "name": method},
         },
@@ -106,22 +108,21 @@ def plain_fedavg(config, plain, vector, clients, images, labels) -> tuple[dict, 
         vector: the first global parameters by name.
         clients: each client's samples.
     """
-    run = RUNS[config.output.name]
-    settings = dict(run["client"]["optimizer"])
-    extra = {key: run["client"][key] for key in ("proximal", "clip_norm") if key in run["client"]}
-    server = run.get("server", {}).get("optimizer", {"lr": 1.0, "momentum": 0.0})
+    own = RUNS[config.output.name]
+    settings = dict(own["client"]["optimizer"])
+    extra = {key: own["client"][key] for key in ("proximal", "clip_norm") if key in own["client"]}
+    server = own.get("server", {}).get("optimizer", {"lr": 1.0, "momentum": 0.0})
     velocity = {name: torch.zeros_like(value) for name, value in vector.items()}
     rounds = []
     for number in range(config.federation.rounds):
-        rate = settings["lr"] * run["client"].get("schedule", {"gamma": 1.0})["gamma"] ** number
+        rate = settings["lr"] * own["client"].get("schedule", {"gamma": 1.0})["gamma"] ** number
         cohort = plain_cohort(config, number)
         assert len(set(cohort)) == COHORT
         total = {name: torch.zeros_like(value) for name, value in vector.items()}
         weight, loss = 0, 0.0
         for client in cohort:
             task = clients[client]
-            ticks = schedule_lanes([task], 1, config.client.batch_size, config.seed, number)
-            batches = (tick.indices[0][tick.mask[0]] for tick in ticks)
+            batches = client_batches(task, config.client.batch_size, number, config.seed)
             pairs = ((images[batch], labels[batch]) for batch in batches)
             result = train_plain(plain, vector, pairs, {**settings, "lr": rate}, **extra)
             for name, delta in result.delta.items():
@@ -138,23 +139,22 @@ def plain_fedavg(config, plain, vector, clients, images, labels) -> tuple[dict, 
 @pytest.mark.parametrize(("method", "batch"), [*((method, BATCH) for method in RUNS), ("bias", 1024), ("lora-all", 50)])
 def test_a_run_is_federated_averaging(method, batch, tmp_path):
     config, runtime = make_config(method, tmp_path, batch), make_runtime()
-    assert run_federation(config, runtime) == "complete"
+    assert run(config, runtime=runtime) == "complete"
     final = load_file(tmp_path / method / "trainable.safetensors")
     rows = [json.loads(line) for line in (tmp_path / method / "metrics.jsonl").read_text().splitlines()]
 
-    simulation = Simulation(config, runtime)
-    clients = simulation.tasks(range(CLIENTS))
+    setup = Setup(config, runtime)
+    clients = setup.tasks(range(CLIENTS))
     sizes = [len(task.samples) for task in clients]
     assert sum(sizes) == 120
     assert len(set(sizes)) > 4
     assert all(task.num_steps == EPOCHS * math.ceil(size / batch) for task, size in zip(clients, sizes))
     backbone = build_backbone(config.backbone, 10, 16, derive_seed(config.seed, "backbone"))
     plain = make_plain(backbone.model, METHODS[method], ("head",))
-    start = simulation.model.layout.split(simulation.initial_vector)
-    normalised = [
-        plain_images(part, backbone.mean, backbone.std) for part in (simulation.dataset.train, simulation.dataset.test)
-    ]
-    labels = simulation.dataset.train.labels
+    start = setup.model.layout.split(setup.initial_vector)
+    splits = (setup.dataset.train, setup.dataset.test)
+    normalised = [plain_images(part, backbone.mean, backbone.std) for part in splits]
+    labels = setup.dataset.train.labels
     expected, losses = plain_fedavg(config, plain, start, clients, normalised[0], labels)
 
     moved = [{name: values[name] - start[name] for name in start} for values in (final, expected)]
@@ -163,7 +163,7 @@ def test_a_run_is_federated_averaging(method, batch, tmp_path):
     assert [row["rejected"] for row in rows] == [0] * ROUNDS
     plain.load(expected)
     with torch.no_grad():
-        correct = (plain.model(normalised[1]).argmax(dim=1) == simulation.dataset.test.labels).double().mean()
+        correct = (plain.model(normalised[1]).argmax(dim=1) == setup.dataset.test.labels).double().mean()
     assert rows[-1]["accuracy"] == pytest.approx(correct.item(), abs=0.003)  # a near tie may fall either way
 
 
@@ -183,14 +183,15 @@ def test_a_lane_has_no_more_slots_than_the_largest_client_has_samples(partition,
     measured = []
     monkeypatch.setattr(simulation_module, "choose_lanes", lambda needed, batch, *rest: measured.append(batch) or 3)
     config = with_values(make_config("bias", tmp_path, batch, partition=partition), "runtime", lanes="auto")
-    simulation = Simulation(config, make_runtime())
-    largest = int(simulation.partition.sizes().max())
-    assert simulation.lanes == 3
+    simulation = build_simulation(config, make_runtime())
+    largest = int(simulation.setup.partition.sizes().max())
+    assert simulation.config.runtime.lanes == 3
     assert simulation.trainer.config.batch_size == min(batch, largest)
     assert measured == [min(batch, largest)]
-    tight = Simulation(with_values(config, "client", batch_size=min(batch, largest)), make_runtime())
+    tight = build_simulation(with_values(config, "client", batch_size=min(batch, largest)), make_runtime())
     updates = [
-        list(found.trainer.train(found.tasks(range(CLIENTS)), found.initial_vector, 0)) for found in (simulation, tight)
+        list(found.trainer.train(found.setup.tasks(range(CLIENTS)), RoundStart(0, found.setup.initial_vector)))
+        for found in (simulation, tight)
     ]
     for ours, theirs in zip(*updates, strict=True):
         assert (ours.client, ours.num_samples) == (theirs.client, theirs.num_samples)
@@ -222,13 +223,13 @@ def test_one_full_batch_step_of_everyone_is_one_centralised_step(method):
     assert_same_delta(lane_model.layout.split(mean), step.delta, 1e-9)
 
     # The same through the exact aggregation and the server, whose wire is float32.
-    aggregator = Aggregator(len(vector), sum(sizes), make_runtime())
+    algorithm, state = make_algorithm(len(vector)), State(0, vector.float(), server={}, algorithm={})
+    aggregation = Aggregation(algorithm, state, 1.0, sum(sizes), WeightedMean(fraction_bits(sum(sizes))))
     for client in (3, 1, 4, 0, 2):
-        aggregator.add(updates[client])
-    total = aggregator.reduce(0)
+        aggregation.add(updates[client])
+    total = aggregation.total(aggregation.sums)
     assert (total.num_rejected, total.num_samples) == (0, sum(sizes))
     assert total.train_loss == pytest.approx(step.loss, rel=1e-6)
-    server = make_server_optimizer(ServerSgdConfig(name="sgd", lr=1.0), len(vector), CPU)
-    after = server.step(vector.float(), -total.mean_delta)
+    after = algorithm.step(state, total.mean, len(sizes)).vector
     central = lane_model.layout.join(plain.values())
     torch.testing.assert_close(after.double(), central, rtol=0, atol=2e-7 * central.abs().max().item())

@@ -17,6 +17,7 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation.opening import open_run
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.methods.lane_model import LaneModel, LaneModule
+from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.training.lane_check import check_lanes
 from tests.tiny import tiny_vit
 
@@ -177,9 +178,9 @@ def test_a_refused_run_leaves_no_file(case, tmp_path: Path, monkeypatch: pytest.
         break_model(model)
         return model
 
-    monkeypatch.setattr("fedpeft_dist.federation.simulation.build_lane_model", broken)
-    with pytest.raises(ConfigError, match=message):
-        open_run(config, make_runtime())
+    monkeypatch.setattr("fedpeft_dist.federation.setup.build_lane_model", broken)
+    with pytest.raises(ConfigError, match=message), open_run(config, make_runtime(), StopRequest()):
+        pass
     assert not (tmp_path / "runs").exists()
 
 

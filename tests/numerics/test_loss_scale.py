@@ -17,10 +17,10 @@ import torch
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.datasets import ImageSet
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.federation.simulation import build_simulation
 from fedpeft_dist.lanes import loss_scale
 from fedpeft_dist.lanes.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, LaneLossScale
-from fedpeft_dist.training.local_training import LocalTrainer
+from fedpeft_dist.training.trainer import RoundStart, Trainer
 
 from .cases import (
     METHODS,
@@ -67,21 +67,21 @@ def make_fp16_trainer(method: str, optimizer: str, images: ImageSet | None = Non
     return trainer, vector
 
 
-def optimizer_state(trainer: LocalTrainer) -> dict[str, torch.Tensor]:
+def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Everything an optimizer keeps for its lanes, a row each."""
     kept = {name: value for name, value in vars(trainer.optimizer).items() if name not in ("config", "step")}
     assert kept
     return {name: torch.as_tensor(value).clone() for name, value in kept.items()}
 
 
-def watch(trainer: LocalTrainer, before_step: Callable[[int], Any] = lambda step: None) -> list[Step]:
+def watch(trainer: Trainer, before_step: Callable[[int], Any] = lambda step: None) -> list[Step]:
     """Records every local step; `before_step` is called with the step's number before its loss is scaled."""
     steps: list[Step] = []
     found: dict[str, Any] = {}
     logits, optimizer_step = trainer.logits, trainer.optimizer.step
 
     def scale_state() -> tuple[torch.Tensor, torch.Tensor] | None:
-        own = trainer.loss_scale
+        own = trainer.rule.loss_scale
         return None if own is None else (own.scale.clone(), own.good_steps.clone())
 
     def watched_logits(*arguments):
@@ -126,9 +126,9 @@ def test_an_overflow_skips_one_step_of_one_lane(method, optimizer):
 
     def overflow(step: int) -> None:
         if step == 1:
-            trainer.loss_scale.scale[1] = 2.0**110
+            trainer.rule.loss_scale.scale[1] = 2.0**110
         if step == 2:
-            trainer.loss_scale.scale[1] = SCALE
+            trainer.rule.loss_scale.scale[1] = SCALE
 
     steps = watch(trainer, overflow)
     updates = train_lanes(trainer, tasks, vector)
@@ -267,9 +267,9 @@ def test_no_step_is_lost_to_the_initial_scale():
             },
             "test",
         )
-        simulation = Simulation(config, make_runtime(precision))
-        steps = watch(simulation.trainer)
-        updates = simulation.trainer.train(simulation.tasks(range(4)), simulation.initial_vector, 0)
+        simulation = build_simulation(config, make_runtime(precision))
+        setup, steps = simulation.setup, watch(simulation.trainer)
+        updates = simulation.trainer.train(setup.tasks(range(4)), RoundStart(0, setup.initial_vector))
         deltas[precision] = {update.client: update.delta for update in updates}
         assert [step.active.tolist() for step in steps] == [[True] * 4] * 3
     for client, expected in deltas["fp32"].items():

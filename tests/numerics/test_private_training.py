@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fedpeft_dist.training.private_training import PrivateTrainer
+from fedpeft_dist.training.sample_schedule import BatchDraw
 
 from fedpeft_dist.config.schema import SamplePrivacy
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.privacy.mechanisms import keyed_normal
-from fedpeft_dist.training.private_training import PrivateTrainer
-from fedpeft_dist.training.sample_schedule import BatchDraw
 
 from .cases import (
     MEAN,
