@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -12,12 +11,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedpeft_dist.federation.aggregation import DELTA_LIMIT, Aggregator, fraction_bits, quantize
-from fedpeft_dist.training.local_training import ClientUpdate
-from tests.numerics.cases import make_runtime
+from fedpeft_dist.federation.aggregation import (
+    DELTA_LIMIT,
+    Aggregation,
+    RoundTotal,
+    WeightedMean,
+    fraction_bits,
+    quantize,
+)
+from tests.aggregation_fixtures import make_aggregation
+from tests.aggregation_fixtures import make_update as update
 
 P = 3
-RUNTIME = make_runtime()
 BELOW_LIMIT = float(np.nextafter(np.float32(1024), np.float32(0)))
 deltas = st.lists(
     st.floats(-1024, 1024, exclude_min=True, exclude_max=True, width=32, allow_subnormal=True), min_size=P, max_size=P
@@ -26,8 +31,13 @@ losses = st.floats(0, 2000, width=32)
 cohorts = st.lists(st.tuples(st.integers(0, 2**20), deltas, losses), min_size=1, max_size=8)
 
 
-def update(delta: list[float], weight: int = 1, loss: float = 1.0, client: int = 0) -> ClientUpdate:
-    return ClientUpdate(client, weight, torch.tensor(delta, dtype=torch.float32), torch.tensor(loss), num_samples=0)
+def aggregation_of(largest_total_weight: int) -> Aggregation:
+    return make_aggregation(P, largest_total_weight, WeightedMean(fraction_bits(largest_total_weight)))
+
+
+def total_of(aggregation: Aggregation) -> RoundTotal:
+    """The round's total where there is one rank."""
+    return aggregation.total(aggregation.sums)
 
 
 def exact_sum(cohort: list[tuple[int, list[float], float]], bits: int) -> list[int]:
@@ -55,33 +65,31 @@ def test_quantize_rounds_halves_to_even() -> None:
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(cohort=cohorts, num_ranks=st.integers(1, 4), randomness=st.randoms(use_true_random=False))
 @example(cohort=[(1, [2.0**-50, 2.0**-53, 3 * 2.0**-53], 0.0)], num_ranks=1, randomness=None)
-def test_the_sum_is_exact_whatever_the_order_and_the_split(cohort, num_ranks, randomness) -> None:
-    """Updates in any order, over any number of aggregators whose int64 totals are then added."""
+def test_the_sum_is_exact_in_any_order_and_over_any_ranks(cohort, num_ranks, randomness) -> None:
+    """Updates in any order, over any number of ranks whose int64 sums are then added."""
     largest = sum(weight for weight, _, _ in cohort)
     bits = fraction_bits(largest)
     expected = exact_sum(cohort, bits)
 
-    in_order = Aggregator(P, largest, RUNTIME)
+    in_order = aggregation_of(largest)
     for weight, delta, loss in cohort:
-        in_order.add(replace(update(delta, weight, loss), num_samples=weight))
-    assert in_order.total[:P].tolist() == expected
+        in_order.add(update(delta, weight, loss, num_samples=weight))
+    assert in_order.sums[:P].tolist() == expected
 
-    ranks = [Aggregator(P, largest, RUNTIME) for _ in range(num_ranks)]
+    ranks = [aggregation_of(largest) for _ in range(num_ranks)]
     shuffled = list(cohort)
     if randomness is not None:
         randomness.shuffle(shuffled)
     for weight, delta, loss in shuffled:
         rank = randomness.randrange(num_ranks) if randomness is not None else 0
-        ranks[rank].add(replace(update(delta, weight, loss), num_samples=weight))
-    together = ranks[0]
-    for other in ranks[1:]:
-        together.total += other.total
-    assert torch.equal(together.total, in_order.total)
+        ranks[rank].add(update(delta, weight, loss, num_samples=weight))
+    together = sum(rank.sums for rank in ranks)
+    assert torch.equal(together, in_order.sums)
 
-    first, second = in_order.reduce(0), together.reduce(0)
-    assert (first.mean_delta is None) == (largest == 0)
-    if first.mean_delta is not None:
-        assert torch.equal(first.mean_delta, second.mean_delta)
+    first, second = total_of(in_order), in_order.total(together)
+    assert (first.mean is None) == (largest == 0)
+    if first.mean is not None:
+        assert torch.equal(first.mean, second.mean)
         assert first.train_loss == second.train_loss
     assert first.num_samples == second.num_samples == largest
 
@@ -92,16 +100,16 @@ def test_the_mean_is_within_a_quantum_of_the_exact_one(cohort) -> None:
     largest = sum(weight for weight, _, _ in cohort)
     if largest == 0:
         return
-    aggregator = Aggregator(P, largest, RUNTIME)
+    aggregation = aggregation_of(largest)
     for weight, delta, loss in cohort:
-        aggregator.add(replace(update(delta, weight, loss), num_samples=0))
-    result = aggregator.reduce(0)
+        aggregation.add(update(delta, weight, loss, num_samples=0))
+    result = total_of(aggregation)
     weights = np.array([weight for weight, _, _ in cohort], dtype=np.float64)
     mean = weights @ np.array([delta for _, delta, _ in cohort], dtype=np.float64) / largest
     quantum = 2.0 ** -fraction_bits(largest)
     to_float32 = np.abs(mean) * 2.0**-24 + 2.0**-149
     float64_sum = 1024 * len(cohort) * 2.0**-52
-    assert (np.abs(result.mean_delta.double().numpy() - mean) <= quantum + to_float32 + float64_sum).all()
+    assert (np.abs(result.mean.double().numpy() - mean) <= quantum + to_float32 + float64_sum).all()
     loss = weights @ np.array([min(loss, 1024.0) for _, _, loss in cohort]) / largest
     assert abs(result.train_loss - loss) <= quantum + float64_sum
 
@@ -109,81 +117,80 @@ def test_the_mean_is_within_a_quantum_of_the_exact_one(cohort) -> None:
 @pytest.mark.parametrize("weight", [1, 2, 3, 2**20 - 1, 2**20, 2**20 + 1, 2**31, 2**40 + 1])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_deltas_with_the_largest_weights_do_not_overflow(weight: int, sign: int) -> None:
-    aggregator = Aggregator(P, weight, RUNTIME)
-    aggregator.add(replace(update([sign * BELOW_LIMIT] * P, weight, loss=1e30), num_samples=0))
-    exact = sign * weight * round(Fraction(BELOW_LIMIT) * 2**aggregator.bits)
+    aggregation = aggregation_of(weight)
+    aggregation.add(update([sign * BELOW_LIMIT] * P, weight, loss=1e30, num_samples=0))
+    exact = sign * weight * round(Fraction(BELOW_LIMIT) * 2**aggregation.rule.bits)
     assert abs(exact) < 2**63
-    assert aggregator.total[:P].tolist() == [exact] * P
-    result = aggregator.reduce(0)
+    assert aggregation.sums[:P].tolist() == [exact] * P
+    result = total_of(aggregation)
     assert result.num_rejected == 0
-    assert result.mean_delta.tolist() == [exact / (weight * 2**aggregator.bits)] * P
+    assert result.mean.tolist() == [exact / (weight * 2**aggregation.rule.bits)] * P
     assert result.train_loss == 1024.0
 
 
 def test_many_clients_of_the_largest_deltas_do_not_overflow() -> None:
     weights = [997] * 1000 + [4000]
-    aggregator = Aggregator(P, sum(weights), RUNTIME)
+    aggregation = aggregation_of(sum(weights))
     for weight in weights:
-        aggregator.add(replace(update([BELOW_LIMIT, -BELOW_LIMIT, 0.0], weight, loss=BELOW_LIMIT), num_samples=0))
-    quantum = sum(weights) * round(Fraction(BELOW_LIMIT) * 2**aggregator.bits)
-    assert aggregator.total[:P].tolist() == [quantum, -quantum, 0]
-    assert aggregator.reduce(0).mean_delta.tolist() == [BELOW_LIMIT, -BELOW_LIMIT, 0.0]
+        aggregation.add(update([BELOW_LIMIT, -BELOW_LIMIT, 0.0], weight, loss=BELOW_LIMIT, num_samples=0))
+    quantum = sum(weights) * round(Fraction(BELOW_LIMIT) * 2**aggregation.rule.bits)
+    assert aggregation.sums[:P].tolist() == [quantum, -quantum, 0]
+    assert total_of(aggregation).mean.tolist() == [BELOW_LIMIT, -BELOW_LIMIT, 0.0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, DELTA_LIMIT, -DELTA_LIMIT, 3e38])
 def test_a_rejected_client_leaves_no_trace_but_its_count(bad: float) -> None:
-    good = [update([1.0, -2.0, 0.5], 3, loss=0.25, client=4), update([0.0, 5.0, 1.5], 1, loss=0.75, client=9)]
-    aggregator = Aggregator(P, 100, RUNTIME)
-    aggregator.add(replace(good[0], num_samples=3))
-    aggregator.add(replace(update([0.0, bad, 1.0], 60, loss=7.0, client=5), num_samples=60))
-    aggregator.add(replace(good[1], num_samples=1))
-    assert aggregator.rejected_clients() == [5]
-    result = aggregator.reduce(0)
+    aggregation = aggregation_of(100)
+    aggregation.add(update([1.0, -2.0, 0.5], 3, loss=0.25, client=4, num_samples=3))
+    aggregation.add(update([0.0, bad, 1.0], 60, loss=7.0, client=5, num_samples=60))
+    aggregation.add(update([0.0, 5.0, 1.5], 1, loss=0.75, client=9, num_samples=1))
+    assert aggregation.rejected_clients() == [5]
+    result = total_of(aggregation)
     assert result.num_rejected == 1
     assert result.num_samples == 64
-    assert result.mean_delta.tolist() == [0.75, -0.25, 0.75]
+    assert result.mean.tolist() == [0.75, -0.25, 0.75]
     assert result.train_loss == 0.375
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_rejects_nobody(loss: float) -> None:
     """Whom to reject follows from what clients send, which their losses are no part of."""
-    aggregator = Aggregator(P, 2, RUNTIME)
-    aggregator.add(replace(update([1.0] * P, 1, loss=loss, client=2), num_samples=1))
-    aggregator.add(replace(update([3.0] * P, 1, loss=1.0, client=3), num_samples=1))
-    assert aggregator.rejected_clients() == []
-    result = aggregator.reduce(0)
-    assert result.mean_delta.tolist() == [2.0] * P
+    aggregation = aggregation_of(2)
+    aggregation.add(update([1.0] * P, 1, loss=loss, client=2, num_samples=1))
+    aggregation.add(update([3.0] * P, 1, loss=1.0, client=3, num_samples=1))
+    assert aggregation.rejected_clients() == []
+    result = total_of(aggregation)
+    assert result.mean.tolist() == [2.0] * P
     assert result.train_loss == (DELTA_LIMIT + 1.0) / 2
 
 
 def test_a_round_without_weight_has_no_mean() -> None:
-    aggregator = Aggregator(P, 10, RUNTIME)
-    aggregator.add(replace(update([math.nan] * P, 10), num_samples=10))
-    aggregator.add(replace(update([1.0] * P, 0), num_samples=0))
-    result = aggregator.reduce(0)
-    assert result.mean_delta is None
+    aggregation = aggregation_of(10)
+    aggregation.add(update([math.nan] * P, 10, num_samples=10))
+    aggregation.add(update([1.0] * P, 0, num_samples=0))
+    result = total_of(aggregation)
+    assert result.mean is None
     assert result.train_loss is None
     assert result.num_rejected == 1
 
 
-def test_reduce_starts_over() -> None:
-    aggregator = Aggregator(P, 10, RUNTIME)
-    aggregator.add(replace(update([5.0] * P, 10, loss=2.0), num_samples=10))
-    aggregator.add(replace(update([math.inf] * P, 10, client=8), num_samples=10))
-    assert aggregator.reduce(0, stop_requested=True).stop_requested
-    assert aggregator.rejected_clients() == []
-    aggregator.add(replace(update([1.0] * P, 2, loss=1.0), num_samples=7))
-    result = aggregator.reduce(0)
-    assert not result.stop_requested
-    assert result.mean_delta.tolist() == [1.0] * P
+def test_each_round_starts_at_zero() -> None:
+    before = aggregation_of(10)
+    before.add(update([5.0] * P, 10, loss=2.0, num_samples=10))
+    before.add(update([math.inf] * P, 10, client=8, num_samples=10))
+    assert total_of(before).num_rejected == 1
+    aggregation = Aggregation(before.algorithm, before.state, 1.0, 10, before.rule)
+    assert aggregation.rejected_clients() == []
+    aggregation.add(update([1.0] * P, 2, loss=1.0, num_samples=7))
+    result = total_of(aggregation)
+    assert result.mean.tolist() == [1.0] * P
     assert (result.num_rejected, result.num_samples, result.train_loss) == (0, 7, 1.0)
 
 
-def test_results_are_not_views_of_what_is_reused() -> None:
-    aggregator = Aggregator(P, 1, RUNTIME)
-    aggregator.add(replace(update([1.0, 2.0, 3.0]), num_samples=1))
-    mean = aggregator.reduce(0).mean_delta
-    aggregator.add(replace(update([9.0] * P), num_samples=1))
+def test_the_mean_is_no_view_of_the_sums() -> None:
+    aggregation = aggregation_of(1)
+    aggregation.add(update([1.0, 2.0, 3.0], num_samples=1))
+    mean = total_of(aggregation).mean
+    aggregation.add(update([9.0] * P, num_samples=1))
     assert mean.tolist() == [1.0, 2.0, 3.0]
     assert mean.dtype == torch.float32

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft_dist.algorithms.server_optimizers import SERVER_OPTIMIZERS, make_server_optimizer
 from fedpeft_dist.config import schema
-from fedpeft_dist.federation.server_optimizers import SERVER_OPTIMIZERS, make_server_optimizer
 
 P, ROUNDS = 40, 6
+CPU = torch.device("cpu")
 ADAPTIVE = {
     "adam": schema.ServerAdamConfig(name="adam", lr=0.02, beta1=0.8, beta2=0.95, tau=0.01),
     "yogi": schema.ServerYogiConfig(name="yogi", lr=0.02, beta1=0.8, beta2=0.95, tau=0.01),
@@ -27,11 +28,11 @@ def start_vector() -> torch.Tensor:
 
 
 def run(config: schema.ServerOptimizerConfig) -> torch.Tensor:
-    """What the round loop does with the server optimizer: it steps on minus the mean delta."""
-    optimizer = make_server_optimizer(config, P, torch.device("cpu"))
-    vector = start_vector()
+    """The vector after all rounds: in each, the server steps on minus the mean delta."""
+    optimizer = make_server_optimizer(config)
+    vector, state = start_vector(), optimizer.initial_state(P, CPU)
     for delta in mean_deltas():
-        vector = optimizer.step(vector, -delta)
+        vector, state = optimizer.step(vector, -delta, state)
     return vector
 
 
@@ -54,10 +55,12 @@ def reddi_algorithm_2(config: schema.ServerAdaptiveSection, name: str) -> np.nda
 
 def test_sgd_with_rate_1_adds_the_mean_delta() -> None:
     config = schema.ServerSgdConfig(name="sgd")
-    optimizer = make_server_optimizer(config, P, torch.device("cpu"))
-    assert optimizer.state == {}
+    optimizer = make_server_optimizer(config)
+    assert optimizer.initial_state(P, CPU) == {}
     delta = mean_deltas()[0]
-    assert torch.equal(optimizer.step(start_vector(), -delta), start_vector() + delta)
+    vector, state = optimizer.step(start_vector(), -delta, {})
+    assert torch.equal(vector, start_vector() + delta)
+    assert state == {}
 
 
 @pytest.mark.parametrize(("lr", "momentum"), [(1.0, 0.0), (0.3, 0.0), (1.0, 0.9), (0.3, 0.5)])
@@ -86,25 +89,30 @@ def test_adaptive_optimizers_equal_the_papers_algorithm(name: str) -> None:
 )
 def test_the_state_is_all_that_a_checkpoint_needs(config: schema.ServerOptimizerConfig) -> None:
     """An optimizer that takes over the state in the middle goes on to the bit."""
-    optimizer = make_server_optimizer(config, P, torch.device("cpu"))
-    assert all(tensor.shape == (P,) and tensor.dtype == torch.float32 for tensor in optimizer.state.values())
-    vector = start_vector()
+    optimizer = make_server_optimizer(config)
+    vector, state = start_vector(), optimizer.initial_state(P, CPU)
+    assert all(tensor.shape == (P,) and tensor.dtype == torch.float32 for tensor in state.values())
     for round_number, delta in enumerate(mean_deltas()):
         if round_number == ROUNDS // 2:
-            saved = {name: tensor.clone() for name, tensor in optimizer.state.items()}
-            optimizer = make_server_optimizer(config, P, torch.device("cpu"))
-            for name, tensor in saved.items():
-                optimizer.state[name].copy_(tensor)
-        vector = optimizer.step(vector, -delta)
+            optimizer = make_server_optimizer(config)
+            state = {name: tensor.clone() for name, tensor in state.items()}
+        vector, state = optimizer.step(vector, -delta, state)
+    assert all(tensor.shape == (P,) and tensor.dtype == torch.float32 for tensor in state.values())
     assert torch.equal(vector, run(config))
 
 
 def test_a_step_leaves_its_inputs_alone() -> None:
+    """So a round that is dropped leaves the state before it."""
     for config in (schema.ServerSgdConfig(name="sgd", momentum=0.9), *ADAPTIVE.values()):
+        optimizer = make_server_optimizer(config)
+        _, state = optimizer.step(start_vector(), mean_deltas()[1], optimizer.initial_state(P, CPU))
+        before = {name: tensor.clone() for name, tensor in state.items()}
         vector, gradient = start_vector(), mean_deltas()[0]
-        make_server_optimizer(config, P, torch.device("cpu")).step(vector, gradient)
+        optimizer.step(vector, gradient, state)
         assert torch.equal(vector, start_vector())
         assert torch.equal(gradient, mean_deltas()[0])
+        assert state.keys() == before.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
 def test_every_config_has_an_optimizer() -> None:
