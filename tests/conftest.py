@@ -16,8 +16,14 @@ from fedpeft_dist.runtime.interrupts import STOP_SIGNALS
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
-LONG = ("slurm/test_train", "multiprocess/test_signals", "slurm", "multiprocess", "cli")
-"""What takes longest comes first, so that of several workers none is left alone with it at the end."""
+ORDER = (
+    *("slurm/test_train", "multiprocess/test_signals", "multiprocess", "slurm/test_submitit", "cli"),
+    *("slurm/test_sweep", "numerics", "slurm"),
+)
+"""The tests that take longest come first, so that no worker is left alone with them at the end.
+
+Tests of Slurm mostly wait. They are spread, so that other workers compute meanwhile.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def order(item: pytest.Item) -> int:
         path = item.path.relative_to(Path(__file__).parent).as_posix()
-        return next((number for number, start in enumerate(LONG) if path.startswith(start)), len(LONG))
+        return next((number for number, start in enumerate(ORDER) if path.startswith(start)), len(ORDER))
 
     items.sort(key=order)
     if config.getoption("--slow"):

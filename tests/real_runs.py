@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,15 +20,15 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
+from tests.multiprocess import faulty_worker
 from tests.multiprocess.exactness_worker import METHODS, make_config
-from tests.warm_process import run_fedpeft
+from tests.warm_process import WarmProcess, WarmRanks, fedpeft, variables_of_ranks
 
 ROUNDS = 40
 TRACE = "fedpeft_dist/federation"
 """Stands in every traceback of ours; torchrun prints others, of its own."""
 PATIENCE = 300
 """Seconds that a process may take on a busy machine."""
-FAULTY_WORKER = str(Path(__file__).parent / "multiprocess" / "faulty_worker.py")
 LATE_SIGNALS = """
 import os, signal
 
@@ -84,6 +83,10 @@ class Launched:
     def output(self) -> str:
         self._log.seek(0)
         return self._log.read()
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
 
     @property
     def seconds(self) -> float:
@@ -147,25 +150,16 @@ def start(config: Path, ranks: int = 1, max_restarts: int = 0, faulty: bool = Fa
     """Starts a config, under torchrun if it has several ranks; `faulty` plants the fault that FAULT names."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={max_restarts}"]
     launcher = [*launcher, f"--nproc-per-node={ranks}"] * (ranks > 1)
-    return Launched([sys.executable, *launcher, *program(faulty), "train", str(config)], config.parent, environment)
+    program = [faulty_worker.__file__] if faulty else ["-m", "fedpeft_dist"]
+    return Launched([sys.executable, *launcher, *program, "train", str(config)], config.parent, environment)
 
 
-def start_without_agent(config: Path, ranks: int = 2, faulty: bool = False, **environment: str) -> list[Launched]:
+def start_without_agent(config: Path, ranks: int = 2, faulty: bool = False, **environment: str) -> list[WarmProcess]:
     """A process a rank, as srun starts them: nobody ends the others when one is gone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, *program(faulty), "train", str(config)]
+    main, arguments = faulty_worker.main if faulty else fedpeft, ["train", str(config)]
     return [
-        Launched(command, config.parent, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(ranks)
+        WarmProcess(main, config.parent, arguments, environment | variables) for variables in variables_of_ranks(ranks)
     ]
-
-
-def program(faulty: bool) -> list[str]:
-    return [FAULTY_WORKER] if faulty else ["-m", "fedpeft_dist"]
 
 
 def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
@@ -175,9 +169,14 @@ def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> No
         time.sleep(0.02)
 
 
-def wait_for_rounds(launched: Launched, run: RunDirectory, count: int) -> None:
+def start_warm(config: Path, ranks: int = 1) -> WarmRanks:
+    """Where neither the launcher nor the start of a process is under test."""
+    return WarmRanks(ranks, config.parent, "train", str(config))
+
+
+def wait_for_rounds(launched: Launched | WarmRanks, run: RunDirectory, count: int) -> None:
     def are_done() -> bool:
-        assert launched.process.poll() is None, launched.output
+        assert launched.is_running, launched.output
         return rounds_logged(run) >= count
 
     wait_until(are_done)
@@ -189,13 +188,9 @@ def rounds_logged(run: RunDirectory) -> int:
 
 def complete(config: Path, ranks: int = 1) -> str:
     """Runs a config to its end; returns what it printed."""
-    if ranks == 1:
-        done = run_fedpeft(config.parent, "train", str(config), timeout=PATIENCE)
-        assert done.returncode == 0, done
-        return done.stdout + done.stderr
-    with start(config, ranks) as launched:
-        assert launched.wait() == 0, launched.output
-        return launched.output
+    with start_warm(config, ranks) as warm:
+        assert [done.returncode for done in warm.finish(PATIENCE)] == [0] * ranks, warm.output
+        return warm.output
 
 
 def run_of(config: Path) -> RunDirectory:

@@ -1,4 +1,4 @@
-"""Run by test_exactness.py under torchrun: every case once, in one process group, because start-up is expensive.
+"""Run by test_exactness.py on each rank: every case once, in one process group, because start-up is expensive.
 
 Prints nothing; writes {case: {weights_sha256, refills, row}} to the path given, from rank 0.
 """
@@ -111,7 +111,3 @@ def _count_stochastic_calls() -> list[int]:
 
         module.forward = counting
     return counter
-
-
-if __name__ == "__main__":
-    main()

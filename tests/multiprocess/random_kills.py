@@ -56,12 +56,12 @@ def main() -> None:
     raise SystemExit(num_equal != options.count)
 
 
-def run_trials(mode: str, count: int, seed: int, folder: Path) -> int:
+def run_trials(mode: str, count: int, seed: int, folder: Path, rounds: int = ROUNDS) -> int:
     """Returns how many trials ended as the run that nobody disturbed; prints a line on each.
 
     Every trial has a part of the run's duration to itself, so that a few of them, too, cover start, rounds and end.
     """
-    trials = Trials(mode, random.Random(seed), folder)
+    trials = Trials(mode, random.Random(seed), folder, rounds)
     num_equal = 0
     for number in range(count):
         started = time.monotonic()
@@ -78,11 +78,12 @@ class Trials:
     mode: str
     rng: random.Random
     folder: Path
+    rounds: int
     kills: list[str] = field(init=False, default_factory=list)
     """Of the last trial, in words."""
 
     def __post_init__(self) -> None:
-        config = write_config(self.folder, "whole", ROUNDS)
+        config = write_config(self.folder, "whole", self.rounds)
         with start(config, ranks=2) as launched:
             self.until_ranks = wait_for_ranks(launched)
             assert launched.wait() == 0, launched.output
@@ -95,7 +96,7 @@ class Trials:
 
     def run(self, number: int, count: int) -> list[str]:
         """A trial: its differences from the whole run."""
-        config = write_config(self.folder, f"trial-{number}", ROUNDS, checkpoint_every=self.every(number))
+        config = write_config(self.folder, f"trial-{number}", self.rounds, checkpoint_every=self.every(number))
         run, disturb = run_of(config), self._kill_a_rank if self.mode == "rank" else self._kill_everything
         self.kills, output = [], ""
         while not self.kills:  # a run that has ended before its moment is no trial

@@ -13,7 +13,7 @@ import yaml
 from fedpeft_dist.tracking.run_directory import RunDirectory, read_metrics
 from tests.multiprocess.exactness_worker import METHODS, make_config
 from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, write_trace
-from tests.real_runs import complete, run_of, send, start, wait_for_rounds
+from tests.real_runs import complete, run_of, send, start, start_warm, wait_for_rounds
 
 ROUNDS, CLIENTS, LOST = 14, 12, 6
 """Everyone is lost in round LOST."""
@@ -91,7 +91,7 @@ def rows_of(directory: RunDirectory) -> list[dict[str, Any]]:
 def test_weights_are_equal_on_1_and_2_ranks_and_through_a_kill(case: str, tmp_path: Path) -> None:
     whole, killed = (write_config(tmp_path, case, name) for name in ("whole", "killed"))
     complete(whole)
-    with start(killed, ranks=2) as launched:
+    with start_warm(killed, ranks=2) as launched:
         wait_for_rounds(launched, run_of(killed), 4)
     assert run_of(killed).read_state()["state"] != "complete", "it was killed too late"
     complete(killed, ranks=2)
@@ -121,6 +121,6 @@ def test_a_run_is_not_resumed_on_other_traces(tmp_path: Path) -> None:
         assert launched.wait() == 75
     devices = tmp_path / "devices.csv"
     devices.write_text(devices.read_text().replace("\n3,13,", "\n3,14,"))
-    with start(config) as launched:
-        assert launched.wait() == 2
+    with start_warm(config) as launched:
+        assert launched.finish()[0].returncode == 2
         assert "was begun with other traces" in launched.output

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,21 +11,16 @@ from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.federation.setup import Setup
 from fedpeft_dist.runtime import process
+from tests.multiprocess import exactness_worker
 from tests.multiprocess.exactness_worker import BATCH, CASES, METHODS, make_config
-
-WORKER = "tests.multiprocess.exactness_worker"
+from tests.warm_process import WarmRanks
 
 
 def run_worker(output: Path, num_ranks: int, precisions: str) -> dict:
     """All cases on so many ranks; one launch."""
     output.mkdir(parents=True, exist_ok=True)
-    launcher = [sys.executable, "-m"]
-    if num_ranks > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m"]
-    command = [*launcher, WORKER, str(output), precisions]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with WarmRanks(num_ranks, output, str(output), precisions, main=exactness_worker.main) as warm:
+        assert [done.returncode for done in warm.finish(500)] == [0] * num_ranks, warm.output[-4000:]
     return json.loads((output / f"results-{num_ranks}.json").read_text())
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.data_fixtures import run_tree, write_cifar100
-from tests.warm_process import run_fedpeft
+from tests.real_runs import complete
 
 
 def train(folder: Path, num_ranks: int, augment: str) -> dict:
@@ -22,15 +19,7 @@ def train(folder: Path, num_ranks: int, augment: str) -> dict:
     data = {"name": "cifar100", "root": str(folder / "data"), "store": str(output / "store"), "augment": augment}
     tree = run_tree(output, **data, max_train=150, crop_padding=2)
     (output / "config.yaml").write_text(yaml.safe_dump(tree))
-    arguments = ("train", str(output / "config.yaml"))
-    if num_ranks == 1:
-        done = run_fedpeft(output, *arguments)
-    else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        command = [sys.executable, *launcher, "-m", "fedpeft_dist", *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    complete(output / "config.yaml", num_ranks)
     assert len([path for path in (output / "store").iterdir() if path.is_dir()]) == 1
     return json.loads((output / "run" / "summary.json").read_text())
 

@@ -20,6 +20,7 @@ import yaml
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, INTERRUPTED, RunDirectory
 from tests.multiprocess.test_sweep_workers import BASE
+from tests.warm_process import WarmProcess, fedpeft
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sweep.py"
 TWO_WORKERS = ("--workers", "2", "--cores-per-worker", "1")
@@ -99,7 +100,7 @@ def test_cells_fail_alone_and_a_killed_one_is_tried_again(make_sweep: Callable, 
     (pid,) = [pid for pid in children(runner) if "--index\x000" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(pid, signal.SIGKILL)
     keys = (f"federation.rounds={ROUNDS}", "output.root=alone", "output.name=run")
-    train = start("-m", "fedpeft_dist", "train", "base.yaml", *keys)
+    train = WarmProcess(fedpeft, sweep.parent, ["train", "base.yaml", *keys])
     output, _ = runner.communicate(timeout=300)
     assert runner.returncode == 1
     *told, failure, last = output.splitlines()
@@ -116,7 +117,7 @@ def test_cells_fail_alone_and_a_killed_one_is_tried_again(make_sweep: Callable, 
     assert [log_of(sweep, name).count("$ python") for name in ("killed", "impossible", "quick")] == [2, 1, 1]
     assert "going on after round" in log_of(sweep, "killed")
     assert [state_of(sweep, name) for name in ("killed", "impossible", "quick")] == [COMPLETE, FAILED, COMPLETE]
-    assert train.wait(timeout=300) == 0
+    assert train.finish().returncode == 0
     assert digest(killed.path) == digest(sweep.parent / "alone" / "run")
 
     # What is complete starts no process, and what starts them imports no torch.
@@ -177,7 +178,7 @@ def read_terminal(main: int, shown: list[bytes]) -> None:
 
 def test_a_cell_in_work_elsewhere_is_left_alone_and_looked_at_again(make_sweep: Callable, start: Callable) -> None:
     sweep = make_sweep(endless={"federation.rounds": 100000}, quick={})
-    other = start("-m", "fedpeft_dist", "sweep", "run", sweep, "--index", "0")
+    other = WarmProcess(fedpeft, sweep.parent, ["sweep", "run", str(sweep), "--index", "0"])
     endless = run_of(sweep, "endless")
     wait_until(endless.metrics_file.exists)
     told = sweep.parent / "told"
@@ -186,7 +187,6 @@ def test_a_cell_in_work_elsewhere_is_left_alone_and_looked_at_again(make_sweep: 
     wait_until(lambda: state_of(sweep, "quick") == COMPLETE)
     assert not (endless.path / "log.txt").exists()
     other.kill()
-    other.communicate()
     wait_until(lambda: (endless.path / "log.txt").exists() and "going on after round" in log_of(sweep, "endless"))
 
     # A second Ctrl-C does not wait: not even for a process that cannot hear the first. A key held down sends many.

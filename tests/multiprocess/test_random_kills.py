@@ -11,4 +11,4 @@ from tests.multiprocess.random_kills import MODES, run_trials
 
 @pytest.mark.parametrize("mode", [MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 def test_killed_at_random_moments(tmp_path: Path, mode: str) -> None:
-    assert run_trials(mode, count=1, seed=7, folder=tmp_path) == 1
+    assert run_trials(mode, count=1, seed=7, folder=tmp_path, rounds=40) == 1

@@ -40,6 +40,7 @@ from tests.real_runs import (
     whole,
     write_config,
 )
+from tests.warm_process import WarmProcess
 
 __all__ = ["whole"]
 ENDLESS = 3
@@ -228,12 +229,12 @@ def assert_named_once(outputs: Sequence[str], rank: int) -> None:
     assert not any(re.search(rf"\brank {1 - rank} \(host ", line) for line in lines), "\n".join(lines)
 
 
-def lose(ranks: Sequence[Launched], run: RunDirectory, lost: int, number: signal.Signals) -> float:
+def lose(ranks: Sequence[WarmProcess], run: RunDirectory, lost: int, number: signal.Signals) -> float:
     """Sends a signal to a rank in mid-run; returns how many seconds the other one then takes to end, with code 1."""
     wait_for_rounds(ranks[0], run, 3)
     send(ranks[lost].process.pid, number)
     sent = time.monotonic()
-    assert ranks[1 - lost].process.wait(timeout=100) == 1
+    assert ranks[1 - lost].wait(timeout=100) == 1
     return time.monotonic() - sent
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import yaml
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RunDirectory
 from tests.tiny import tiny_tree
-from tests.warm_process import Finished, run_fedpeft
+from tests.warm_process import Finished, WarmProcess, WarmRanks, fedpeft, run_fedpeft
 
 BASE = tiny_tree(
     method={"name": "bias"}, data={"num_train": 512, "num_test": 64, "classes": 10}, client={"batch_size": 64}
@@ -37,19 +34,6 @@ def sweep(tmp_path: Path) -> Path:
     return path
 
 
-def start(sweep: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fedpeft_dist", "sweep", "run", str(sweep), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=sweep.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(worker: subprocess.Popen) -> tuple[int, str, str]:
-    output, errors = worker.communicate(timeout=300)
-    return worker.returncode, output, errors
-
-
 def run_sweep(sweep: Path, *arguments: str) -> Finished:
     return run_fedpeft(sweep.parent, "sweep", "run", str(sweep), *arguments)
 
@@ -59,7 +43,8 @@ def runs(sweep: Path) -> dict[str, RunDirectory]:
 
 
 def test_two_workers_share_the_cells_and_a_failure_stops_nobody(sweep: Path) -> None:
-    results = [finish(worker) for worker in [start(sweep), start(sweep)]]
+    workers = [WarmProcess(fedpeft, sweep.parent, ["sweep", "run", str(sweep)]) for _ in range(2)]
+    results = [worker.finish() for worker in workers]
     assert [code for code, _, _ in results] == [1, 1]
     for _, _, errors in results:
         assert "cell 4 impossible-seed1 failed: data.clients: 5000 is more than the 512 training samples" in errors
@@ -106,12 +91,12 @@ def test_one_cell_by_its_index_is_the_same_run_as_train(sweep: Path) -> None:
 
 
 def test_a_cell_in_work_is_left_alone_and_a_killed_worker_leaves_it_free(sweep: Path) -> None:
-    slow = start(sweep, "--index", "0", "federation.rounds=100000")
+    slow = WarmProcess(fedpeft, sweep.parent, ["sweep", "run", str(sweep), "--index", "0", "federation.rounds=100000"])
     run = RunDirectory(sweep.parent / "out" / "lr0.01-seed1")
     deadline = time.monotonic() + 120
     while not run.metrics_file.exists():
         assert time.monotonic() < deadline
-        assert slow.poll() is None
+        assert slow.is_running
         time.sleep(0.1)
     code, _, errors = run_sweep(sweep, "--index", "0", "federation.rounds=100000")
     assert code == 2
@@ -120,20 +105,14 @@ def test_a_cell_in_work_is_left_alone_and_a_killed_worker_leaves_it_free(sweep: 
     assert code == 1
     assert output.splitlines()[-1] == "5 complete, 1 taken, 2 failed"
     slow.kill()
-    slow.communicate()
     assert not run.in_use()
 
 
 def test_a_cell_is_the_same_on_two_ranks_with_augmentation(sweep: Path) -> None:
     augmented = ("--index", "2", "data.augment=resized_crop_flip", "federation.cohort=3")
     assert run_sweep(sweep, *augmented, "output.root=ranks1").returncode == 0
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = [sys.executable, *launcher, "-m", "fedpeft_dist", "sweep", "run", str(sweep), *augmented]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [*command, "output.root=ranks2"], cwd=sweep.parent, env=environment, capture_output=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr
+    with WarmRanks(2, sweep.parent, "sweep", "run", str(sweep), *augmented, "output.root=ranks2") as ranks:
+        assert [done.returncode for done in ranks.finish()] == [0, 0], ranks.output
     one, two = (
         json.loads((sweep.parent / name / "lr0.1-seed1" / "summary.json").read_text()) for name in ("ranks1", "ranks2")
     )
@@ -142,9 +121,7 @@ def test_a_cell_is_the_same_on_two_ranks_with_augmentation(sweep: Path) -> None:
 
 
 def test_several_ranks_need_to_be_told_which_cell(sweep: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "fedpeft_dist", "sweep", "run", str(sweep)]
-    finished = subprocess.run(command, cwd=sweep.parent, capture_output=True, text=True, timeout=300)
-    assert finished.returncode != 0
-    assert "error: --index: missing; 2 ranks run one cell together, so say which" in finished.stderr
+    with WarmRanks(2, sweep.parent, "sweep", "run", str(sweep)) as ranks:
+        assert all(done.returncode != 0 for done in ranks.finish())
+        assert "error: --index: missing; 2 ranks run one cell together, so say which" in ranks.output
     assert not (sweep.parent / "out").exists()

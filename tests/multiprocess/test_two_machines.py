@@ -15,6 +15,7 @@ import yaml
 
 from fedpeft_dist.runtime.network import interface_towards
 from tests.multiprocess.exactness_worker import METHODS, make_config
+from tests.warm_process import run_fedpeft
 
 HOSTS = ("fedpeft-a", "fedpeft-b")
 
@@ -58,9 +59,9 @@ def test_two_machines_find_each_other_without_names(_two_machines: None, tmp_pat
         )
         for rank, host in enumerate(HOSTS)
     ]
-    processes.append(subprocess.Popen([*train, str(tmp_path / "alone.yaml")], env=usual))
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+        assert run_fedpeft(tmp_path, "train", "alone.yaml").returncode == 0
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

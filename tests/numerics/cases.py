@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-from fedpeft_dist.training.local_training import ClientUpdate
 from pydantic import TypeAdapter
 from torch import nn
 

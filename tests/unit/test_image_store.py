@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from fedpeft_dist.config.schema import DataConfig
 from fedpeft_dist.data import SOURCES, image_store, load_dataset, store_writer
 from fedpeft_dist.data.source import Contents, Part, Source
 from tests.data_fixtures import data_config, write_cifar100, write_image_folder
+from tests.warm_process import warm_context
 
 ROOT = Path(__file__).parents[2]
 
@@ -270,7 +270,7 @@ def open_slow(slow: SlowSource, config: DataConfig, start: object, results: obje
 
 
 def open_at_once(slow: SlowSource, config: DataConfig, count: int) -> list[tuple]:
-    context = multiprocessing.get_context("spawn")
+    context = warm_context()
     start, results = context.Barrier(count), context.Queue()
     processes = [context.Process(target=open_slow, args=(slow, config, start, results)) for _ in range(count)]
     for process in processes:

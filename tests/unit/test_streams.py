@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 import yaml
 
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
-from tests import warm_process
 from tests.tiny import tiny_tree
+from tests.warm_process import run_fedpeft
 
 PRINTS = """
 import sys
@@ -63,14 +62,8 @@ def test_a_character_that_cannot_be_printed_is_escaped(encoding: str, expected: 
 
 def run_with_full_stdout(folder: Path, *arguments: str) -> tuple[int, str]:
     """The exit code of a command whose stdout is on a full disk, and what it tells on stderr."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(warm_process.PRELOADED)
-    err = folder / "stderr"
-    err.write_text("")
-    process = context.Process(target=warm_process._run, args=(str(folder), arguments, "/dev/full", str(err)))
-    process.start()
-    process.join(120)
-    return process.exitcode, err.read_text()
+    done = run_fedpeft(folder, *arguments, stdout="/dev/full")
+    return done.returncode, done.stderr
 
 
 def test_a_run_goes_on_without_its_progress_and_other_commands_fail(tmp_path: Path) -> None:
