@@ -18,8 +18,8 @@ from torch import nn
 
 from fedpeft_dist.backbones import archives
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
-from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Filter, Fit, Target, first_convolutions
-from fedpeft_dist.backbones.names import classifiers_in
+from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Filter, Fit, Target
+from fedpeft_dist.backbones.names import layers_in
 from fedpeft_dist.backbones.normalization import tensor_names
 from fedpeft_dist.backbones.weight_files import read_weights
 from fedpeft_dist.backbones.wrappings import find_encoder
@@ -47,7 +47,7 @@ class WeightsFile:
         Raises:
             UnfitWeightsError: the file cannot be read, or it does not fit the model.
         """
-        heads = tuple(f"{name}." for name in classifiers_in(pretrained_cfg))
+        heads = tuple(f"{name}." for name in layers_in(pretrained_cfg, "classifier"))
         before = _versions(model)
         try:
             if self.path.name.lower().endswith(archives.SUFFIX):
@@ -97,7 +97,7 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ..
     """Loads a state. Skips a classifier of another shape, and adapts the first layer to the model's channels."""
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not (k.startswith(heads) and v.shape != own[k].shape)}
-    for name in first_convolutions(model):
+    for name in layers_in(model.pretrained_cfg, "first_conv"):
         weight = f"{name}.weight"
         if weight in state and state[weight].ndim == 4 and state[weight].shape[1] != own[weight].shape[1]:
             state[weight] = adapt_input_conv(own[weight].shape[1], state[weight])
