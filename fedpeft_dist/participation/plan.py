@@ -20,10 +20,9 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import Partition
 from fedpeft_dist.participation.availability import KEY as TRACE_KEY
 from fedpeft_dist.participation.availability import make_availability
-from fedpeft_dist.participation.course import RoundClock, RoundPlan
+from fedpeft_dist.participation.course import LocalWork, RoundClock, RoundPlan
 from fedpeft_dist.participation.devices import make_devices
 from fedpeft_dist.participation.dropout import make_dropout
-from fedpeft_dist.participation.local_work import LocalWork
 from fedpeft_dist.participation.sampling import Draw, WeightedOrder, first, poisson_draw, uniform_order
 from fedpeft_dist.participation.traces import digest
 
