@@ -106,8 +106,8 @@ class Course(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RoundClock:
-    """The times that all rounds of a run share."""
+class RoundRules:
+    """The rules that all rounds of a run share."""
 
     bytes_per_client: int
     """Bytes that a client receives, and bytes that it sends."""

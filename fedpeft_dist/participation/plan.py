@@ -20,7 +20,7 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import Partition
 from fedpeft_dist.participation.availability import KEY as TRACE_KEY
 from fedpeft_dist.participation.availability import make_availability
-from fedpeft_dist.participation.course import LocalWork, RoundClock, RoundPlan
+from fedpeft_dist.participation.course import LocalWork, RoundRules, RoundPlan
 from fedpeft_dist.participation.devices import make_devices
 from fedpeft_dist.participation.dropout import make_dropout
 from fedpeft_dist.participation.sampling import Draw, WeightedOrder, first, poisson_draw, uniform_order
@@ -51,7 +51,7 @@ class Participation:
         self.availability = make_availability(self.config, partition.num_clients, config.seed, self.holders)
         self.dropout = make_dropout(self.config.dropout, partition.num_clients, config.seed)
         self.devices = make_devices(self.config.devices, partition.num_clients, config.seed)
-        self.clock = RoundClock(
+        self.rules = RoundRules(
             bytes_per_client,
             self.config.deadline,
             keeps_partial=self.config.late == "partial",
@@ -102,7 +102,7 @@ class Participation:
             self._check_deadline(self.config.deadline)
 
     def _check_deadline(self, deadline: float) -> None:
-        devices, num_bytes, partial = self.devices, self.clock.bytes_per_client, self.clock.keeps_partial
+        devices, num_bytes, partial = self.devices, self.rules.bytes_per_client, self.rules.keeps_partial
         sizes, places = np.unique(self.partition.sizes(), return_inverse=True)  # many clients share few sizes
         works = [self._work(int(size)) for size in sizes]
         samples = np.array([work.samples(min(work.num_steps, 1 if partial else work.num_steps)) for work in works])
@@ -171,11 +171,11 @@ class Participation:
         selected = self.select(round_number)
         lost_after = self.dropout.progress(selected, round_number).tolist()
         courses = [
-            self.clock.course(client, self._work(self.partition.size(client)), speeds, lost_after=share)
+            self.rules.course(client, self._work(self.partition.size(client)), speeds, lost_after=share)
             for client, speeds, share in zip(selected.tolist(), self.devices.of(selected), lost_after)
         ]
         wanted = len(courses) if self.config.name == "poisson" else min(self.cohort, len(courses))
-        return self.clock.plan(courses, wanted)
+        return self.rules.plan(courses, wanted)
 
     def _local_work(self, num_samples: int) -> LocalWork:
         batch_size, num_steps = self.client_config.batch_size, self.client_config.num_steps(num_samples)
