@@ -20,7 +20,7 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import Partition
 from fedpeft_dist.participation.availability import KEY as TRACE_KEY
 from fedpeft_dist.participation.availability import make_availability
-from fedpeft_dist.participation.course import LocalWork, RoundRules, RoundPlan
+from fedpeft_dist.participation.course import LocalWork, RoundPlan, RoundRules
 from fedpeft_dist.participation.devices import make_devices
 from fedpeft_dist.participation.dropout import make_dropout
 from fedpeft_dist.participation.sampling import Draw, WeightedOrder, first, poisson_draw, uniform_order
