@@ -6,24 +6,30 @@ the loader gets the filter that the model's entry point names, which may differ 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os.path
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.models import _builder, adapt_input_conv, clean_state_dict
 from torch import nn
 
-from fedpeft_dist.backbones import archives
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
-from fedpeft_dist.backbones.fitting import LOOSE_FRESH, Filter, Fit, Target, first_convolutions
-from fedpeft_dist.backbones.names import classifiers_in
+from fedpeft_dist.backbones.fitting import LOOSE_FRESH, OTHER_MODEL, Filter, Fit, Target
+from fedpeft_dist.backbones.names import layers_in
 from fedpeft_dist.backbones.normalization import tensor_names
-from fedpeft_dist.backbones.weight_files import read_weights
+from fedpeft_dist.backbones.weight_files import check_content, read_weights
 from fedpeft_dist.backbones.wrappings import find_encoder
 
+ARCHIVE = ".npz"  # numpy arrays in the layout of JAX, which some timm models read with code of their own
+CLASSIFIERS = ("head/", "pre_logits/")
+POOLING = "MAPHead_0/"  # timm skips it for models that it loads loosely
+STACKED = "/encoderblock/"  # one array for all blocks
 MOCO_SMALL, MOCO_SMALL_HEADS = "vit_small", 12
 
 Loader = Callable[..., None]
@@ -47,11 +53,11 @@ class WeightsFile:
         Raises:
             UnfitWeightsError: the file cannot be read, or it does not fit the model.
         """
-        heads = tuple(f"{name}." for name in classifiers_in(pretrained_cfg))
+        heads = tuple(f"{name}." for name in layers_in(pretrained_cfg, "classifier"))
         before = _versions(model)
         try:
-            if self.path.name.lower().endswith(archives.SUFFIX):
-                archives.load_archive(model, self.path, strict)
+            if self.path.name.lower().endswith(ARCHIVE):
+                _load_archive(model, self.path, strict)
             else:
                 stored = read_weights(self.path)
                 self.names = tuple(tensor_names(stored))
@@ -97,7 +103,7 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ..
     """Loads a state. Skips a classifier of another shape, and adapts the first layer to the model's channels."""
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not (k.startswith(heads) and v.shape != own[k].shape)}
-    for name in first_convolutions(model):
+    for name in layers_in(model.pretrained_cfg, "first_conv"):
         weight = f"{name}.weight"
         if weight in state and state[weight].ndim == 4 and state[weight].shape[1] != own[weight].shape[1]:
             state[weight] = adapt_input_conv(own[weight].shape[1], state[weight])
@@ -128,3 +134,68 @@ def _check_written(model: nn.Module, before: Mapping[str, int], fresh: tuple[str
     after = _versions(model)
     missing = [name for name in after if after[name] == before.get(name) and not name.startswith(fresh)]
     Fit({}, model, missing, leftover=[], misshapen=[]).check()
+
+
+def _load_archive(model: nn.Module, path: Path, strict: bool) -> None:
+    """Lets a model read an archive, and checks that it reads every array of the encoder.
+
+    Raises:
+        UnfitWeightsError: the model reads no archives, the archive lacks an array, or the model leaves one unread.
+    """
+    check_content(path)
+    if not hasattr(model, "load_pretrained"):
+        raise UnfitWeightsError(f"cannot be loaded ({type(model).__name__} of timm reads no {ARCHIVE} files)")
+    with np.load(path) as archive:
+        names = archive.files
+    with _noting_reads() as read:
+        try:
+            model.load_pretrained(str(path))
+        except KeyError as error:
+            raise UnfitWeightsError(
+                f"cannot be loaded ({one_line(error)}); give {_archive_advice(names, str(error))}"
+            ) from error
+    root = os.path.commonpath(sorted(read))
+    root = f"{root}/" if root else ""  # the archive may hold other towers
+    spare = CLASSIFIERS if strict else (*CLASSIFIERS, POOLING)
+    for name in sorted(set(names) - read.keys()):
+        if name.startswith(root) and not name.removeprefix(root).startswith(spare):
+            raise UnfitWeightsError(f"has more than the model, {name!r} among it; give {_archive_advice(names, name)}")
+    for name, length in read.items():
+        if STACKED in name and length != len(model.blocks):
+            raise UnfitWeightsError(
+                f"has {length} blocks, as in {name!r}, and the model {len(model.blocks)}; "
+                f"give backbone.model_args: {{depth: {length}}}, or another backbone.name"
+            )
+
+
+def _archive_advice(names: Iterable[str], name: str) -> str:
+    """The config key that would help, given the archive's names and the name that is left over or missing."""
+    if "/encoderblock_" in name:
+        blocks = {found[1] for found in map(re.compile(r".*/encoderblock_(\d+)/").match, names) if found}
+        argument = f"depth: {len(blocks)}"
+    elif POOLING in name:
+        argument = f"global_pool: {'map' if name in names else 'token'}"
+    elif "/encoder_norm/" in name:
+        argument = "fc_norm: false"
+    else:
+        return OTHER_MODEL
+    return f"backbone.model_args: {{{argument}}}, or another backbone.name"
+
+
+@contextmanager
+def _noting_reads() -> Iterator[dict[str, int]]:
+    """Collects the name of each array that is read from an archive, and the length of its first axis."""
+    read: dict[str, int] = {}
+    archive_type = np.lib.npyio.NpzFile
+    plain = archive_type.__getitem__
+
+    def note(archive: Any, name: str) -> Any:
+        array = plain(archive, name)
+        read[name] = len(array) if array.ndim else 1
+        return array
+
+    archive_type.__getitem__ = note
+    try:
+        yield read
+    finally:
+        archive_type.__getitem__ = plain

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fedpeft_dist.backbones.errors import UnfitWeightsError
+from fedpeft_dist.backbones.names import layers_in
 
 State = Mapping[str, torch.Tensor]
 Filter = Callable[..., State]
@@ -162,7 +163,7 @@ class Fit:
 def compare(state: State, target: Target) -> Fit:
     """How a file's tensors, in timm's layout, fit a model."""
     own = target.model.state_dict()
-    stems = tuple(f"{name}.weight" for name in first_convolutions(target.model))
+    stems = tuple(f"{name}.weight" for name in layers_in(target.model.pretrained_cfg, "first_conv"))
     needed = [name for name, tensor in own.items() if tensor.is_floating_point() and not name.startswith(target.heads)]
     fresh, spare = ((), ()) if target.strict else (LOOSE_FRESH, LOOSE_LEFTOVERS)
 
@@ -185,12 +186,6 @@ def compare(state: State, target: Target) -> Fit:
 def is_encoder(name: str) -> bool:
     """Whether a tensor's name may belong to an encoder."""
     return OTHER_PARTS.search(name.partition(".")[0]) is None
-
-
-def first_convolutions(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that take the image. Their weights can be adapted to another number of channels."""
-    names = model.pretrained_cfg.get("first_conv") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _count_blocks(names: Iterable[str]) -> dict[str, int]:

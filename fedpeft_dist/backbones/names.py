@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import timm
 
@@ -40,7 +40,7 @@ def names_with_weights(name: str) -> list[str]:
     return timm.list_models(name.partition(".")[0], pretrained=True)
 
 
-def classifiers_in(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classifier layers, from timm's config of a model."""
-    names = pretrained_cfg.get("classifier")
+def layers_in(pretrained_cfg: Mapping[str, Any], key: Literal["classifier", "first_conv"]) -> tuple[str, ...]:
+    """Names of the classifier layers, or of the layers that take the image, from timm's config of a model."""
+    names = pretrained_cfg.get(key)
     return (names,) if isinstance(names, str) else tuple(names or ())

@@ -17,7 +17,7 @@ from fedpeft_dist.backbones.checkpoints import WeightsFile, loading_with
 from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, build_glyph_vit
 from fedpeft_dist.backbones.hub import PretrainedWeights
-from fedpeft_dist.backbones.names import GLYPH_VIT, check_name, classifiers_in
+from fedpeft_dist.backbones.names import GLYPH_VIT, check_name, layers_in
 from fedpeft_dist.backbones.normalization import normalization_of, warn_of_origin
 from fedpeft_dist.backbones.weight_files import check_checkpoint
 from fedpeft_dist.config.errors import ConfigError
@@ -191,7 +191,7 @@ def _weights_file(config: BackboneConfig) -> WeightsFile | None:
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of a model's classifier layers, from timm's config."""
-    return classifiers_in(model.pretrained_cfg)
+    return layers_in(model.pretrained_cfg, "classifier")
 
 
 def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
@@ -201,7 +201,7 @@ def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
         ConfigError: the name is unknown.
     """
     check_name(config.name)
-    return classifiers_in(_default_cfg(config))
+    return layers_in(_default_cfg(config), "classifier")
 
 
 def _hash_tensors(model: nn.Module) -> str:

@@ -53,11 +53,6 @@ class Part:
         return self.error is None and self.fit.is_complete
 
     @property
-    def faults(self) -> int:
-        """Number of the model's tensors that the part does not fill."""
-        return len(self.fit.missing) + len(self.fit.misshapen)
-
-    @property
     def rank(self) -> tuple[bool, int]:
         """Place in the order of preference; smaller is better."""
         words = set(self.place.replace("/", ".").split("."))
@@ -76,7 +71,7 @@ def find_encoder(stored: Mapping[str, Any], target: Target) -> State:
         raise UnfitWeightsError("cannot be loaded (it holds no tensors by name)")
     fitting = sorted((part for part in parts if part.fits), key=lambda part: part.rank)
     if not fitting:
-        _refuse(min(parts, key=lambda part: part.faults), stored, target)
+        _refuse(min(parts, key=lambda part: len(part.fit.missing) + len(part.fit.misshapen)), stored, target)
     best = fitting[0]
     equal = [part.place for part in fitting if part.rank == best.rank]
     if len(equal) > 1:

@@ -97,12 +97,8 @@ class FoldedLaneModel:
         return (module for module in self.backbone.model.modules() if isinstance(module, LaneModule))
 
 
-MATRIX_PRODUCTS = (
-    nn.functional.linear,
-    nn.functional.conv1d,
-    nn.functional.conv2d,
-    nn.functional.conv3d,
-    nn.functional.conv_transpose2d,
+MATRIX_PRODUCTS = tuple(
+    getattr(nn.functional, name) for name in ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d")
 )
 
 

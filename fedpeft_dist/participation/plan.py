@@ -21,10 +21,9 @@ from fedpeft_dist.data.partition import Partition
 from fedpeft_dist.lanes.wire import Traffic
 from fedpeft_dist.participation.availability import KEY as TRACE_KEY
 from fedpeft_dist.participation.availability import make_availability
-from fedpeft_dist.participation.course import RoundClock, RoundPlan
+from fedpeft_dist.participation.course import LocalWork, RoundPlan, RoundRules
 from fedpeft_dist.participation.devices import make_devices
 from fedpeft_dist.participation.dropout import make_dropout
-from fedpeft_dist.participation.local_work import LocalWork
 from fedpeft_dist.participation.sampling import Draw, WeightedOrder, first, poisson_draw, uniform_order
 from fedpeft_dist.participation.traces import digest
 
@@ -53,7 +52,7 @@ class Participation:
         self.availability = make_availability(self.config, partition.num_clients, config.seed, self.holders)
         self.dropout = make_dropout(self.config.dropout, partition.num_clients, config.seed)
         self.devices = make_devices(self.config.devices, partition.num_clients, config.seed)
-        self.clock = RoundClock(
+        self.rules = RoundRules(
             traffic,
             self.config.deadline,
             keeps_partial=self.config.late == "partial",
@@ -104,7 +103,7 @@ class Participation:
             self._check_deadline(self.config.deadline)
 
     def _check_deadline(self, deadline: float) -> None:
-        devices, traffic, partial = self.devices, self.clock.traffic, self.clock.keeps_partial
+        devices, traffic, partial = self.devices, self.rules.traffic, self.rules.keeps_partial
         sizes, places = np.unique(self.partition.sizes(), return_inverse=True)  # many clients share few sizes
         works = [self._work(int(size)) for size in sizes]
         samples = np.array([work.samples(min(work.num_steps, 1 if partial else work.num_steps)) for work in works])
@@ -176,11 +175,11 @@ class Participation:
         selected = self.select(round_number)
         lost_after = self.dropout.progress(selected, round_number).tolist()
         courses = [
-            self.clock.course(client, self._work(self.partition.size(client)), speeds, lost_after=share)
+            self.rules.course(client, self._work(self.partition.size(client)), speeds, lost_after=share)
             for client, speeds, share in zip(selected.tolist(), self.devices.of(selected), lost_after)
         ]
         wanted = len(courses) if self.config.name == "poisson" else min(self.cohort, len(courses))
-        return self.clock.plan(courses, wanted)
+        return self.rules.plan(courses, wanted)
 
     def _local_work(self, num_samples: int) -> LocalWork:
         batch_size, num_steps = self.client_config.batch_size, self.client_config.num_steps(num_samples)

@@ -2,6 +2,7 @@
 
 Everything is known before training. Who takes part in which round, with how many local steps, follows from the config,
 the seed and the round, and so does what is released. Clients' sizes, the schedule and the partition are public.
+So it is also public which clients have samples. Only these clients are drawn.
 """
 
 from __future__ import annotations
@@ -21,11 +22,7 @@ from fedpeft_dist.privacy.accounting import Releases
 
 
 class PrivacyPlan(ABC):
-    """The common part of the plans of all mechanisms with a guarantee.
-
-    Raises:
-        ConfigError: no noise meets the target, or the budget does not last for one round.
-    """
+    """The common part of the plans of all mechanisms with a guarantee."""
 
     num_rounds: int
     """`federation.rounds`, or fewer if `privacy.stop_at_epsilon` does not last for so many."""

@@ -8,30 +8,12 @@ from fedpeft_dist.config.schema import PaperNoise, PrivacyConfig, SamplePrivacy,
 
 # Numbers computed from training data, and numbers that tell who was in a cohort.
 _FROM_DATA = (
-    "train_loss",
-    "rejected",
-    "accuracy",
-    "samples",
-    "samples_per_second",
-    "seconds",
-    "peak_memory_bytes",
-    "partition",
-)
+    "train_loss", "rejected", "accuracy", "samples", "samples_per_second", "seconds", "peak_memory_bytes", "partition",
+)  # fmt: skip
 _FROM_COHORT = (
-    "cohort",
-    "uplink_bytes",
-    "downlink_bytes",
-    "selected",
-    "dropped",
-    "late",
-    "partial",
-    "wasted_samples",
-    "simulated_seconds",
-    "uplink_bytes_total",
-    "downlink_bytes_total",
-    "participation",
-    "simulated_hours",
-)
+    "cohort", "uplink_bytes", "downlink_bytes", "selected", "dropped", "late", "partial", "wasted_samples",
+    "simulated_seconds", "uplink_bytes_total", "downlink_bytes_total", "participation", "simulated_hours",
+)  # fmt: skip
 
 
 def outside(privacy: PrivacyConfig) -> tuple[str, ...]:

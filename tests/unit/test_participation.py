@@ -16,8 +16,8 @@ from scipy.stats import chi2
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.participation.availability import Diurnal
+from fedpeft_dist.participation.course import LocalWork
 from fedpeft_dist.participation.dropout import make_dropout
-from fedpeft_dist.participation.local_work import LocalWork
 from fedpeft_dist.participation.plan import Participation
 from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, make_participation, write_trace
 
