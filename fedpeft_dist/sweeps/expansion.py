@@ -14,19 +14,12 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import (
-    explain_message,
-    merge_trees,
-    named_beside,
-    nest_keys,
-    parse_config,
-    parse_overrides,
-    read_tree,
-    read_yaml,
-    with_values,
-)
+from fedpeft_dist.config.explain import explain_message
+from fedpeft_dist.config.load import extended_file, is_sweep, load_run_config, parse_config, read_tree, with_values
 from fedpeft_dist.config.paths import UserPath, derived_name
 from fedpeft_dist.config.schema import RunConfig, Section
+from fedpeft_dist.config.trees import merge_trees, nest_keys, parse_overrides
+from fedpeft_dist.config.yaml_text import read_yaml
 from fedpeft_dist.tracking.run_directory import RunDirectory
 
 Choice = dict[str, Any]
@@ -91,6 +84,18 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     if not cells:
         raise ConfigError(f"{path}: a sweep without axes and cells has nothing to run; give one of them")
     return list(cells.values())
+
+
+def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """A sweep's cells; of a config that is no sweep, its run as the only cell.
+
+    Raises:
+        ConfigError: a file or a key that is not valid.
+    """
+    if is_sweep(read_yaml(path)):
+        return load_sweep(path, overrides)
+    config = load_run_config(path, overrides)
+    return [Cell(0, config.output.name, config)]
 
 
 def pick_cell(cells: Sequence[Cell], index: int, path: Path) -> Cell:
@@ -189,11 +194,7 @@ def _refuse_own_place(tree: Mapping[str, Any], keys: Sequence[str], where: str) 
 def _extended(choice: Choice, base: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Where the config file that a choice extends differs from the base; nothing where it extends none."""
     parent = choice.get("extends")
-    if parent is None:
-        return {}
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends: {parent!r} is not a path relative to this file")
-    return _differences(read_tree(named_beside(path, "extends", parent)), base)
+    return {} if parent is None else _differences(read_tree(extended_file(path, parent)), base)
 
 
 def _differences(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

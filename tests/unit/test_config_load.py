@@ -14,10 +14,10 @@ from fedpeft_dist.config.load import (
     dump_config,
     load_config,
     parse_config,
-    read_yaml,
     result_keys,
     with_values,
 )
+from fedpeft_dist.config.yaml_text import read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Load = Callable[..., schema.RunConfig]
