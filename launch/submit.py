@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import submitit
 import typer
@@ -42,12 +42,14 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, Uncomplet
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from submitit.slurm.slurm import _make_sbatch_string
 
-from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, Overrides, UsageError, user_path
-from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import default_run_name, is_sweep, load_config, read_yaml, with_values
+from fedpeft_dist.cli import Overrides
+from fedpeft_dist.config.errors import ConfigError, one_line
+from fedpeft_dist.config.load import is_sweep
+from fedpeft_dist.config.yaml_text import read_yaml
+from fedpeft_dist.runtime.command import EXIT_MISTAKE, leave_interrupted, run_app, user_path
 from fedpeft_dist.runtime.interrupts import listen_for_stop
 from fedpeft_dist.runtime.streams import open_streams
-from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, work_through
+from fedpeft_dist.sweeps import Cell, cell_state, load_cells, work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
 # --- in the job --------------------------------------------------------------------------------------------------
@@ -81,8 +83,9 @@ class Job:
             signal.signal(warning, remember)
             try:
                 outcome = work_through(self.cells, stop)
-            except ConfigError as error:
-                fail(error)
+            except ConfigError as error:  # each rank has a log of its own, so each of them says why it ends
+                print(f"error: {one_line(error)}", file=sys.stderr)
+                raise SystemExit(EXIT_MISTAKE) from None
         signal.signal(warning, signal.SIG_IGN)  # all is done, and it would make a failure of that
         if outcome.interrupted and here.global_rank == 0:
             if callable(requeue) and (_is_running(here.job_id) if here.cluster == "slurm" else was_warned):
@@ -90,8 +93,7 @@ class Job:
                     requeue(warning, None)  # submitit's handler: it calls `checkpoint`, requeues, and ends this process
                 except (UncompletedJobError, subprocess.SubprocessError) as error:  # --max-timeouts, or Slurm's refusal
                     print(error, file=sys.stderr)
-            print("interrupted; submit it again to go on", file=sys.stderr)
-            raise SystemExit(EXIT_INTERRUPTED)
+            leave_interrupted("submit it again to go on")
         if outcome.failed:
             raise SystemExit(1)
 
@@ -119,14 +121,8 @@ def _is_running(job: str) -> bool:
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             reason = error.stderr or str(error)
             time.sleep(seconds)
-    print(f"squeue does not answer ({' '.join(reason.split())}), so the job is not requeued", file=sys.stderr)
+    print(f"squeue does not answer ({one_line(reason)}), so the job is not requeued", file=sys.stderr)
     return False
-
-
-def fail(error: Exception) -> NoReturn:
-    message = error.format_message() if isinstance(error, UsageError) else str(error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(EXIT_MISTAKE)
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -198,7 +194,10 @@ def submit(
         bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
     ] = False,
 ) -> None:
-    cells, home = find_cells(config, overrides or ())
+    cells = load_cells(config, overrides or ())
+    home = cells[0].directory.path
+    if is_sweep(read_yaml(config)):
+        home = home.parent
     waiting = list(find_unfinished(cells))
     if not waiting:
         print(f"nothing to submit: {len(cells)} complete in {home}")
@@ -277,24 +276,6 @@ def submit(
     if len(cells) > 1:
         follow.append(shlex.join(["fedpeft", "sweep", "list", str(config), *(overrides or ())]))
     print(f"follow:    {'; '.join(follow)}")
-
-
-def find_cells(path: Path, overrides: Sequence[str]) -> tuple[list[Cell], Path]:
-    """A sweep's cells and the folder of their directories, or a single run and its directory.
-
-    Raises:
-        ConfigError: a file or a key that is not valid.
-    """
-    if is_sweep(read_yaml(path)):
-        cells = load_sweep(path, overrides)
-        home = cells[0].directory.path.parent
-    else:
-        config = load_config(path, overrides)
-        if config.output.name is None:
-            config = with_values(config, "output", name=default_run_name(path, config))
-        cells = [Cell(0, config.output.name, config)]
-        home = cells[0].directory.path
-    return cells, home
 
 
 def find_unfinished(cells: Sequence[Cell]) -> Iterator[Cell]:
@@ -378,14 +359,5 @@ def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:
     return found
 
 
-def main() -> None:
-    open_streams()
-    try:
-        if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
-            raise SystemExit(1)
-    except (ConfigError, UsageError) as error:
-        fail(error)
-
-
 if __name__ == "__main__":
-    main()
+    run_app(app)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,10 +32,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, UsageError, user_path
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.runtime.command import EXIT_MISTAKE, leave_interrupted, run_app, user_path
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
-from fedpeft_dist.runtime.streams import open_streams
 from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, record_failure
 from fedpeft_dist.sweeps.attempts import Attempt, Task
 from fedpeft_dist.sweeps.places import Place, find_places
@@ -96,8 +94,7 @@ def sweep(
         f"to compare them: fedpeft report {min(str(folder), os.path.relpath(folder), key=len)}"
     )
     if sum(counts[state] for state in (COMPLETE, SKIPPED, FAILED)) < len(tasks):
-        print("interrupted; run the same command to go on", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED)
+        leave_interrupted()
     raise SystemExit(1 if counts[FAILED] else 0)
 
 
@@ -309,18 +306,5 @@ def _time(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def main() -> None:
-    open_streams()
-    try:
-        if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
-            raise SystemExit(1)
-    except (ConfigError, UsageError) as error:
-        message = error.format_message() if isinstance(error, UsageError) else str(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(EXIT_MISTAKE) from None
-    except (typer.Abort, KeyboardInterrupt):
-        raise SystemExit(1) from None
-
-
 if __name__ == "__main__":
-    main()
+    run_app(app)

@@ -22,7 +22,7 @@ choices and its seed, and its run lies in the directory of that name: so any num
 list, a run's lock tells what is being worked at, its state what is complete.
 """
 
-from fedpeft_dist.sweeps.expansion import Cell, load_sweep, pick_cell
+from fedpeft_dist.sweeps.expansion import Cell, load_cells, load_sweep, pick_cell
 from fedpeft_dist.sweeps.workers import Outcome, cell_rows, cell_state, count_states, record_failure, work_through
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "cell_rows",
     "cell_state",
     "count_states",
+    "load_cells",
     "load_sweep",
     "pick_cell",
     "record_failure",
