@@ -1,4 +1,4 @@
-"""From a sweep file to its cells: which runs there are, in which order, under which names."""
+"""From a sweep file to its cells: their configs, their order and their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 class SweepFile(Section):
-    """What a sweep file may hold."""
+    """The keys of a sweep file."""
 
     base: UserPath
     output: UserPath | None = None
@@ -52,10 +52,10 @@ class Cell:
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """A sweep's cells in their order; `key=value` overrides go over every one of them.
+    """A sweep's cells in their order; `key=value` overrides apply to all of them.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown key, a config that is not valid, two cells of one name.
+        ConfigError: a file cannot be read, a key or a config is not valid, or two cells have the same name.
     """
     sweep = _read_sweep(path)
     base = read_tree(path.parent / sweep.base)
@@ -87,7 +87,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
 
 
 def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """A sweep's cells; of a config that is no sweep, its run as the only cell.
+    """A sweep's cells; for a run's config, that run as the only cell.
 
     Raises:
         ConfigError: a file or a key that is not valid.
@@ -117,7 +117,7 @@ def _read_sweep(path: Path) -> SweepFile:
 
 
 def _explain(item: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in words; of an axis that is neither a mapping nor a list, the mapping's comes first."""
+    """One of pydantic's errors in words. For an axis, which may be a mapping or a list, the mapping's comes first."""
     location = [str(part) for part in item["loc"] if not str(part).startswith("dict[")]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
@@ -137,7 +137,7 @@ def _explain(item: Mapping[str, Any]) -> str:
 
 
 def _variants(sweep: SweepFile, path: Path) -> Iterator[tuple[str, list[Choice]]]:
-    """The name and the choices of each combination of the axes, and then of each further cell."""
+    """The name and the choices of each combination of the axes, then those of each further cell."""
     for key, axis in sweep.axes.items():
         if not axis:
             raise ConfigError(f"{path}: axes.{key}: no values; give some, or leave the axis out")
@@ -167,7 +167,7 @@ def _axis_choices(
 
 
 def _short_name(key: str, axes: Mapping[str, Any]) -> str:
-    """The last part of a key, or as many as tell it from the other axes' keys."""
+    """The last part of a key, or as many parts as distinguish it from the other axes' keys."""
     parts = key.split(".")
     for count in range(1, len(parts)):
         short = ".".join(parts[-count:])
@@ -179,7 +179,7 @@ def _short_name(key: str, axes: Mapping[str, Any]) -> str:
 def _refuse_own_place(tree: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
     """
     Raises:
-        ConfigError: a key that the sweep itself gives every cell.
+        ConfigError: the tree has a key that the sweep itself gives every cell.
     """
     for key in keys:
         section, _, leaf = key.rpartition(".")
@@ -192,13 +192,13 @@ def _refuse_own_place(tree: Mapping[str, Any], keys: Sequence[str], where: str) 
 
 
 def _extended(choice: Choice, base: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Where the config file that a choice extends differs from the base; nothing where it extends none."""
+    """The keys in which the config file that a choice extends differs from the base; empty if it extends none."""
     parent = choice.get("extends")
     return {} if parent is None else _differences(read_tree(extended_file(path, parent)), base)
 
 
 def _differences(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a tree whose values are not the base's; a section that chooses another name is taken whole."""
+    """The keys whose values differ from the base's. A section that chooses another name is taken whole."""
     found = {}
     for key, value in tree.items():
         old = base.get(key)
@@ -216,7 +216,7 @@ def _own_keys(choice: Choice) -> dict[str, Any]:
 
 
 def _checked_name(name: str, path: Path) -> str:
-    """A choice's name, which becomes part of a directory's."""
+    """The name of a choice, which becomes part of a directory's name."""
     if not _FILE_NAME.fullmatch(name):
         raise ConfigError(
             f"{path}: {name!r} cannot be part of a directory's name; give the choice a name of letters, digits, '.', "
