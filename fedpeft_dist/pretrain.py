@@ -1,7 +1,7 @@
 """Rebuild the embedded backbone: supervised pre-training on distorted printed letters, on the CPU.
 
-The task: name a Latin letter, whatever its font and its distortion; letters that differ in size only (c and
-C) share a class. No digits, and no handwriting, are used anywhere. docs/glyph_vit.md holds what it reached.
+The task is to name a Latin letter, whatever its font and its distortion. Letters that differ in size only (c and C)
+share a class. Neither digits nor handwriting are used. docs/glyph_vit.md reports the results.
 
 Shapes: C letters, F fonts, N images, S the side of an image.
 """
@@ -44,11 +44,16 @@ def pretrain(
 ) -> dict[str, float | int | str]:
     """Train from scratch and write the weights, without the head, to `output` (safetensors, float32).
 
-    The defaults are the shipped recipe; its learning rate climbs over the first fifteenth of the steps. The
-    result holds the held-out accuracy (new distortions of the same letters and fonts), the seconds, and the
-    file's bytes and sha256, which repeats on one machine for the same arguments. The process's thread count
-    is set to `threads` meanwhile. Raises ValueError for a size below 1, and ConfigError, before any training,
-    where `output` cannot be written.
+    The defaults are the shipped recipe. The learning rate climbs over the first fifteenth of the steps. The process's
+    thread count is `threads` meanwhile. On one machine, the same arguments give the same file.
+
+    Returns:
+        The held-out accuracy (on new distortions of the same letters and fonts), the seconds, and the file's size and
+        sha256.
+
+    Raises:
+        ValueError: a size is below 1.
+        ConfigError: `output` cannot be written; found before any training.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size), ("held_out_images", held_out_images)):
         if value < 1:
@@ -94,7 +99,7 @@ def pretrain(
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files can be put into a folder, which need not exist yet."""
+    """Whether files can be put into a folder, which may not exist yet."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)
 

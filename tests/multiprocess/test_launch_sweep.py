@@ -90,7 +90,7 @@ def digest(run: Path) -> str:
     return json.loads((run / "summary.json").read_text())["weights_sha256"]
 
 
-def test_cells_fail_alone_and_a_killed_one_is_tried_again(make_sweep: Callable, start: Callable) -> None:
+def test_a_failed_cell_stops_no_other_and_a_killed_one_is_retried(make_sweep: Callable, start: Callable) -> None:
     long, impossible = {"federation.rounds": ROUNDS}, {"data.clients": 5000}
     sweep = make_sweep(killed=long, impossible=impossible, quick={"client.optimizer.lr": 0.1})
     runner = start(SCRIPT, sweep, *TWO_WORKERS)

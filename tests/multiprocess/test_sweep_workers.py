@@ -71,7 +71,7 @@ def runs(sweep: Path) -> dict[str, RunDirectory]:
     return {path.parent.name: RunDirectory(path.parent) for path in sorted((sweep.parent / "out").glob("*/state.json"))}
 
 
-def test_two_workers_share_the_cells_and_a_failure_stops_nobody(sweep: Path) -> None:
+def test_two_workers_divide_the_cells_and_a_failure_stops_neither(sweep: Path) -> None:
     results = [finish(worker) for worker in [start(sweep), start(sweep)]]
     assert [code for code, _, _ in results] == [1, 1]
     for _, _, errors in results:
@@ -99,7 +99,7 @@ def test_two_workers_share_the_cells_and_a_failure_stops_nobody(sweep: Path) -> 
     assert output.splitlines()[-1] == "6 skipped, 2 failed"
 
 
-def test_one_cell_by_its_index_is_the_same_run_as_train(sweep: Path) -> None:
+def test_a_cell_run_by_index_equals_train(sweep: Path) -> None:
     assert run_sweep(sweep, "--index", "3")[0] == 0
     found = runs(sweep)
     assert list(found) == ["lr0.1-seed2"]
@@ -154,7 +154,7 @@ def test_a_cell_is_the_same_on_two_ranks_with_augmentation(sweep: Path) -> None:
     assert one["weights_sha256"] == two["weights_sha256"]
 
 
-def test_several_ranks_need_to_be_told_which_cell(sweep: Path) -> None:
+def test_several_ranks_need_an_index(sweep: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "fedpeft_dist", "sweep", "run", str(sweep)]
     finished = subprocess.run(command, cwd=sweep.parent, capture_output=True, text=True, timeout=300)

@@ -114,7 +114,7 @@ def whole(folder: Path) -> Iterator[Whole]:
 
 
 @pytest.mark.slow
-def test_a_lost_node_s_process_is_relieved_by_the_next_attempt(cluster: Cluster, folder: Path, whole: Whole) -> None:
+def test_the_next_attempt_takes_over_from_a_lost_node(cluster: Cluster, folder: Path, whole: Whole) -> None:
     lost = submit(cluster, folder, "lost")
     process = lost.hold()
     node = lost.job.show()["NodeList"]
@@ -180,7 +180,7 @@ def test_a_job_at_its_time_limit_goes_on(cluster: Cluster, folder: Path, whole: 
     assert "this job is timed-out" in limited.job.read_log()
 
 
-def test_a_cancelled_job_stays_away(cluster: Cluster, folder: Path) -> None:
+def test_a_cancelled_job_is_not_requeued(cluster: Cluster, folder: Path) -> None:
     cancelled = submit(cluster, folder, "cancelled")
     cancelled.wait_for_rounds()
     cluster.run("scancel", str(cancelled.job.number))

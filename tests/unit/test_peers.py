@@ -88,7 +88,7 @@ def start(store: dist.Store, rank: int, world_size: int) -> Peers:
     return found
 
 
-def test_ranks_that_live_and_leave_lose_nobody(store: dist.Store, exits: Exits) -> None:
+def test_no_rank_is_lost_while_ranks_run_and_leave(store: dist.Store, exits: Exits) -> None:
     made = [make(store, rank, 3) for rank in range(3)]
     for one in made:
         one.start()
@@ -121,7 +121,7 @@ def test_a_process_that_has_ended_is_lost_at_once(
     assert exits.codes == [1]
 
 
-def test_who_ends_by_itself_is_not_ended(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
+def test_a_rank_that_ends_by_itself_is_not_killed(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
     introduce(store, member_of(process, 1))
     watcher = start(store, 0, 2)
     process.kill()
@@ -142,7 +142,7 @@ def test_a_silent_rank_is_lost_after_a_while(store: dist.Store, exits: Exits, pr
     watcher.leave(loss)
 
 
-def test_a_rank_that_has_failed_says_so(store: dist.Store, exits: Exits) -> None:
+def test_a_failed_rank_is_reported(store: dist.Store, exits: Exits) -> None:
     first, second = make(store, 0, 2), make(store, 1, 2)
     first.start()
     second.start()
@@ -153,7 +153,7 @@ def test_a_rank_that_has_failed_says_so(store: dist.Store, exits: Exits) -> None
     second.leave(loss)
 
 
-def test_one_rank_tells(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
+def test_only_one_rank_prints_the_loss(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
     introduce(store, member_of(process, 0))
     made = [make(store, rank, 4) for rank in (1, 2, 3)]
     for one in made:
@@ -168,7 +168,7 @@ def test_one_rank_tells(store: dist.Store, exits: Exits, process: subprocess.Pop
     assert [loss.is_told for loss in losses[1:]] == [False, False]
 
 
-def test_a_number_that_another_process_has_now(process: subprocess.Popen) -> None:
+def test_a_reused_process_number_counts_as_ended(process: subprocess.Popen) -> None:
     member = member_of(process, 1)
     assert not member.has_ended(member.place)
     later = Member(1, member.host, member.pid, "1", member.place)
@@ -178,7 +178,7 @@ def test_a_number_that_another_process_has_now(process: subprocess.Popen) -> Non
     assert not nowhere.has_ended("")
 
 
-def test_the_end_of_the_store(exits: Exits) -> None:
+def test_the_end_of_rank_0s_store_is_reported(exits: Exits) -> None:
     """Rank 0's store ends with rank 0."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
     first = make(server, 0, 2)
@@ -236,7 +236,7 @@ def agent() -> Iterator[Agent]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_end_of_an_agents_store(agent: Agent, exits: Exits, number: signal.Signals) -> None:
+def test_the_end_of_an_agents_store_is_reported(agent: Agent, exits: Exits, number: signal.Signals) -> None:
     """Also where it is the end of another machine's agent, of which nobody tells this one's ranks."""
     ranks = agent.start_ranks()
     time.sleep(5 * BEAT)
@@ -251,7 +251,7 @@ def test_the_end_of_an_agents_store(agent: Agent, exits: Exits, number: signal.S
     assert time.monotonic() - started < 5
 
 
-def test_a_store_that_an_agent_serves_may_hiccup(agent: Agent, exits: Exits) -> None:
+def test_reconnects_to_an_agents_store(agent: Agent, exits: Exits) -> None:
     ranks = agent.start_ranks()
     time.sleep(5 * BEAT)
     assert agent.break_connections() == 2
@@ -261,7 +261,7 @@ def test_a_store_that_an_agent_serves_may_hiccup(agent: Agent, exits: Exits) -> 
     ranks[1].leave()
 
 
-def test_a_rank_that_is_lost_before_it_is_made(exits: Exits) -> None:
+def test_a_rank_lost_while_the_group_is_formed_is_named(exits: Exits) -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=1))
     first = make(server, 0, 2)
     with pytest.raises(PeerLostError, match="rank 1 was lost while the group was formed") as caught:
