@@ -214,53 +214,35 @@ def submit(
         raise ConfigError(f"--tasks-per-node: {ranks}, but --cluster debug is this process; give 1")
     if signal_delay >= 60 * minutes:
         raise ConfigError(f"--signal-delay: {signal_delay} s of the {60 * minutes} s that a job has; give less")
-
-    lines, after = [_setup_line(text) for text in setup or ()], []
-    if nodes > 1:
-        lines.append("set +e")  # the lines after srun must run, whatever the lines before it set
-        after = ["code=$?", *REQUEUE.read_text(encoding="utf-8").splitlines()]
-        after += [f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {MAX_REQUEUES} ] || ! has_lost_node $code ||']
-        after += ["    scontrol requeue $job", "exit $code"]
-    common = {"signal_delay_s": signal_delay, "stderr_to_stdout": True, **({"setup": lines} if lines else {})}
-    if cluster is Cluster.slurm:
-        given = {
-            "job_name": cells[0].name if len(cells) == 1 else config.stem,
-            "time": minutes,
-            "nodes": nodes,
-            "ntasks_per_node": tasks_per_node,
-            "gpus_per_node": gpus_per_node,
-            "cpus_per_task": cpus_per_task,
-            "partition": partition,
-            "account": account,
-            "qos": qos,
-            "constraint": constraint,
-            "array_parallelism": array_parallelism,
-            "teardown": after or None,
-            # Since Slurm 22.05, srun no longer takes the CPUs from sbatch. Ranks that lose another have a minute to say
-            # why they end.
-            "srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=60"],
-            "additional_parameters": {"requeue": True, **_parse_directives(slurm or ())},
-        }
-        parameters = common | {key: value for key, value in given.items() if value is not None}
-    else:
-        parameters = common | {
-            "timeout_min": minutes,
-            "tasks_per_node": tasks_per_node,
-            "gpus_per_node": gpus_per_node or 0,
-        }
     if "%" in str(home.absolute()):
         raise ConfigError(
             f"{home.absolute()}: Slurm and submitit take % for a pattern in the paths of logs, which go below this "
             "folder; give output.root and output.name without %"
         )
+    parameters: dict[str, Any] = {"signal_delay_s": signal_delay, "stderr_to_stdout": True}
+    if cluster is not Cluster.slurm:
+        parameters |= {"timeout_min": minutes, "tasks_per_node": tasks_per_node, "gpus_per_node": gpus_per_node or 0}
+    else:
+        # Since Slurm 22.05, srun no longer takes the CPUs from sbatch. Ranks that lose another have a minute to say why
+        # they end.
+        srun = [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=60"]
+        parameters |= {
+            "job_name": cells[0].name if len(cells) == 1 else config.stem,
+            "time": minutes,
+            "nodes": nodes,
+            "ntasks_per_node": tasks_per_node,
+            "cpus_per_task": cpus_per_task,
+            "array_parallelism": array_parallelism,
+            "srun_args": srun,
+            "additional_parameters": {"requeue": True, **_parse_directives(slurm or ())},
+        }
+        asked = {"gpus_per_node": gpus_per_node, "partition": partition, "account": account, "qos": qos}
+        asked |= {"constraint": constraint}
+        parameters |= {key: value for key, value in asked.items() if value is not None}
+    parameters |= _lines_around([_setup_line(text) for text in setup or ()], can_lose_node=nodes > 1)
     folder = home.absolute() / "jobs" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     if dry_run:
-        if cluster is Cluster.slurm:
-            command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-            count = len(jobs) if len(jobs) > 1 else None
-            print(_make_sbatch_string(command, folder, map_count=count, **parameters))
-        for i, job in enumerate(jobs):
-            print(f"# {cluster.value} job {i}, ranks: {ranks}, cells: {', '.join(cell.name for cell in job.cells)}")
+        show(jobs, cluster, folder, ranks, parameters)
         return
     RunDirectory(folder).check_writable()
     submitted = hand_in(jobs, cluster, folder, max_timeouts, parameters)
@@ -277,6 +259,32 @@ def submit(
     if len(cells) > 1:
         follow.append(shlex.join(["fedpeft", "sweep", "list", str(config), *(overrides or ())]))
     print(f"follow:    {'; '.join(follow)}")
+
+
+def _lines_around(setup: list[str], can_lose_node: bool) -> dict[str, list[str]]:
+    """The lines of a job's script before and after srun, as parameters of submitit's."""
+    if not can_lose_node:
+        return {"setup": setup} if setup else {}
+    return {
+        # The lines after srun must run, whatever the lines before it set.
+        "setup": [*setup, "set +e"],
+        "teardown": [
+            "code=$?",
+            *REQUEUE.read_text(encoding="utf-8").splitlines(),
+            f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {MAX_REQUEUES} ] || ! has_lost_node $code ||',
+            "    scontrol requeue $job",
+            "exit $code",
+        ],
+    }
+
+
+def show(jobs: Sequence[Job], cluster: Cluster, folder: Path, ranks: int, parameters: dict[str, Any]) -> None:
+    """Prints what would be submitted."""
+    if cluster is Cluster.slurm:
+        command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        print(_make_sbatch_string(command, folder, map_count=len(jobs) if len(jobs) > 1 else None, **parameters))
+    for i, job in enumerate(jobs):
+        print(f"# {cluster.value} job {i}, ranks: {ranks}, cells: {', '.join(cell.name for cell in job.cells)}")
 
 
 def find_unfinished(cells: Sequence[Cell]) -> Iterator[Cell]:
