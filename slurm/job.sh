@@ -1,5 +1,5 @@
-# What train.sh and sweep.sh have in common: a job's Python, its steps, and its end. Meant to be sourced, with
-# `repository` set. The variables it reads are told in train.sh.
+# The common part of train.sh and sweep.sh, which source it with `repository` set: a job's Python, its steps, and its
+# end. train.sh describes the variables that it reads.
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -10,7 +10,7 @@ max_requeues=${FEDPEFT_MAX_REQUEUES:-100}
 
 if [ -n "${FEDPEFT_SETUP:-}" ]; then
     [ -r "$FEDPEFT_SETUP" ] || fail "FEDPEFT_SETUP: '$FEDPEFT_SETUP' cannot be read"
-    set +eu  # it is the site's, written for interactive shells
+    set +eu  # the site's file is written for interactive shells
     source "$FEDPEFT_SETUP"
     set -eu
 fi
@@ -22,33 +22,33 @@ elif [ ${#python[@]} = 0 ] && [ -n "${VIRTUAL_ENV:-}" ]; then
 elif [ ${#python[@]} = 0 ] && [ -x "$repository/.venv/bin/python" ]; then
     python+=("$repository/.venv/bin/python")
 else
-    python+=(python)  # the container's, or what FEDPEFT_SETUP has put first
+    python+=(python)  # the container's, or the first one on the PATH that FEDPEFT_SETUP has set
 fi
 command -v "${python[0]}" >/dev/null ||
     fail "no ${python[0]} on $(uname -n); FEDPEFT_VENV, FEDPEFT_SETUP and FEDPEFT_RUN say where Python is"
 
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-# Since Slurm 22.05, srun no longer takes this one from the job.
+# Since Slurm 22.05, srun no longer takes the CPUs of a task from the job.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# The signal that ends a job reaches this shell, too; it stays to see how its step ends.
+# The signal that ends a job also reaches this shell, which stays to see how its step ends.
 trap : TERM
 
 fedpeft() { "${python[@]}" -m fedpeft_dist "$@"; }
 
-# Runs a command of fedpeft on all the job's tasks. Each is to see all the job's GPUs on its node, of which it takes the
-# one of its local rank, so nothing may bind tasks to GPUs (--gpu-bind=none would, in some versions, hide from them which
-# GPUs are the job's). When one task has ended, the others are given a minute: to be killed at once would turn the exit
-# code of ranks that are about to leave by themselves, interrupted or mistaken, into that of a signal.
+# Runs a command of fedpeft on all tasks of the job. Each task must see all GPUs of the job on its node, and takes the
+# one of its local rank. So nothing may bind tasks to GPUs. (In some versions, --gpu-bind=none would hide which GPUs are
+# the job's.) When one task has ended, the others have a minute to end by themselves: killing them at once would turn their
+# exit codes into that of a signal.
 step() (
     unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_GPU_BIND
     exec srun --export=ALL --kill-on-bad-exit=0 --wait=60 "${python[@]}" -m fedpeft_dist "$@"
 )
 
-# Ends the job with its step's exit code, or, where the run was interrupted or a node was lost, has Slurm start it again:
-# not for ever, as a round that takes longer than an attempt may would never end. 138 and 143 are USR1 and TERM that come
-# while Python still starts.
+# Ends the job with its step's exit code. If the run was interrupted or a node was lost, Slurm starts the job again. The
+# number of starts is limited, because a round that takes longer than an attempt would never end. 138 and 143 mean that
+# USR1 or TERM came while Python was still starting.
 finish() {
     local goes_on=
     case $1 in

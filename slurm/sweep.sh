@@ -4,19 +4,19 @@
 #   sbatch [options] slurm/sweep.sh SWEEP [key=value ...]
 #   sbatch --gpus-per-node=1 --time=4:00:00 slurm/sweep.sh configs/sweeps/cifar100/communication.yaml
 #
-# Options, folder, environment and what befalls a task are as in train.sh; a cell is run by all tasks of its job. The job
-# runs the first cell itself and submits an array with its own resources for the others, so that nothing is reserved
-# just to count. `--array=0-5` given by hand does without that: there, every option of sbatch's counts for every task,
-# also those that a running job no longer tells (--signal, --mail-type, --output).
+# Options, folder, environment, preemption and requeues are as in train.sh. All tasks of a job run its cell together.
+# The job runs the first cell itself and submits an array with its own resources for the others, so that nothing is
+# reserved just to count the cells. With `--array=0-5` given by hand it submits nothing, and every option of sbatch counts for
+# every task, even those that a running job cannot look up (--signal, --mail-type, --output).
 #
-# A cell that is complete is skipped, and one that fails stops no other; the exit code of its task tells.
+# A complete cell is skipped. A cell that fails stops no other, and sets the exit code of its task.
 #
 #   FEDPEFT_CELLS_PER_TASK   how many cells a task runs, one after another (1)
 #   FEDPEFT_MAX_TASKS        how many tasks may run at once (all)
 #
-# A warning of the time limit that comes between two cells finds nobody, so none is begun within the last two and a half
-# minutes. For another time than the two minutes of --signal, set SBATCH_SIGNAL=USR1@SECONDS: it counts for every task, and
-# unlike an option, the job can see it.
+# A warning of the time limit between two cells would be missed, so no cell is begun within the last two and a half
+# minutes. For another time than the two minutes of --signal, set SBATCH_SIGNAL=USR1@SECONDS. It counts for every task,
+# and unlike an option, the job can see it.
 #
 #SBATCH --job-name=fedpeft-sweep
 #SBATCH --requeue
@@ -24,7 +24,7 @@
 #SBATCH --signal=USR1@120
 set -euo pipefail
 
-# What runs is Slurm's copy of this file, in a folder of Slurm's own.
+# Slurm runs a copy of this file, in a folder of its own.
 submitted=$(scontrol --oneliner show job "${SLURM_JOB_ID:?is not set; give this script to sbatch}" | sed -n '1s/.* Command=\([^ ]*\).*/\1/p')
 repository=${FEDPEFT_REPOSITORY:-$(cd "$SLURM_SUBMIT_DIR" && dirname "$(dirname "$(realpath -m "$submitted")")")}
 [ -r "$repository/slurm/job.sh" ] || { echo "error: no slurm/job.sh in '$repository'; set FEDPEFT_REPOSITORY" >&2; exit 2; }
@@ -32,7 +32,7 @@ source "$repository/slurm/job.sh"
 
 asked() { squeue --noheader --jobs="$SLURM_JOB_ID" --format="$1"; }
 
-# The options of sbatch's that ask for what this job has: its environment tells most of them, the queue the rest.
+# The options of sbatch that ask for this job's resources. Most are in its environment, the rest in the queue.
 resources() {
     local option variable value
     while read -r option variable; do
@@ -71,7 +71,7 @@ submit_others() {
     fi
     [ "${FEDPEFT_MAX_TASKS:-0}" = 0 ] || limit=%$((FEDPEFT_MAX_TASKS > 1 ? FEDPEFT_MAX_TASKS - 1 : 1))
     array=$(
-        for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done  # they tell of this job
+        for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done  # they describe this job
         sbatch --parsable --array="1-$((tasks - 1))$limit" "${options[@]}" "$repository/slurm/sweep.sh" "$@"
     ) || fail "the array for the other cells cannot be submitted from here; give sbatch --array=0-$((tasks - 1))"
     scontrol update jobid="$SLURM_JOB_ID" comment="array $array"
@@ -94,9 +94,9 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ] && [ $tasks -gt 1 ]; then
     submit_others "$@"
 fi
 
-# Whether the warning of the time limit may have come since the last cell ended. Slurm looks at limits every 30 s, with
-# the next look in mind; 5 s are for a step to start. Half the time is used in any case, so that a short limit, too, gets
-# beyond the cells that are complete.
+# Whether the warning of the time limit may have come since the last cell ended. Slurm looks at limits every 30 s, and
+# warns ahead of the look that would be late; a step needs 5 s to start. Half of the time is used in any case, so that a
+# job with a short limit also gets beyond the complete cells.
 is_late() {
     local end left margin=155
     [[ ! ${SBATCH_SIGNAL:-} =~ @([0-9]+)$ ]] || margin=$((10#${BASH_REMATCH[1]} + 35))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fedpeft_dist.config import errors
+
 LONGEST = 300
 
 
@@ -10,6 +12,5 @@ class UnfitWeightsError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line and cut where it goes on for long; its class where it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < LONGEST else text[:LONGEST] + "..."
+    """What an error says, on one line and cut if it is long; its class if it says nothing."""
+    return errors.one_line(error, LONGEST)

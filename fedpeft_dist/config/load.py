@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(merge_trees(tree, parse_overrides(overrides)), str(path))
 
 
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """`load_config`, with the run's default name if the config gives none."""
     config = load_config(path, overrides)
     if config.output.name is not None:

@@ -1,10 +1,14 @@
-"""What `fedpeft` says of itself: its version, and shell completion."""
+"""The program as a whole: its version, shell completion, and its entry from Python."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 import fedpeft_dist
+from tests.data_fixtures import run_tree
 
 from .conftest import Fedpeft
 
@@ -26,3 +30,10 @@ def test_shell_completion_names_the_commands(fedpeft: Fedpeft, monkeypatch: pyte
     code, out, err = fedpeft()
     assert (code, err) == (0, "")
     assert out.split() == ["partition", "privacy", "prefetch", "pretrain"]
+
+
+def test_train_from_python_runs_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "runs", name="digits")), encoding="utf-8")
+    assert fedpeft_dist.train("config.yaml", "federation.rounds=1", "output.name=from-python") == "complete"
+    assert (tmp_path / "runs" / "from-python" / "summary.json").exists()
