@@ -39,8 +39,8 @@ fedpeft() { "${python[@]}" -m fedpeft_dist "$@"; }
 
 # Runs a command of fedpeft on all tasks of the job. Each task must see all GPUs of the job on its node, and takes the
 # one of its local rank. So nothing may bind tasks to GPUs. (In some versions, --gpu-bind=none would hide which GPUs are
-# the job's.) When one task has ended, the others have a minute to end by themselves: killing them at once would turn their
-# exit codes into that of a signal.
+# the job's.) When one task has ended, the others have a minute to end by themselves: killing them at once would turn
+# their exit codes into that of a signal.
 step() (
     unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_GPU_BIND
     exec srun --export=ALL --kill-on-bad-exit=0 --wait=60 "${python[@]}" -m fedpeft_dist "$@"

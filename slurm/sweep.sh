@@ -6,8 +6,8 @@
 #
 # Options, folder, environment, preemption and requeues are as in train.sh. All tasks of a job run its cell together.
 # The job runs the first cell itself and submits an array with its own resources for the others, so that nothing is
-# reserved just to count the cells. With `--array=0-5` given by hand it submits nothing, and every option of sbatch counts for
-# every task, even those that a running job cannot look up (--signal, --mail-type, --output).
+# reserved just to count the cells. With `--array=0-5` given by hand it submits nothing, and every option of sbatch
+# counts for every task, even those that a running job cannot look up (--signal, --mail-type, --output).
 #
 # A complete cell is skipped. A cell that fails stops no other, and sets the exit code of its task.
 #
