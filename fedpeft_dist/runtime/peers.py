@@ -208,7 +208,7 @@ class Peers:
             self._end(told, self.rank == min(rank for rank in self.ranks if rank not in lost))
 
     def _fate(self, rank: int, beat: str, silence: float) -> str | None:
-        """What has become of a rank that is lost; None for a rank that is running. Takes over its request to stop."""
+        """The fate of a lost rank; None for a running one, whose request to stop is taken over."""
         if beat.endswith(_STOP):
             self.stop.pass_on()
         if beat == _FAILED:

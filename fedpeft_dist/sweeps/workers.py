@@ -27,7 +27,7 @@ from fedpeft_dist.tracking.run_lock import Owner, RunInUseError
 
 @dataclass
 class Outcome:
-    """What a worker did, by the cells' names."""
+    """A worker's results: the names of cells."""
 
     complete: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the command says to a mistake: exit code 2, one `error:` line that helps, and nothing left behind.
+"""Every user's mistake ends with exit code 2 and one helpful `error:` line, and leaves nothing behind.
 
 Most cases call the console script's function in this process; a few start the real command, one of them on two ranks.
 """

@@ -24,7 +24,7 @@ from tests.multiprocess.test_sweep_workers import BASE
 SCRIPT = Path(__file__).parents[2] / "launch" / "sweep.py"
 TWO_WORKERS = ("--workers", "2", "--cores-per-worker", "1")
 ROUNDS = 60
-"""Long enough to be caught in."""
+"""Enough rounds for a signal to arrive in one."""
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_failed_cell_stops_no_other_and_a_killed_one_is_retried(make_sweep: Ca
     assert train.wait(timeout=300) == 0
     assert digest(killed.path) == digest(sweep.parent / "alone" / "run")
 
-    # What is complete starts no process, and what starts them imports no torch.
+    # A complete cell starts no process, and the launcher imports no torch.
     command = f"sys.argv = ['sweep.py', {str(sweep)!r}]; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     probe = f"import runpy, sys\ntry: {command}\nfinally: print(sorted({{'torch', 'timm'}} & set(sys.modules)))"
     again = start("-c", probe)

@@ -1,4 +1,4 @@
-"""When the scripts in slurm/ go back into the queue, with stand-ins for Slurm's programs and for Python."""
+"""The scripts in slurm/ requeue their jobs in the right cases; Slurm's programs and Python are stand-ins."""
 
 from __future__ import annotations
 

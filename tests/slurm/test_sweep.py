@@ -1,4 +1,4 @@
-"""slurm/sweep.sh: one command, and every cell of a sweep is run, as by one plain process."""
+"""slurm/sweep.sh: one command runs every cell of a sweep, with the results of one plain process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What memory is left, below the limits of control groups of both versions."""
+"""The memory left below the limits of control groups, version 1 and 2."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def process() -> Iterator[subprocess.Popen]:
 
 
 def introduce(store: dist.Store, member: Member, beat: str = "0") -> None:
-    """What another rank tells of itself."""
+    """Writes another rank's entries into the store."""
     store.set(f"member/{member.rank}", json.dumps(asdict(member)))
     store.set(f"beat/{member.rank}", beat)
 
@@ -131,7 +131,7 @@ def test_a_rank_that_ends_by_itself_is_not_killed(store: dist.Store, exits: Exit
 
 
 def test_a_silent_rank_is_lost_after_a_while(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
-    """On another machine, or in another container, nothing else can be known of it."""
+    """Nothing but its silence is known of a rank on another machine or in another container."""
     introduce(store, member_of(process, 1, place="elsewhere"))
     watcher, started = start(store, 0, 2), time.monotonic()
     process.kill()
@@ -194,7 +194,7 @@ def client_of(server: dist.TCPStore) -> dist.Store:
 
 
 class Agent:
-    """Of torchrun, in a process of its own, with the store of two ranks."""
+    """torchrun's agent in a process of its own, which serves the store of two ranks."""
 
     def __init__(self) -> None:
         serve = (
@@ -210,7 +210,7 @@ class Agent:
         return dist.TCPStore("127.0.0.1", self.port, is_master=False, timeout=timedelta(seconds=1))
 
     def break_connections(self) -> int:
-        """Of this process; returns how many there were."""
+        """Breaks this process's connections to the store; returns how many there were."""
         count = 0
         for descriptor in os.listdir("/proc/self/fd"):
             with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as found:
@@ -237,7 +237,7 @@ def agent() -> Iterator[Agent]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_end_of_an_agents_store_is_reported(agent: Agent, exits: Exits, number: signal.Signals) -> None:
-    """Also where it is the end of another machine's agent, of which nobody tells this one's ranks."""
+    """The agent may run on another machine; nobody tells this machine's ranks of its end."""
     ranks = agent.start_ranks()
     time.sleep(5 * BEAT)
     agent.process.send_signal(number)

@@ -1,4 +1,4 @@
-"""Which share of a machine each worker of a sweep gets."""
+"""The share of a machine that each worker of a sweep gets."""
 
 from __future__ import annotations
 

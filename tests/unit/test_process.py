@@ -1,4 +1,4 @@
-"""Who am I: fake environments of torchrun, srun and a lone process, and what `auto` stands for."""
+"""A process finds its rank in fake environments of torchrun, srun and none, and resolves `auto`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_torchrun_inside_a_slurm_step_is_torchrun() -> None:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The hosts' names that resolve."""
+    """The host names that resolve."""
     known: set[str] = set()
 
     def resolve(name: str, *_: object) -> list[object]:
@@ -218,7 +218,7 @@ def test_a_task_bound_to_a_gpu_uses_that_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
-    """torchrun's, with a store that outlives its one rank."""
+    """torchrun's agent, with a store that outlives its one rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     follow(store, monkeypatch)
     return store
@@ -231,7 +231,7 @@ def follow(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_launch_keeps_its_name_while_its_agent_lives(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun calls every launch "none" that it is given no name for."""
+    """torchrun calls a launch "none" if it is given no name."""
     jobs = []
     later = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for store in (agent, agent, later):

@@ -1,4 +1,4 @@
-"""launch/submit.py where there is no Slurm: what it would submit, what it refuses, and jobs on this machine."""
+"""launch/submit.py without Slurm: dry runs, refusals, and jobs on this machine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ print(is_running("17"))
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the command is called."""
+    """The folder where the command is called."""
     path = tmp_path / "called here"
     path.mkdir()
     (path / "base.yaml").write_text(yaml.safe_dump(BASE), encoding="utf-8")
@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """With a torch that cannot be imported, and a Slurm that takes every job and runs none."""
+    """An environment with a torch that cannot be imported, and a Slurm that accepts every job and runs none."""
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "torch.py").write_text("raise RuntimeError('torch is imported')")
@@ -74,7 +74,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def call(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
-    """What the command prints."""
+    """Calls the command; returns its output."""
     return run(folder, environment, str(SUBMIT), *arguments).stdout
 
 
@@ -198,7 +198,7 @@ def test_a_local_job_of_two_ranks_goes_on_when_it_is_warned(folder: Path) -> Non
 
 
 def test_a_late_warning_fails_no_job(folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    """Slurm sends it whenever the limit is near, and Python takes its handlers down some time before it ends."""
+    """Slurm warns whenever the limit is near, and Python removes its handlers some time before it ends."""
     call(folder, "base.yaml", "federation.rounds=1", environment=environment)
     (jobs,) = (folder / "runs" / "run" / "jobs").iterdir()
     late = tmp_path / "late"

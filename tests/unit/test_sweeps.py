@@ -1,4 +1,4 @@
-"""Sweep files: what they expand to, in which order, and what is refused."""
+"""Sweep files: their cells, the order of the cells, and the messages of refusals."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_choices_keys_override_the_file_it_extends(folder: Path) -> None:
 
 
 def test_two_axes_may_extend_files_that_share_parents(folder: Path) -> None:
-    """Only what a file changes counts: the method's file does not bring its data set back."""
+    """Only the differences of a file count: the method's file does not bring its data set back."""
     write(folder / "glyphs.yaml", {"extends": "base.yaml", "data": {"name": "glyphs", "clients": 8}})
     cells = expand(
         folder,
