@@ -17,6 +17,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """SIGHUP comes when the terminal is closed."""
 GRACE_SECONDS = 10.0
 """Seconds that a round, or the work before the first one, may go on after it has noticed the request."""
+LOOK_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 T = TypeVar("T")
 
@@ -30,10 +31,10 @@ class StopRequest:
     """Whether this process was asked to stop."""
 
     received: bool = False
+    """Set by a signal, or by the thread that learns of another rank's request."""
     is_heard: bool = field(default=False, init=False)
     """Whether this process's signals arrive here."""
     _noticed: float | None = field(default=None, init=False)
-    _timer: threading.Timer | None = field(default=None, init=False)
     _is_limited: bool = field(default=False, init=False)
 
     def is_overdue(self) -> bool:
@@ -45,42 +46,36 @@ class StopRequest:
         return time.monotonic() - self._noticed > GRACE_SECONDS
 
     def within_grace(self, work: Callable[[], T]) -> T | None:
-        """Returns the result of `work`, or None if it goes on for too long after a request. It must have nothing to
-        lose."""
-        self._noticed = None
+        """Returns the result of `work`, or None if it goes on for too long after a request. It has nothing to lose."""
+        if not self.is_heard:
+            return work()
+        self._noticed, self._is_limited = None, True
+        is_done = threading.Event()
+        watcher = threading.Thread(target=self._break_off, args=(is_done,), daemon=True)
+        watcher.start()
         try:
-            self._is_limited = True
-            if self.received:
-                self.notice()
             return work()
         except StoppedEarlyError:
             return None
         finally:
             self._is_limited = False
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer.join()
-                self._timer = self._noticed = None
+            is_done.set()
+            watcher.join()
+            self._noticed = None
 
-    def pass_on(self) -> None:
-        """Takes over the request of another rank; called from any thread."""
-        if self.is_heard and not self.received:
-            os.kill(os.getpid(), signal.SIGTERM)  # a signal also interrupts what the main thread waits for
-        self.received = True
+    def _break_off(self, is_done: threading.Event) -> None:
+        """Sends this process a real signal when it is overdue: nothing else ends waiting for a lock or a disk."""
+        while not is_done.wait(LOOK_SECONDS):
+            if self.is_overdue():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def notice(self) -> None:
-        """Notes a signal. It comes from outside, or from this process itself when the grace period is over."""
+        """Takes a signal, from outside or from `_break_off`."""
         self.received = True
-        if not self._is_limited:
-            return
-        if self.is_overdue():
+        if self._is_limited and self.is_overdue():
             self._is_limited = False
             raise StoppedEarlyError
-        if self._timer is None and self.is_heard:
-            # A real signal, because nothing else interrupts waiting for a lock or a disk.
-            self._timer = threading.Timer(GRACE_SECONDS + 0.1, os.kill, (os.getpid(), signal.SIGTERM))
-            self._timer.daemon = True
-            self._timer.start()
 
 
 @contextmanager

@@ -210,7 +210,7 @@ class Peers:
     def _fate(self, rank: int, beat: str, silence: float) -> str | None:
         """The fate of a lost rank; None for a running one, whose request to stop is taken over."""
         if beat.endswith(_STOP):
-            self.stop.pass_on()
+            self.stop.received = True
         if beat == _FAILED:
             return "has failed, its own error says why"
         if self.members[rank].has_ended(self.this.place):

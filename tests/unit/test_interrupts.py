@@ -87,7 +87,7 @@ def test_a_round_is_overdue_after_the_grace_period(monkeypatch: pytest.MonkeyPat
 def test_another_ranks_stop_request_ends_work_within_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "GRACE_SECONDS", 0.1)
     with listen_for_stop() as stop:
-        other = threading.Timer(0.1, stop.pass_on)
+        other = threading.Timer(0.1, setattr, (stop, "received", True))
         other.start()
         started = time.monotonic()
         assert stop.within_grace(lambda: time.sleep(60)) is None
