@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console, Group
@@ -76,7 +76,8 @@ def sweep(
     ]
     places = find_places([cell for _, cell in cells], workers, cores_per_worker)
     started = time.monotonic()
-    with listen_for_stop() as stop, Display() as display:
+    display = Display()
+    with listen_for_stop() as stop, display.live:
         runner = Runner(tasks, places, overrides, retries, display)
         try:
             runner.run(stop)
@@ -92,7 +93,7 @@ def sweep(
         f"{time.monotonic() - started:.0f} s, workers: {len(places)}; "
         f"to compare them: fedpeft report {min(str(folder), os.path.relpath(folder), key=len)}"
     )
-    if sum(counts[state] for state in (COMPLETE, SKIPPED, FAILED)) < len(tasks):
+    if counts[COMPLETE] + counts[SKIPPED] + counts[FAILED] < len(tasks):
         leave_interrupted()
     raise SystemExit(1 if counts[FAILED] else 0)
 
@@ -250,20 +251,13 @@ def _is_taken(cell: Cell) -> bool:
 
 
 class Display:
-    """A live table below the notes on a terminal, plain lines anywhere else; a context manager."""
+    """A live table below the notes on a terminal, in the context of `live`; plain lines anywhere else."""
 
     def __init__(self):
         self.console = Console()
         live = Live(console=self.console, auto_refresh=False, transient=True)
         self.live = live if self.console.is_terminal else nullcontext()
         self.told = time.monotonic()
-
-    def __enter__(self) -> Display:
-        self.live.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.live.__exit__(*error)
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
@@ -291,10 +285,8 @@ class Display:
             )
         failed = [task for task in runner.tasks if task.state == FAILED]
         room = max(1, self.console.height - len(runner.attempts) - 5)
-        lines = [
-            Text(f"failed {task.name}: {task.reason}", "red", no_wrap=True, overflow="ellipsis")
-            for task in failed[-room:]
-        ]
+        style = {"style": "red", "no_wrap": True, "overflow": "ellipsis"}
+        lines = [Text(f"failed {task.name}: {task.reason}", **style) for task in failed[-room:]]
         if len(failed) > room:
             lines.insert(0, Text(f"{len(failed) - room} more failed", "red"))
         status = ("stopping: " if runner.stopping else "") + runner.status()
