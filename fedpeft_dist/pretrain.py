@@ -1,7 +1,7 @@
 """Rebuild the embedded backbone: supervised pre-training on distorted printed letters, on the CPU.
 
-The task: name a Latin letter, whatever its font and its distortion; letters that differ in size only (c and
-C) share a class. No digits, and no handwriting, are used anywhere. docs/glyph_vit.md holds what it reached.
+The task is to name a Latin letter, whatever its font and its distortion. Letters that differ in size only (c and C)
+share a class. Neither digits nor handwriting are used. docs/glyph_vit.md reports the results.
 
 Shapes: C letters, F fonts, N images, S the side of an image.
 """
@@ -26,6 +26,8 @@ from fedpeft_dist.data.glyphs import ALPHABETS, distort, font_files, merge_drawi
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.runtime.files import write_atomically
 
+LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 1e-3, 0.05, 0.1
+THREADS = 1
 Drawings = tuple[Tensor, Tensor]  # drawings [C, F, S, S] uint8, the class of each of the C [C] int64
 
 
@@ -34,21 +36,22 @@ def pretrain(
     *,
     steps: int = 6000,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.05,
-    label_smoothing: float = 0.1,
     held_out_images: int = 8192,
     seed: int = 0,
-    threads: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, float | int | str]:
     """Train from scratch and write the weights, without the head, to `output` (safetensors, float32).
 
-    The defaults are the shipped recipe; its learning rate climbs over the first fifteenth of the steps. The
-    result holds the held-out accuracy (new distortions of the same letters and fonts), the seconds, and the
-    file's bytes and sha256, which repeats on one machine for the same arguments. The process's thread count
-    is set to `threads` meanwhile. Raises ValueError for a size below 1, and ConfigError, before any training,
-    where `output` cannot be written.
+    The defaults are the shipped recipe. The learning rate climbs over the first fifteenth of the steps. The process's
+    thread count is THREADS meanwhile. On one machine, the same arguments give the same file.
+
+    Returns:
+        The held-out accuracy (on new distortions of the same letters and fonts), the seconds, and the file's size and
+        sha256.
+
+    Raises:
+        ValueError: a size is below 1.
+        ConfigError: `output` cannot be written; found before any training.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size), ("held_out_images", held_out_images)):
         if value < 1:
@@ -56,20 +59,18 @@ def pretrain(
     if output.is_dir() or not _is_writable(output.absolute().parent):
         raise ConfigError(f"--output: '{output}' cannot be written; give a file in a folder that can")
     started, threads_before = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     try:
         letters = letter_drawings()
         num_classes = int(letters[1].max()) + 1
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "model"))
-            model = build_glyph_vit(num_classes, pretrained=False)
-        optimizer = _optimizer(model, learning_rate, weight_decay)
+        model = _new_model(num_classes, seed)
+        optimizer = _optimizer(model)
         generator = Generator().manual_seed(derive_seed(seed, "training letters"))
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * schedule(step, steps, math.ceil(steps / 15))
+                group["lr"] = LEARNING_RATE * schedule(step, steps, math.ceil(steps / 15))
             images, labels = sample_letters(letters, batch_size, generator)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+            loss = F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,11 +78,10 @@ def pretrain(
             if (step + 1) % 500 == 0:
                 report(f"step {step + 1} of {steps}: loss {loss.item():.3f}")
         accuracy = _held_out_accuracy(model, letters, held_out_images, seed)
-        state = model.state_dict()
-        content = save({name: state[name] for name in state if not name.startswith("head.")})
-        write_atomically(output, lambda temporary: temporary.write_bytes(content))
     finally:
         torch.set_num_threads(threads_before)
+    content = save({name: value for name, value in model.state_dict().items() if not name.startswith("head.")})
+    write_atomically(output, lambda temporary: temporary.write_bytes(content))
     result = {
         "classes": num_classes,
         "held_out_accuracy": accuracy,
@@ -94,7 +94,7 @@ def pretrain(
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files can be put into a folder, which need not exist yet."""
+    """Whether files can be put into a folder, which may not exist yet."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)
 
@@ -122,11 +122,17 @@ def schedule(step: int, steps: int, warmup_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
 
 
-def _optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def _new_model(num_classes: int, seed: int) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "model"))
+        return build_glyph_vit(num_classes, pretrained=False)
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]  # biases, norms: no decay
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
 
 
 def _held_out_accuracy(model: torch.nn.Module, letters: Drawings, count: int, seed: int) -> float:

@@ -1,13 +1,13 @@
-"""Puts figures to the paper's hypotheses: differences between runs of the offline reproduction, paired by seed.
+"""Tests the paper's hypotheses on the runs of the offline reproduction: differences of accuracy, paired by seed.
 
     python launch/compare_hypotheses.py [runs/offline]
 
-Every hypothesis is a list of differences that it says are not negative. A difference is taken seed by seed (the same
-seed has the same clients and cohorts), in points of final accuracy; what is printed is its mean over the seeds and the
-half-width of its 95 % t-interval. `holds` and `fails` mean that the interval lies above or below zero, `open` that it
-does not. With three seeds the intervals are wide: 4.3 standard errors to each side.
+Every hypothesis is a list of differences that it claims are not negative. A difference is taken seed by seed (the same
+seed has the same clients and cohorts), in points of final accuracy. Its mean over the seeds and the half-width of its
+95 % t-interval are printed. `holds` means that the interval lies above zero, `fails` below zero, `open` around zero.
+With three seeds the intervals are wide: 4.3 standard errors to each side.
 
-A hypothesis is shown where all its differences hold, refuted where one fails, and undecided otherwise.
+A hypothesis is shown if all its differences hold, refuted if one fails, and undecided otherwise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EPSILONS = {"digits": (2, 5, 20), "glyphs100": (5, 20)}
 Accuracy = Callable[[str, str], list[float]]
 """(experiment, cell) to the final accuracies of its seeds, in points."""
 Difference = tuple[str, list[float]]
-"""What is compared, and by how many points the first is above the second, seed by seed."""
+"""The comparison's name, and by how many points the first side is above the second, seed by seed."""
 
 
 def main(root: Path) -> None:
@@ -55,7 +55,7 @@ def main(root: Path) -> None:
 
 
 def judge(values: list[float]) -> tuple[float, float, str]:
-    """Mean, half-width of the 95 % interval, and what follows."""
+    """The mean, the half-width of the 95 % interval, and the verdict."""
     mean = statistics.fmean(values)
     half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, half, "holds" if mean > half else "fails" if mean < -half else "open"

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Federates a small pre-trained ViT on handwritten digits, by every method, over two processes, and prints one table.
+# Federates a small pre-trained ViT on handwritten digits, by every method, over two processes, then prints one table.
 #
-#   ./launch/quickstart.sh               results in runs/quickstart
+#   ./launch/quickstart.sh               results in runs/quickstart; complete runs there are not run again
 #
-# Runs that are complete are not run again. With a single CUDA device there is only one process, because NCCL needs a
-# device for each process.
+# With a single CUDA device there is one process, because NCCL gives each process a device of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh ""

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Runs the paper's experiments on the two offline tasks, digits and glyphs100, and reports on them.
 #
-#   ./launch/reproduce.sh [workers]      by default one worker for each core; results in runs/offline
+#   ./launch/reproduce.sh [workers]      one worker a core by default; results in runs/offline
 #
-# Complete cells are not run again, so after an interruption the same command goes on.
+# Complete cells are not run again: after an interruption, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh ""
 
-workers=${1:-$(env -u OMP_NUM_THREADS nproc)}  # with OMP_NUM_THREADS set, nproc would print it
+workers=${1:-$(env -u OMP_NUM_THREADS nproc)}  # with OMP_NUM_THREADS, nproc would count threads
 export OMP_NUM_THREADS=1
 tenth=runs/offline/glyph_vit_tenth.safetensors
 [ -f "$tenth" ] || "$PYTHON" -m fedpeft_dist pretrain --steps 600 --output "$tenth"
@@ -18,7 +18,7 @@ sweeps=("${experiments[@]/#/configs/sweeps/offline/}")
 started=$SECONDS
 "$PYTHON" launch/sweep.py "${sweeps[@]/%/.yaml}" --workers "$workers" &
 sweep=$!
-trap : INT                                # the terminal sends SIGINT to the sweep, too
+trap : INT                                # a terminal sends Ctrl-C to the sweep itself
 trap 'kill -TERM $sweep 2>/dev/null || true' TERM
 while :; do  # a signal ends `wait`, but not the sweep
     status=0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a usable environment and sets PYTHON. Source this file.
+# Prepares an environment and sets PYTHON, so it is meant to be sourced. It prints nothing but pip's output.
 #
 #   source launch/setup.sh [extras]      extras: "test", or nothing
 #
@@ -17,7 +17,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 PYTHON=$venv/bin/python
 
-# An environment that has all that this package and its tests import is used as it is, with the package from here.
+# An environment that has all imports of this package and its tests is used as it is, with this repository's package.
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 needed="import fedpeft_dist.cli, fedpeft_dist.federation.run, fedpeft_dist.reports.report, sklearn, submitit, tensorboard, h5py"
 [ "$extras" = test ] && needed="$needed, pytest, pytest_timeout, xdist, hypothesis, importlinter, ruff, datasets, peft, selenium"

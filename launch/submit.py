@@ -4,13 +4,13 @@
     python launch/submit.py CONFIG [key=value ...] --gpus-per-node 4 --tasks-per-node 4 --cpus-per-task 8 --time 240
     python launch/submit.py SWEEP [key=value ...] --gpus-per-node 1 --array-parallelism 8 --partition gpu [--dry-run]
 
-A task is a rank. Each job of a sweep's array runs one cell, or several small ones in turn (--cells-per-task); complete
-cells are left out. What a job runs is settled here: files that change afterwards change no job in the queue, and a
-mistake in any cell submits none.
+A task is a rank. Each job of a sweep's array runs one cell, or several small ones in turn (--cells-per-task). Complete
+cells are left out. Jobs carry their configs: files that change later change no job in the queue. A mistake in any cell
+submits none.
 
-Ahead of its time limit, and when Slurm preempts it, a job gets a signal: it finishes or drops its round, writes a
+A job gets a signal ahead of its time limit, and when Slurm preempts it. It then finishes or drops its round, writes a
 checkpoint, goes back into the queue under its number, and later continues in the same files. A job that loses a node
-does so, too, from its last checkpoint. `scancel` ends it.
+continues in the same way, from its last checkpoint. `scancel` ends a job.
 
 Logs lie in `jobs/` in the run's directory, or in the folder of the sweep's cells: a folder for each submission, in it a
 file for each job and rank. Exit codes, here and of the jobs, are those of `fedpeft`.
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import submitit
 import typer
@@ -42,12 +42,14 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, Uncomplet
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from submitit.slurm.slurm import _make_sbatch_string
 
-from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, Overrides, UsageError, user_path
-from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import default_run_name, is_sweep, load_config, read_yaml, with_values
+from fedpeft_dist.cli import Overrides
+from fedpeft_dist.config.errors import ConfigError, one_line
+from fedpeft_dist.config.load import is_sweep
+from fedpeft_dist.config.yaml_text import read_yaml
+from fedpeft_dist.runtime.command import EXIT_MISTAKE, leave_interrupted, run_app, user_path
 from fedpeft_dist.runtime.interrupts import listen_for_stop
 from fedpeft_dist.runtime.streams import open_streams
-from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, work_through
+from fedpeft_dist.sweeps import Cell, cell_state, load_cells, work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
 # --- in the job --------------------------------------------------------------------------------------------------
@@ -55,11 +57,11 @@ from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
 @dataclass
 class Job:
-    """What submitit pickles here, together with this class, and calls in each rank of the job."""
+    """A job's work. submitit pickles it here, together with this class, and calls it in each rank of the job."""
 
     cells: list[Cell]
     folder: Path
-    """Where the command was called: what a config's relative paths start from."""
+    """The folder where the command was called, which relative paths in configs start from."""
 
     def __call__(self) -> None:
         open_streams()
@@ -81,32 +83,33 @@ class Job:
             signal.signal(warning, remember)
             try:
                 outcome = work_through(self.cells, stop)
-            except ConfigError as error:
-                fail(error)
-        signal.signal(warning, signal.SIG_IGN)  # all is done, and it would make a failure of that
+            except ConfigError as error:  # each rank has a log of its own, so each of them says why it ends
+                print(f"error: {one_line(error)}", file=sys.stderr)
+                raise SystemExit(EXIT_MISTAKE) from None
+        signal.signal(warning, signal.SIG_IGN)  # the work is done; a late warning would make the job fail
         if outcome.interrupted and here.global_rank == 0:
             if callable(requeue) and (_is_running(here.job_id) if here.cluster == "slurm" else was_warned):
                 try:
                     requeue(warning, None)  # submitit's handler: it calls `checkpoint`, requeues, and ends this process
                 except (UncompletedJobError, subprocess.SubprocessError) as error:  # --max-timeouts, or Slurm's refusal
                     print(error, file=sys.stderr)
-            print("interrupted; submit it again to go on", file=sys.stderr)
-            raise SystemExit(EXIT_INTERRUPTED)
+            leave_interrupted("submit it again to go on")
         if outcome.failed:
             raise SystemExit(1)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What to run after the requeueing: the same, since runs find their own checkpoints."""
+        """The job to run after a requeue: this one again, because runs find their own checkpoints."""
         return DelayedSubmission(self)
 
 
 def _is_running(job: str) -> bool:
-    """Whether Slurm lets this attempt of the job run.
+    """Whether Slurm still lets this attempt of the job run.
 
-    It does ahead of the time limit and of a preemption. It does not once it is ending the job itself, to cancel it or
-    to requeue it, or has already started it anew, which the processes on a node that was lost do not notice.
+    It does ahead of the time limit and of a preemption. It does not if it is ending the job itself, to cancel or to
+    requeue it, or has already started the job again elsewhere. Processes on a lost node do not notice the latter.
 
-    A task of an array is ARRAY_TASK: one of them has the array's own number, which would mean all.
+    Args:
+        job: ARRAY_TASK for a task of an array: one of the tasks has the array's own number, which would mean all.
     """
     command = ["squeue", "--noheader", "--jobs", job, "--Format", "State,RestartCnt"]
     for seconds in (10, 10, 10, 10, 0):  # the controller may be busy, or about to be back
@@ -119,14 +122,8 @@ def _is_running(job: str) -> bool:
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             reason = error.stderr or str(error)
             time.sleep(seconds)
-    print(f"squeue does not answer ({' '.join(reason.split())}), so the job is not requeued", file=sys.stderr)
+    print(f"squeue does not answer ({one_line(reason)}), so the job is not requeued", file=sys.stderr)
     return False
-
-
-def fail(error: Exception) -> NoReturn:
-    message = error.format_message() if isinstance(error, UsageError) else str(error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(EXIT_MISTAKE)
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -143,17 +140,17 @@ SETTLED = (
     *("constraint", "array", "signal", "output", "error", "open-mode", "chdir"),
     *("gpus", "gpus-per-task", "ntasks-per-gpu", "gpu-bind"),
 )
-"""What sbatch is told by the command's other options, or by what it promises: a rank sees all GPUs that its job has on
-its node, and takes the one of its local rank."""
+"""Options of sbatch that this command sets itself. Those about GPUs ensure that a rank sees all GPUs of its job on its
+node, and takes the GPU of its local rank."""
 
 LOCAL_STARTS = 6
-"""How often submitit starts a job on this machine at most."""
+"""The most often that submitit starts a job on this machine."""
 
 REQUEUE = Path(__file__).parents[1] / "slurm" / "requeue.sh"
-"""What a job of several nodes asks when it ends: the loss of one leaves no rank that could requeue it."""
+"""A script that a job of several nodes runs at its end: if a node is lost, no rank is left to requeue the job."""
 
 MAX_REQUEUES = 100
-"""How often a job goes back into the queue for that."""
+"""The most often that a job goes back into the queue for a lost node."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -198,7 +195,10 @@ def submit(
         bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
     ] = False,
 ) -> None:
-    cells, home = find_cells(config, overrides or ())
+    cells = load_cells(config, overrides or ())
+    home = cells[0].directory.path
+    if is_sweep(read_yaml(config)):
+        home = home.parent
     waiting = list(find_unfinished(cells))
     if not waiting:
         print(f"nothing to submit: {len(cells)} complete in {home}")
@@ -214,53 +214,35 @@ def submit(
         raise ConfigError(f"--tasks-per-node: {ranks}, but --cluster debug is this process; give 1")
     if signal_delay >= 60 * minutes:
         raise ConfigError(f"--signal-delay: {signal_delay} s of the {60 * minutes} s that a job has; give less")
-
-    lines, after = [_setup_line(text) for text in setup or ()], []
-    if nodes > 1:
-        lines.append("set +e")  # whatever the lines before it say, what stands after srun is to be run
-        after = ["code=$?", *REQUEUE.read_text(encoding="utf-8").splitlines()]
-        after += [f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {MAX_REQUEUES} ] || ! has_lost_node $code ||']
-        after += ["    scontrol requeue $job", "exit $code"]
-    common = {"signal_delay_s": signal_delay, "stderr_to_stdout": True, **({"setup": lines} if lines else {})}
-    if cluster is Cluster.slurm:
-        given = {
-            "job_name": cells[0].name if len(cells) == 1 else config.stem,
-            "time": minutes,
-            "nodes": nodes,
-            "ntasks_per_node": tasks_per_node,
-            "gpus_per_node": gpus_per_node,
-            "cpus_per_task": cpus_per_task,
-            "partition": partition,
-            "account": account,
-            "qos": qos,
-            "constraint": constraint,
-            "array_parallelism": array_parallelism,
-            "teardown": after or None,
-            # Since Slurm 22.05 srun no longer takes the CPUs from sbatch. Ranks left behind by another have a minute to
-            # say why.
-            "srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=60"],
-            "additional_parameters": {"requeue": True, **_parse_directives(slurm or ())},
-        }
-        parameters = common | {key: value for key, value in given.items() if value is not None}
-    else:
-        parameters = common | {
-            "timeout_min": minutes,
-            "tasks_per_node": tasks_per_node,
-            "gpus_per_node": gpus_per_node or 0,
-        }
     if "%" in str(home.absolute()):
         raise ConfigError(
             f"{home.absolute()}: Slurm and submitit take % for a pattern in the paths of logs, which go below this "
             "folder; give output.root and output.name without %"
         )
+    parameters: dict[str, Any] = {"signal_delay_s": signal_delay, "stderr_to_stdout": True}
+    if cluster is not Cluster.slurm:
+        parameters |= {"timeout_min": minutes, "tasks_per_node": tasks_per_node, "gpus_per_node": gpus_per_node or 0}
+    else:
+        # Since Slurm 22.05, srun no longer takes the CPUs from sbatch. Ranks that lose another have a minute to say why
+        # they end.
+        srun = [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=60"]
+        parameters |= {
+            "job_name": cells[0].name if len(cells) == 1 else config.stem,
+            "time": minutes,
+            "nodes": nodes,
+            "ntasks_per_node": tasks_per_node,
+            "cpus_per_task": cpus_per_task,
+            "array_parallelism": array_parallelism,
+            "srun_args": srun,
+            "additional_parameters": {"requeue": True, **_parse_directives(slurm or ())},
+        }
+        asked = {"gpus_per_node": gpus_per_node, "partition": partition, "account": account, "qos": qos}
+        asked |= {"constraint": constraint}
+        parameters |= {key: value for key, value in asked.items() if value is not None}
+    parameters |= _lines_around([_setup_line(text) for text in setup or ()], can_lose_node=nodes > 1)
     folder = home.absolute() / "jobs" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     if dry_run:
-        if cluster is Cluster.slurm:
-            command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-            count = len(jobs) if len(jobs) > 1 else None
-            print(_make_sbatch_string(command, folder, map_count=count, **parameters))
-        for i, job in enumerate(jobs):
-            print(f"# {cluster.value} job {i}, ranks: {ranks}, cells: {', '.join(cell.name for cell in job.cells)}")
+        show(jobs, cluster, folder, ranks, parameters)
         return
     RunDirectory(folder).check_writable()
     submitted = hand_in(jobs, cluster, folder, max_timeouts, parameters)
@@ -279,28 +261,36 @@ def submit(
     print(f"follow:    {'; '.join(follow)}")
 
 
-def find_cells(path: Path, overrides: Sequence[str]) -> tuple[list[Cell], Path]:
-    """A sweep's cells and the folder of their directories, or a single run and its directory.
+def _lines_around(setup: list[str], can_lose_node: bool) -> dict[str, list[str]]:
+    """The lines of a job's script before and after srun, as parameters of submitit's."""
+    if not can_lose_node:
+        return {"setup": setup} if setup else {}
+    return {
+        # The lines after srun must run, whatever the lines before it set.
+        "setup": [*setup, "set +e"],
+        "teardown": [
+            "code=$?",
+            *REQUEUE.read_text(encoding="utf-8").splitlines(),
+            f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {MAX_REQUEUES} ] || ! has_lost_node $code ||',
+            "    scontrol requeue $job",
+            "exit $code",
+        ],
+    }
 
-    Raises:
-        ConfigError: a file or a key that is not valid.
-    """
-    if is_sweep(read_yaml(path)):
-        cells = load_sweep(path, overrides)
-        home = cells[0].directory.path.parent
-    else:
-        config = load_config(path, overrides)
-        if config.output.name is None:
-            config = with_values(config, "output", name=default_run_name(path, config))
-        cells = [Cell(0, config.output.name, config)]
-        home = cells[0].directory.path
-    return cells, home
+
+def show(jobs: Sequence[Job], cluster: Cluster, folder: Path, ranks: int, parameters: dict[str, Any]) -> None:
+    """Prints what would be submitted."""
+    if cluster is Cluster.slurm:
+        command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        print(_make_sbatch_string(command, folder, map_count=len(jobs) if len(jobs) > 1 else None, **parameters))
+    for i, job in enumerate(jobs):
+        print(f"# {cluster.value} job {i}, ranks: {ranks}, cells: {', '.join(cell.name for cell in job.cells)}")
 
 
 def find_unfinished(cells: Sequence[Cell]) -> Iterator[Cell]:
     """
     Raises:
-        ConfigError: a directory that holds another run, or none that can go on.
+        ConfigError: a directory holds another run, or one that cannot go on.
     """
     for cell in cells:
         state = cell_state(cell)
@@ -313,7 +303,8 @@ def find_unfinished(cells: Sequence[Cell]) -> Iterator[Cell]:
 def hand_in(
     jobs: Sequence[Job], cluster: Cluster, folder: Path, max_timeouts: int, parameters: dict[str, Any]
 ) -> list[submitit.Job]:
-    """
+    """Submits the jobs.
+
     Raises:
         ConfigError: there is no Slurm here, or it refuses the jobs.
     """
@@ -323,7 +314,7 @@ def hand_in(
         if not (shutil.which("sbatch") and shutil.which("srun")):
             raise ConfigError("--cluster: slurm, but sbatch or srun is not on this machine; give local or debug")
         executor = submitit.SlurmExecutor(folder, max_num_timeout=max_timeouts, python=_python())
-        output = redirect_stderr(io.StringIO())  # submitit prints there what it raises, too
+        output = redirect_stderr(io.StringIO())  # submitit also prints there what it raises
     else:
         executor = submitit.LocalExecutor(folder, max_num_timeout=min(max_timeouts, LOCAL_STARTS - 1))
         output = _output_to(folder / "setup.out")
@@ -333,7 +324,7 @@ def hand_in(
             return executor.submit_array(jobs)
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(folder)
-        with suppress(OSError):  # up to the first folder that holds something else
+        with suppress(OSError):  # ends at the first folder that holds something else
             os.removedirs(folder.parent)
         said = [re.sub("^sbatch: (error: )?", "", line) for line in str(error).splitlines()]
         raise ConfigError(f"sbatch refuses: {'; '.join(said)}") from None
@@ -341,7 +332,7 @@ def hand_in(
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """Of processes started meanwhile: else a pipe that this command writes to would stay open until they end."""
+    """Sends the output of processes started meanwhile to a file. They would keep a pipe to this command open."""
     kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     with open(path, "wb") as file:
         for descriptor in kept:
@@ -355,7 +346,7 @@ def _output_to(path: Path) -> Iterator[None]:
 
 
 def _python() -> str:
-    """This Python, deaf to a preemption until submitit listens: a job that dies of its warning is not requeued."""
+    """This Python, which ignores warnings until submitit listens: a job that dies of a warning is not requeued."""
     ignore = f'trap \'\' TERM {submitit.JobEnvironment.USR_SIG}; exec "$0" "$@"'
     return shlex.join(["sh", "-c", ignore, sys.executable])
 
@@ -366,7 +357,7 @@ def _setup_line(text: str) -> str:
 
 
 def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:
-    """`key=value` texts for sbatch; a key alone is a switch."""
+    """Options of sbatch from `key=value` texts; a key alone is a switch."""
     found: dict[str, str | bool] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -378,14 +369,5 @@ def _parse_directives(texts: Sequence[str]) -> dict[str, str | bool]:
     return found
 
 
-def main() -> None:
-    open_streams()
-    try:
-        if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
-            raise SystemExit(1)
-    except (ConfigError, UsageError) as error:
-        fail(error)
-
-
 if __name__ == "__main__":
-    main()
+    run_app(app)

@@ -1,15 +1,14 @@
-"""Works through sweeps on one machine: a worker on each GPU, or, where there are none, on every few cores.
+"""Works through sweeps on one machine: a worker on each GPU, or on every few cores if there are no GPUs.
 
     python launch/sweep.py SWEEP [SWEEP ...] [key=value ...] [--workers N] [--cores-per-worker K] [--retries N]
 
-The cells of all sweeps given are one queue. A cell is a process of its own (`fedpeft sweep run SWEEP --index I`), so
-that one that crashes or runs out of memory touches no other; what it says is appended to `log.txt` in its run's
-directory. On a terminal a live table tells how far the cells are, on a pipe plain lines do.
+The cells of all given sweeps form one queue. Each cell runs in a process of its own (`fedpeft sweep run SWEEP --index
+I`), so a cell that crashes or runs out of memory disturbs no other. Its output is appended to `log.txt` in its run's
+directory. A live table shows the progress on a terminal; on a pipe, plain lines do.
 
-Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal (SIGHUP) stop cleanly: the running cells write a checkpoint, nothing new
+Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal (SIGHUP) stop cleanly: the running cells write a checkpoint, no new cell
 is started, and the same command goes on later. Under nohup, a closed terminal stops nothing. A second Ctrl-C kills the
-cells. If it is this process that is killed, its running cells go on to their end, where nothing follows them; until
-then their locks keep other workers away.
+cells. If this process is killed, its running cells go on to their end, and their locks keep other workers away.
 
 Exit codes: 0 all cells are complete; 1 some failed; 2 the user's mistake; 75 interrupted.
 """
@@ -18,14 +17,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console, Group
@@ -33,10 +31,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft_dist.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, UsageError, user_path
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.runtime.command import EXIT_MISTAKE, leave_interrupted, run_app, user_path
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
-from fedpeft_dist.runtime.streams import open_streams
 from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, record_failure
 from fedpeft_dist.sweeps.attempts import Attempt, Task
 from fedpeft_dist.sweeps.places import Place, find_places
@@ -45,9 +42,9 @@ from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
 WAITING, SKIPPED, ELSEWHERE = "waiting", "skipped", "in work elsewhere"
 LOOK_SECONDS = 0.25
 STATUS_SECONDS = 60.0
-"""Between two lines on a pipe that tell how far all is."""
+"""Seconds between two status lines on a pipe."""
 TAKEN_SECONDS = 2.0
-"""Between two looks at the cells that other workers are at."""
+"""Seconds between two looks at the cells that other workers are running."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -79,7 +76,8 @@ def sweep(
     ]
     places = find_places([cell for _, cell in cells], workers, cores_per_worker)
     started = time.monotonic()
-    with listen_for_stop() as stop, Display() as display:
+    display = Display()
+    with listen_for_stop() as stop, display.live:
         runner = Runner(tasks, places, overrides, retries, display)
         try:
             runner.run(stop)
@@ -95,9 +93,8 @@ def sweep(
         f"{time.monotonic() - started:.0f} s, workers: {len(places)}; "
         f"to compare them: fedpeft report {min(str(folder), os.path.relpath(folder), key=len)}"
     )
-    if sum(counts[state] for state in (COMPLETE, SKIPPED, FAILED)) < len(tasks):
-        print("interrupted; run the same command to go on", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED)
+    if counts[COMPLETE] + counts[SKIPPED] + counts[FAILED] < len(tasks):
+        leave_interrupted()
     raise SystemExit(1 if counts[FAILED] else 0)
 
 
@@ -118,7 +115,7 @@ class Runner:
         self.looked_at_taken = 0.0
 
     def run(self, stop: StopRequest) -> None:
-        """Until every task is complete or has failed, or all has stopped."""
+        """Works until every task is complete or has failed, or all cells have stopped."""
         self.display.note(f"{len(self.tasks)} cells: {self.status()}; workers: {len(self.places)}")
         try:
             while True:
@@ -153,7 +150,7 @@ class Runner:
             raise
 
     def fill(self) -> None:
-        """Starts cells where a worker is idle; those that others were at come last."""
+        """Starts a cell on every idle worker; cells that other workers were running come last."""
         while self.idle and (task := self.next_task()) is not None:
             if _is_complete(task.cell):
                 task.state = SKIPPED
@@ -180,7 +177,7 @@ class Runner:
         self.display.note(f"started {task.name} on {attempt.place.name}")
 
     def settle(self, attempt: Attempt, code: int) -> None:
-        """Decides what becomes of a task whose process has ended: its run's state counts, more than the exit code."""
+        """Updates a task whose process has ended. The state of its run counts for more than the exit code."""
         task = attempt.task
         if _is_complete(task.cell):
             task.state = COMPLETE
@@ -198,7 +195,7 @@ class Runner:
                 self.fail(task, attempt.reason(code))
                 return
             task.state, task.reason = WAITING, attempt.reason(code)
-            self.waiting.append(task)  # what disturbed it may have passed when its turn comes again
+            self.waiting.append(task)  # the cause may have passed when its turn comes again
             self.display.note(f"to be tried again: {task.name}: {task.reason} (log: {task.log})")
 
     def leave_alone(self, task: Task) -> None:
@@ -224,7 +221,7 @@ class Runner:
         return ", ".join(parts) + ("" if left is None else f"; {_time(left)} left")
 
     def seconds_left(self) -> float | None:
-        """By the mean time of a round, over the attempts that are done or can tell; None before there is one."""
+        """An estimate from the mean time of a round, over all attempts with an estimate; None before there is one."""
         speeds, left, unknown = list(self.speeds), [], 0
         for attempt in self.attempts:
             seconds = attempt.seconds_left()
@@ -245,7 +242,7 @@ def _is_complete(cell: Cell) -> bool:
 
 
 def _is_taken(cell: Cell) -> bool:
-    with suppress(OSError, NotImplementedError):  # what cannot be locked fails by itself, and says why
+    with suppress(OSError, NotImplementedError):  # a run that cannot be locked fails by itself, and says why
         return cell.directory.in_use()
     return False
 
@@ -254,7 +251,7 @@ def _is_taken(cell: Cell) -> bool:
 
 
 class Display:
-    """A live table below the notes on a terminal, and lines anywhere else; a context manager."""
+    """A live table below the notes on a terminal, in the context of `live`; plain lines anywhere else."""
 
     def __init__(self):
         self.console = Console()
@@ -262,19 +259,12 @@ class Display:
         self.live = live if self.console.is_terminal else nullcontext()
         self.told = time.monotonic()
 
-    def __enter__(self) -> Display:
-        self.live.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.live.__exit__(*error)
-
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, runner: Runner) -> None:
-        """How far all is."""
+        """Shows the progress."""
         if self.console.is_terminal:
             self.live.update(self.table(runner), refresh=True)
         elif time.monotonic() - self.told > STATUS_SECONDS:
@@ -282,7 +272,7 @@ class Display:
             self.note(runner.status())
 
     def table(self, runner: Runner) -> Group:
-        """Rows for what runs and what failed, as many as fit, and counts for the rest."""
+        """Rows for the running and the failed cells, as many as fit, and counts for the rest."""
         table = Table("cell", "worker", "round", "accuracy", "left", box=None, pad_edge=False, expand=True)
         for attempt in runner.attempts:
             left = attempt.seconds_left()
@@ -295,10 +285,8 @@ class Display:
             )
         failed = [task for task in runner.tasks if task.state == FAILED]
         room = max(1, self.console.height - len(runner.attempts) - 5)
-        lines = [
-            Text(f"failed {task.name}: {task.reason}", "red", no_wrap=True, overflow="ellipsis")
-            for task in failed[-room:]
-        ]
+        style = {"style": "red", "no_wrap": True, "overflow": "ellipsis"}
+        lines = [Text(f"failed {task.name}: {task.reason}", **style) for task in failed[-room:]]
         if len(failed) > room:
             lines.insert(0, Text(f"{len(failed) - room} more failed", "red"))
         status = ("stopping: " if runner.stopping else "") + runner.status()
@@ -309,18 +297,5 @@ def _time(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def main() -> None:
-    open_streams()
-    try:
-        if app(standalone_mode=False):  # newer versions of typer turn Ctrl-C into a code that they return
-            raise SystemExit(1)
-    except (ConfigError, UsageError) as error:
-        message = error.format_message() if isinstance(error, UsageError) else str(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(EXIT_MISTAKE) from None
-    except (typer.Abort, KeyboardInterrupt):
-        raise SystemExit(1) from None
-
-
 if __name__ == "__main__":
-    main()
+    run_app(app)

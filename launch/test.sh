@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up an environment if there is none, then runs the linters, the check of the layers, and the tests.
+# Sets up an environment if there is none, then runs linters, the check of the layers, and the tests.
 #
 #   ./launch/test.sh [arguments of pytest]
 set -euo pipefail

@@ -1,5 +1,5 @@
-# The common part of train.sh and sweep.sh: a job's Python, its steps, and its end. Source this file with `repository`
-# set. train.sh explains the variables that it reads.
+# The common part of train.sh and sweep.sh, which source it with `repository` set: a job's Python, its steps, and its
+# end. train.sh describes the variables that it reads.
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -10,7 +10,7 @@ max_requeues=${FEDPEFT_MAX_REQUEUES:-100}
 
 if [ -n "${FEDPEFT_SETUP:-}" ]; then
     [ -r "$FEDPEFT_SETUP" ] || fail "FEDPEFT_SETUP: '$FEDPEFT_SETUP' cannot be read"
-    set +eu  # the site wrote this file for interactive shells
+    set +eu  # the site's file is written for interactive shells
     source "$FEDPEFT_SETUP"
     set -eu
 fi
@@ -22,36 +22,33 @@ elif [ ${#python[@]} = 0 ] && [ -n "${VIRTUAL_ENV:-}" ]; then
 elif [ ${#python[@]} = 0 ] && [ -x "$repository/.venv/bin/python" ]; then
     python+=("$repository/.venv/bin/python")
 else
-    python+=(python)  # the container's Python, or the one that FEDPEFT_SETUP put first on the path
+    python+=(python)  # the container's, or the first one on the PATH that FEDPEFT_SETUP has set
 fi
 command -v "${python[0]}" >/dev/null ||
     fail "no ${python[0]} on $(uname -n); FEDPEFT_VENV, FEDPEFT_SETUP and FEDPEFT_RUN say where Python is"
 
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-# Since Slurm 22.05, srun no longer takes this number from the job.
+# Since Slurm 22.05, srun no longer takes the CPUs of a task from the job.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# The signal that ends a job reaches this shell, too. The shell survives it, to see how its step ends.
+# The signal that ends a job also reaches this shell, which stays to see how its step ends.
 trap : TERM
 
 fedpeft() { "${python[@]}" -m fedpeft_dist "$@"; }
 
-# Runs a command of fedpeft on all tasks of the job.
-#
-# Each task must see all GPUs of the job on its node; it takes the GPU of its local rank. So nothing may bind tasks to
-# GPUs. (In some versions, --gpu-bind=none would hide from the tasks which GPUs are the job's.)
-#
-# When one task has ended, the others get a minute. Ranks that are interrupted or mistaken leave by themselves within
-# it. If they were killed at once, their exit code would become that of a signal.
+# Runs a command of fedpeft on all tasks of the job. Each task must see all GPUs of the job on its node, and takes the
+# one of its local rank. So nothing may bind tasks to GPUs. (In some versions, --gpu-bind=none would hide which GPUs are
+# the job's.) When one task has ended, the others have a minute to end by themselves: killing them at once would turn
+# their exit codes into that of a signal.
 step() (
     unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_GPU_BIND
     exec srun --export=ALL --kill-on-bad-exit=0 --wait=60 "${python[@]}" -m fedpeft_dist "$@"
 )
 
-# Ends the job with the exit code of its step. If the run was interrupted or a node was lost, Slurm starts the job
-# again. The number of requeues has a limit, because a round that takes longer than an attempt would never end. The
-# codes 138 and 143 are USR1 and TERM that come while Python still starts.
+# Ends the job with its step's exit code. If the run was interrupted or a node was lost, Slurm starts the job again. The
+# number of starts is limited, because a round that takes longer than an attempt would never end. 138 and 143 mean that
+# USR1 or TERM came while Python was still starting.
 finish() {
     local goes_on=
     case $1 in

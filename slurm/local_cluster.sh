@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes on this machine, for tests and trials. It needs root, slurm-wlm and munge.
+# Starts a real Slurm of two nodes on this machine, for tests and trials. It needs root, slurm-wlm and munge.
 #
 #   slurm/local_cluster.sh start|stop|status
 #
-# All its files lie in FEDPEFT_CLUSTER (by default fedpeft-slurm in the folder for temporary files). `stop` removes
-# them. Clusters in different folders can run side by side. The nodes n1 and n2 offer four CPUs each, however many CPUs
-# the machine has. Jobs in the partition `urgent` preempt jobs in the default partition, `batch`; these are requeued.
+# All its files lie in FEDPEFT_CLUSTER (by default fedpeft-slurm in the folder for temporary files), and `stop` removes
+# them. Clusters in different folders can run side by side. The nodes n1 and n2 offer four CPUs each, whatever the
+# machine has. Jobs in the partition `urgent` preempt those in the default one, `batch`, which are requeued.
 #
 # Tests may kill the daemon of a node (its process id stands in n1.pid) and start it again: `slurmd -N n1`.
 set -euo pipefail
@@ -16,7 +16,7 @@ export PATH=$PATH:/usr/sbin:/sbin
 
 fail() { echo "error: $*" >&2; exit 1; }
 
-# Prints the first of three unused ports in a row, below the ports that the kernel hands out.
+# Finds three free ports in a row, below those that the kernel hands out.
 free_ports() {
     local port=$((10000 + $$ % 3000 * 3))
     while (for i in 0 1 2; do : <"/dev/tcp/127.0.0.1/$((port + i))" && exit 0; done; exit 1) 2>/dev/null; do
@@ -25,9 +25,9 @@ free_ports() {
     echo "$port"
 }
 
-# Slurm's defaults are for large clusters; the short times here make tests quick. A job that is requeued waits until its
-# credential has expired (cred_expire). Slurm notices a node without its daemon after SlurmdTimeout. Two clusters on
-# this machine count their jobs from different numbers, so that their jobs do not use the same port.
+# Slurm's defaults are for large clusters; the short times here make tests quick. A requeued job waits until its
+# credential has expired (cred_expire). A node without its daemon is noticed after SlurmdTimeout. Each cluster numbers
+# its jobs from another number, so that the jobs of two clusters on this machine use different ports.
 write_config() {
     local port=$1 host
     host=$(uname -n)
@@ -103,9 +103,8 @@ status() {
     [ -e "$SLURM_CONF" ] && timeout 10 sinfo 2>/dev/null || fail "no cluster runs in $folder"
 }
 
-# Prints the cluster's processes: its daemons, and all processes that its jobs have started. Both carry the path of the
-# cluster's configuration in their environment. Programs that merely talk to the cluster carry it, too, and are left
-# out.
+# Lists the cluster's processes: its daemons, and the processes of its jobs. Both have the path of its configuration in
+# their environment, but so has every process that merely talks to the cluster.
 processes() {
     local process
     for process in /proc/[0-9]*; do

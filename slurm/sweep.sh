@@ -4,21 +4,18 @@
 #   sbatch [options] slurm/sweep.sh SWEEP [key=value ...]
 #   sbatch --gpus-per-node=1 --time=4:00:00 slurm/sweep.sh configs/sweeps/cifar100/communication.yaml
 #
-# Options, folder, environment and restarts are as in train.sh. All tasks of a job run its cell together. The first job
-# runs the first cell itself and submits an array with its own resources for the other cells. So no resources are
-# reserved just to count the cells.
+# Options, folder, environment, preemption and requeues are as in train.sh. All tasks of a job run its cell together.
+# The job runs the first cell itself and submits an array with its own resources for the others, so that nothing is
+# reserved just to count the cells. With `--array=0-5` given by hand it submits nothing, and every option of sbatch
+# counts for every task, even those that a running job cannot look up (--signal, --mail-type, --output).
 #
-# With `--array=0-5`, given by hand, the job submits no array. Every option of sbatch then counts for every array task.
-# This includes the options that a running job no longer tells (--signal, --mail-type, --output).
+# A complete cell is skipped. A cell that fails stops no other, and sets the exit code of its task.
 #
 # A complete cell is skipped. A cell that fails stops no other cell; the exit code of its array task tells of it.
 #
-#   FEDPEFT_CELLS_PER_TASK   how many cells an array task runs, one after another (1)
-#   FEDPEFT_MAX_TASKS        how many array tasks may run at once (all)
-#
-# A warning of the time limit is lost if it comes between two cells. So no cell begins within the last two and a half
-# minutes. To be warned at another time than the two minutes of --signal, set SBATCH_SIGNAL=USR1@SECONDS. It counts for
-# every array task. The job can see this variable, but not an option.
+# A warning of the time limit between two cells would be missed, so no cell is begun within the last two and a half
+# minutes. For another time than the two minutes of --signal, set SBATCH_SIGNAL=USR1@SECONDS. It counts for every task,
+# and unlike an option, the job can see it.
 #
 #SBATCH --job-name=fedpeft-sweep
 #SBATCH --requeue
@@ -26,7 +23,7 @@
 #SBATCH --signal=USR1@120
 set -euo pipefail
 
-# Slurm runs a copy of this file, in a folder of its own. So ask Slurm for the path of the original.
+# Slurm runs a copy of this file, in a folder of its own.
 submitted=$(scontrol --oneliner show job "${SLURM_JOB_ID:?is not set; give this script to sbatch}" | sed -n '1s/.* Command=\([^ ]*\).*/\1/p')
 repository=${FEDPEFT_REPOSITORY:-$(cd "$SLURM_SUBMIT_DIR" && dirname "$(dirname "$(realpath -m "$submitted")")")}
 [ -r "$repository/slurm/job.sh" ] || { echo "error: no slurm/job.sh in '$repository'; set FEDPEFT_REPOSITORY" >&2; exit 2; }
@@ -34,8 +31,7 @@ source "$repository/slurm/job.sh"
 
 asked() { squeue --noheader --jobs="$SLURM_JOB_ID" --format="$1"; }
 
-# Prints the options of sbatch that ask for this job's resources. The environment tells most of them, the queue the
-# rest.
+# The options of sbatch that ask for this job's resources. Most are in its environment, the rest in the queue.
 resources() {
     local option variable value
     while read -r option variable; do
@@ -74,7 +70,7 @@ submit_others() {
     fi
     [ "${FEDPEFT_MAX_TASKS:-0}" = 0 ] || limit=%$((FEDPEFT_MAX_TASKS > 1 ? FEDPEFT_MAX_TASKS - 1 : 1))
     array=$(
-        for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done  # these describe this job
+        for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done  # they describe this job
         sbatch --parsable --array="1-$((tasks - 1))$limit" "${options[@]}" "$repository/slurm/sweep.sh" "$@"
     ) || fail "the array for the other cells cannot be submitted from here; give sbatch --array=0-$((tasks - 1))"
     scontrol update jobid="$SLURM_JOB_ID" comment="array $array"
@@ -97,9 +93,9 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ] && [ $tasks -gt 1 ]; then
     submit_others "$@"
 fi
 
-# Whether the warning of the time limit may have come since the last cell ended. Slurm checks limits every 30 s and
-# warns up to one check early. 5 s are for a step to start. Half of the time is used in any case, so that a job with a
-# short limit gets beyond the complete cells.
+# Whether the warning of the time limit may have come since the last cell ended. Slurm looks at limits every 30 s, and
+# warns ahead of the look that would be late; a step needs 5 s to start. Half of the time is used in any case, so that a
+# job with a short limit also gets beyond the complete cells.
 is_late() {
     local end left margin=155
     [[ ! ${SBATCH_SIGNAL:-} =~ @([0-9]+)$ ]] || margin=$((10#${BASH_REMATCH[1]} + 35))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fedpeft_dist.config import errors
+
 LONGEST = 300
 """Characters of an error's text that are kept."""
 
@@ -11,6 +13,5 @@ class UnfitWeightsError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """An error's text on one line, cut if it is long; the error's class if it has no text."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < LONGEST else text[:LONGEST] + "..."
+    """What an error says, on one line and cut if it is long; its class if it says nothing."""
+    return errors.one_line(error, LONGEST)

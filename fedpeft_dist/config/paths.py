@@ -1,4 +1,4 @@
-"""Paths that users give: a leading `~` and `$NAME` mean what they mean in a shell."""
+"""Paths that users give: a leading `~` and `$NAME` are replaced as in a shell."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 PART_BYTES, PATH_BYTES = 255, 4095
-"""What Linux allows for the name of a file or a folder, and for a whole path."""
+"""Linux's limits for the name of a file or a folder, and for a whole path."""
 NAME_BYTES = 200
-"""What a run's folder may have for its name: tools make names from it, such as a copy's or a temporary folder's."""
+"""The limit for the name of a run's folder. Tools make longer names from it, such as a temporary folder's."""
 FILE_BYTES = 400
-"""Room that a run's longest path takes below its folder."""
+"""Room for a run's longest path below its folder."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
-"""Half a character. Python reads one for a byte that is no UTF-8. No file of ours can hold it."""
+"""Half a character, which Python reads for a byte that is not UTF-8. No file of ours can hold it."""
 _NOT_IN_NAMES = re.compile(rf"{_CONTROL.pattern}|{SURROGATE.pattern}|[~$]")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
@@ -27,7 +27,7 @@ def expand_path(path: str, part_bytes: int = PART_BYTES) -> str:
     """The path with `~`, `~user`, `$NAME` and `${NAME}` replaced; a path without them stays as it is.
 
     Raises:
-        ValueError: an unknown user, a variable without a value, or no path that a file system could have.
+        ValueError: an unknown user, a variable without a value, or a path that no file system could have.
     """
     if not path:
         raise ValueError(f"{path!r} is no path; give . for the folder that the command runs in")
@@ -58,7 +58,7 @@ def check_run_name(name: str) -> str:
     """A run's name with its variables replaced: one folder, or several as in `group/run`, all below `output.root`.
 
     Raises:
-        ValueError: a name that stands for another place, or that leaves no room for names made from it.
+        ValueError: the name leads elsewhere, or leaves no room for names made from it.
     """
     if not name.strip():
         raise ValueError(f"{name!r} is no name for a run's folder; give one, or null to derive it from the config")
@@ -74,7 +74,7 @@ def check_run_name(name: str) -> str:
 def check_run_place(root: str, name: str | None) -> None:
     """
     Raises:
-        ValueError: a folder for runs that leaves no room for their files.
+        ValueError: the folder for runs leaves no room for their files.
     """
     if _CONTROL.search(root):
         raise ValueError(f"root: {root!r} holds a line break or another control character; leave it out")
@@ -84,9 +84,9 @@ def check_run_place(root: str, name: str | None) -> None:
 
 
 def derived_name(text: str, ending: str = "") -> str:
-    """A folder's name from a text, cut to NAME_BYTES with a digest of the whole in place of what is cut; then `ending`.
+    """A folder's name from a text: at most NAME_BYTES, with a digest in place of what is cut, then `ending`.
 
-    A text that a run's name may have stays as it is.
+    A text that is a valid name of a run stays as it is.
     """
     text = _NOT_IN_NAMES.sub("_", text)
     room, encoded = NAME_BYTES - len(ending), text.encode()
@@ -97,7 +97,7 @@ def derived_name(text: str, ending: str = "") -> str:
 
 
 def _shown(text: str) -> str:
-    """A text as a message quotes it: a very long one is cut."""
+    """A text as a message quotes it; a very long one is cut."""
     return repr(text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}")
 
 

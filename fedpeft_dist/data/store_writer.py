@@ -82,7 +82,7 @@ def _write_images(part: Part, path: Path, progress: BuildProgress) -> None:
             assert chunk.shape[1:] == part.shape[1:]
             file.write(np.ascontiguousarray(chunk).data)
             written += len(chunk)
-            progress.advance(len(chunk))
+            progress.add(len(chunk))
         assert written == part.shape[0]
         _flush(file)
 

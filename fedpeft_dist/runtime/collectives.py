@@ -1,4 +1,4 @@
-"""The collectives a run needs. All of them are the identity in a single process."""
+"""The collectives a run needs. In a single process they do nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedpeft_dist.runtime.process import Runtime
 
 
 def sum_over_ranks(values: torch.Tensor, runtime: Runtime) -> torch.Tensor:
-    """Adds an int64 tensor over all ranks, in place; integers, so that the order of the sum cannot matter."""
+    """Adds an int64 tensor over all ranks, in place. The order of the sum cannot matter, because these are integers."""
     assert values.dtype == torch.int64
     _all_reduce(values, dist.ReduceOp.SUM, runtime)
     return values
@@ -40,7 +40,7 @@ def gather_rows(rows: Mapping[int, torch.Tensor], owners: Sequence[int], size: i
 
 
 def any_rank(flag: bool, runtime: Runtime) -> bool:
-    """Whether the flag is set on some rank."""
+    """Whether the flag is set on at least one rank."""
     return bool(sum_over_ranks(torch.tensor([int(flag)], device=runtime.device), runtime))
 
 
@@ -52,7 +52,7 @@ def min_over_ranks(value: int, runtime: Runtime) -> int:
 
 
 def assert_same_on_all_ranks(data: bytes, what: str, runtime: Runtime) -> None:
-    """Fails on every rank if the ranks hold different bytes; replicated state is never sent, so it must be equal."""
+    """Fails on every rank if the ranks hold different bytes. Replicated state is never sent, so it must be equal."""
     digest = int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
     spread = torch.tensor([digest, -digest], dtype=torch.int64, device=runtime.device)
     _all_reduce(spread, dist.ReduceOp.MAX, runtime)
@@ -62,13 +62,13 @@ def assert_same_on_all_ranks(data: bytes, what: str, runtime: Runtime) -> None:
 
 @contextmanager
 def failing_together(runtime: Runtime) -> Iterator[None]:
-    """Lets every rank raise ConfigError where one of them does, so that none waits for the others for ever.
+    """Makes every rank raise ConfigError if one of them does, so that none waits for the others for ever.
 
     The code inside may not call collectives.
 
     Raises:
-        ConfigError: on the first of the ranks that raise one inside (a FirstToldError where there are several).
-        ToldElsewhereError: on the others.
+        ConfigError: on the first rank that raised one inside; in a group of ranks it is a FirstToldError.
+        ToldElsewhereError: on the other ranks.
     """
     error: ConfigError | None = None
     try:
@@ -94,7 +94,7 @@ def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp, runtime: Runtime
     if dist.is_initialized():
         with _naming_the_lost(runtime):
             dist.all_reduce(values, op=operation)
-            if values.is_cuda:  # where the call has only begun; what goes wrong with it is to be seen here
+            if values.is_cuda:  # the call has only begun, and its errors must appear here
                 torch.cuda.current_stream().synchronize()
 
 

@@ -6,18 +6,18 @@ from fedpeft_dist.config.errors import ConfigError
 
 
 class FirstToldError(ConfigError):
-    """The user's mistake, found on one rank or more of a group, of which this one is to tell."""
+    """The user's mistake, found on at least one rank of a group. This rank prints it."""
 
 
 class ToldElsewhereError(ConfigError):
-    """The user's mistake, found on another rank or on this one too, of which another rank tells."""
+    """The user's mistake, found on at least one rank of a group. Another rank prints it."""
 
 
 class PeerLostError(RuntimeError):
-    """Another rank, or the store of all of them, has died, failed or fallen silent, so that this one cannot go on.
+    """Another rank, or the group's store, has died, failed or fallen silent, so that this rank cannot go on.
 
     Args:
-        is_told: whether this rank is the one to tell it; the others end without a word.
+        is_told: whether this rank prints the error; the others end silently.
     """
 
     def __init__(self, message: str, is_told: bool):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""How a system says that there is no room."""
+"""The error numbers of a full disk, a used-up quota and a file that is too large."""
 _TEMPORARY = ".tmp-"
 
 
@@ -17,10 +17,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path beside `path`, flushes what it wrote to disk and renames it into place.
 
     Raises:
-        OSError: with `path` as its filename: a full disk, a missing permission; `path` is then what it was before.
+        OSError: a full disk, a missing permission. Its filename is `path`, whose content stays as it was.
     """
-    # The name's end stays last: numpy, matplotlib and others choose a format, or append one, by its suffix. Of a long
-    # name no more fits.
+    # The suffix stays last, because numpy, matplotlib and others choose a format by it. A long name does not fit whole.
     temporary = path.with_name(f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{path.name[-40:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,14 +35,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Removes what writers that were killed have left; for whoever is the directory's only writer."""
+    """Removes the files that killed writers have left. Only the sole writer of a directory may call this."""
     for path in directory.glob(f"{_TEMPORARY}*"):
-        if not path.is_dir():  # no writer makes a folder here
+        if not path.is_dir():  # writers make no folders here
             path.unlink(missing_ok=True)
 
 
 def give_usual_mode(path: Path) -> None:
-    """Lets others read a file as the umask says: some libraries make theirs for the owner alone."""
+    """Gives a file the permissions that the umask asks for: some libraries let only the owner read theirs."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

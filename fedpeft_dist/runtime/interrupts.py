@@ -16,14 +16,14 @@ from typing import TypeVar
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """SIGHUP comes when the terminal is closed."""
 GRACE_SECONDS = 10.0
-"""How long a round, or what comes before the first, may still go on once it has noticed the request; it is dropped
-then."""
+"""Seconds that a round, or the work before the first one, may go on after it has noticed the request."""
+LOOK_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 T = TypeVar("T")
 
 
 class StoppedEarlyError(BaseException):
-    """Asked to stop amid work that leaves nothing to save. Like KeyboardInterrupt, it is for no `except Exception`."""
+    """Work that leaves nothing to save was asked to stop. Like KeyboardInterrupt, no `except Exception` catches it."""
 
 
 @dataclass
@@ -31,14 +31,14 @@ class StopRequest:
     """Whether this process was asked to stop."""
 
     received: bool = False
+    """Set by a signal, or by the thread that learns of another rank's request."""
     is_heard: bool = field(default=False, init=False)
-    """Whether signals come here."""
+    """Whether this process's signals arrive here."""
     _noticed: float | None = field(default=None, init=False)
-    _timer: threading.Timer | None = field(default=None, init=False)
     _is_limited: bool = field(default=False, init=False)
 
     def is_overdue(self) -> bool:
-        """Whether the round in work is to be dropped: the first call after the request starts the grace period."""
+        """Whether to drop the current round. The first call after the request starts the grace period."""
         if not self.received:
             return False
         if self._noticed is None:
@@ -46,52 +46,47 @@ class StopRequest:
         return time.monotonic() - self._noticed > GRACE_SECONDS
 
     def within_grace(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns; None where a request comes and it then takes too long. It must have nothing to lose."""
-        self._noticed = None
+        """Returns the result of `work`, or None if it goes on for too long after a request. It has nothing to lose."""
+        if not self.is_heard:
+            return work()
+        self._noticed, self._is_limited = None, True
+        is_done = threading.Event()
+        watcher = threading.Thread(target=self._break_off, args=(is_done,), daemon=True)
+        watcher.start()
         try:
-            self._is_limited = True
-            if self.received:
-                self.notice()
             return work()
         except StoppedEarlyError:
             return None
         finally:
             self._is_limited = False
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer.join()
-                self._timer = self._noticed = None
+            is_done.set()
+            watcher.join()
+            self._noticed = None
 
-    def pass_on(self) -> None:
-        """Another rank was asked; called from any thread."""
-        if self.is_heard and not self.received:
-            os.kill(os.getpid(), signal.SIGTERM)  # which breaks off what the main thread waits for
-        self.received = True
+    def _break_off(self, is_done: threading.Event) -> None:
+        """Sends this process a real signal when it is overdue: nothing else ends waiting for a lock or a disk."""
+        while not is_done.wait(LOOK_SECONDS):
+            if self.is_overdue():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def notice(self) -> None:
-        """A signal has come: from outside, or, when the grace period is over, from this process itself."""
+        """Takes a signal, from outside or from `_break_off`."""
         self.received = True
-        if not self._is_limited:
-            return
-        if self.is_overdue():
+        if self._is_limited and self.is_overdue():
             self._is_limited = False
             raise StoppedEarlyError
-        if self._timer is None and self.is_heard:
-            # A real signal, for it alone ends the waiting for a lock or a disk.
-            self._timer = threading.Timer(GRACE_SECONDS + 0.1, os.kill, (os.getpid(), signal.SIGTERM))
-            self._timer.daemon = True
-            self._timer.start()
 
 
 @contextmanager
 def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
     """Turns the stop signals into a flag for as long as the context lasts; a second SIGINT interrupts at once.
 
-    SIGHUP stays ignored where it is ignored already: nohup starts a process like that, so that it goes on.
+    SIGHUP stays ignored if it is ignored already: nohup starts a process that way.
 
     Args:
-        is_last: this process ends after it. Where nothing was raised, it is then deaf to what launchers and Slurm send:
-            that would turn the exit code of a run that is complete, or interrupted, into that of a signal.
+        is_last: this process ends after the context. Unless an error was raised, ignore late signals of launchers and
+            Slurm, so that they cannot change the exit code.
     """
     request = StopRequest()
     request.is_heard = True
@@ -111,11 +106,11 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
     finally:
         request.is_heard = False
         for number, handler in previous.items():
-            if signal.getsignal(number) is remember:  # what was set meanwhile stays
+            if signal.getsignal(number) is remember:  # a handler that was set meanwhile stays
                 signal.signal(number, handler)
 
 
 def stop_with_parent() -> None:
-    """Lets the kernel send SIGTERM here when the process that started this one ends, however it does (Linux only)."""
+    """Has the kernel send SIGTERM to this process when its parent ends, however that happens (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

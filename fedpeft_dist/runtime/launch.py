@@ -1,6 +1,6 @@
-"""Who am I: the one place where ranks and environment variables are read.
+"""This process's rank: the one place that reads the environment variables of launchers.
 
-Three ways to start are understood: torchrun (RANK, WORLD_SIZE, ...), Slurm's srun (SLURM_PROCID, ...), and alone.
+A process can be started by torchrun (RANK, WORLD_SIZE, ...), by Slurm's srun (SLURM_PROCID, ...), or alone.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from fedpeft_dist.runtime.interrupts import stop_with_parent
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place among its peers, and where they meet."""
+    """This process's place among its peers, and the address where they meet."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    """Ranks on this machine, which share its memory."""
+    """The number of ranks on this machine, which share its memory."""
     address: str = ""
-    """Empty where no launcher started this process."""
+    """Empty if no launcher started this process."""
     port: int = 0
     restart: int = 0
     """How often torchrun has restarted the group."""
     job: str = ""
-    """The name of torchrun's launch, the same after a restart; a group that meets in the agent's store has one of its
-    own, since torchrun calls most launches alike."""
+    """The name of torchrun's launch, the same after a restart. A group that meets in the agent's store makes a name of
+    its own, because torchrun gives most launches the same one."""
     agent_store: bool = False
     """Whether torchrun's agent already serves the store at that address."""
     slurm_job: str = ""
-    """The number of the Slurm job that this process belongs to; an array's tasks have one each."""
+    """The number of the Slurm job that this process belongs to; each task of an array has its own number."""
     requeues: int = 0
     """How often Slurm has put that job back into its queue."""
     is_step: bool = False
@@ -81,7 +81,7 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
-    """Of the step, which Slurm tells for its nodes in order, such as `4(x2),1`; their mean where it does not."""
+    """The step's tasks on this node. Slurm lists them by node, such as `4(x2),1`; without the list, their mean."""
     counts: list[int] = []
     for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(repeated or 1)
@@ -92,14 +92,14 @@ def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
 
 
 def _first_slurm_host(environment: Mapping[str, str]) -> str:
-    """Where the step's first task runs: its node's name where that resolves, else the address Slurm has for it."""
+    """The node of the step's first task: its name if that resolves, else Slurm's address for it."""
     try:
         node = _ask_slurm("hostnames", environment["SLURM_STEP_NODELIST"]).split()[0]
         with suppress(OSError):
             socket.getaddrinfo(node, None)
             return node
         return re.search(r" NodeAddr=(\S+)", _ask_slurm("node", node))[1]
-    except (OSError, subprocess.CalledProcessError):  # in a container: where srun was called, the first node of a job
+    except (OSError, subprocess.CalledProcessError):  # in a container: the node that called srun, a job's first
         return environment["SLURM_LAUNCH_NODE_IPADDR"]
 
 
@@ -108,14 +108,14 @@ def _ask_slurm(*what: str) -> str:
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
-    """One that steps at work on the same node are unlikely to share, below those that the system hands out."""
+    """A port that steps on the same node are unlikely to share, below the ports that the system hands out."""
     job, step, restart = (int(environment.get(f"SLURM_{key}", 0)) for key in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    # An attempt that a requeue has not quite ended may still hold its own. With these factors, the ports of a job's
-    # first 16 steps and 4 attempts lie at least 180 apart: close numbers of jobs do not meet.
+    # After a requeue, the attempt before may still hold its port. With these factors, the ports of a job's first 16
+    # steps and 4 attempts lie at least 180 apart, so jobs with close numbers do not collide.
     return 20000 + (job + 5909 * step + 1463 * restart) % 12000
 
 
 def follow_agent(environment: Mapping[str, str] = os.environ) -> None:
-    """Asks this process to stop when torchrun's agent ends, which some signals kill without a word to its ranks."""
+    """Asks this process to stop when torchrun's agent ends. Some signals kill an agent before it tells its ranks."""
     if "TORCHELASTIC_RUN_ID" in environment:
         stop_with_parent()

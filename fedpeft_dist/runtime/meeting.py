@@ -1,9 +1,11 @@
-"""How the ranks of a group find each other in a store that may hold what earlier ranks have left.
+"""How the ranks of a group find each other in a store that may still hold entries of earlier ranks.
 
-torchrun keeps its store across restarts. On several machines its agents do not even agree on how many there were: one
-that starts its ranks again only because another machine's have failed does not count that. So nothing that a launcher
-says tells one attempt from the next. Each rank comes under a name of its own instead, rank 0 calls all of the names
-that it finds, again whenever one has changed, and the group meets once everyone has answered.
+torchrun keeps its store across restarts. On several machines, its agents do not even agree on the number of restarts:
+an agent that restarts its ranks because another machine's have failed does not count that. So nothing that a launcher
+says tells one attempt from the next.
+
+Each rank writes down a random name instead. Rank 0 calls all names that it finds, again whenever one has changed. The
+group meets once every called rank has answered.
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ LOOK_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Meeting:
-    """What all ranks of a group agree on."""
+    """The facts that all ranks of a group agree on."""
 
     token: str
-    """No other group's."""
+    """A name that no other group has."""
     restart: int
-    """The largest of the ranks' counts."""
+    """The largest of the ranks' numbers of restarts."""
 
 
 def meet(store: dist.Store, rank: int, world_size: int, restart: int, seconds: float) -> Meeting:
-    """Waits until every rank is here, of this attempt and no earlier one.
+    """Waits until every rank of this attempt, and of no earlier one, is here.
 
     Args:
-        restart: how often this rank's launcher has started it again, as far as it knows.
+        restart: how often this rank's launcher believes to have restarted it.
         seconds: how long to wait.
 
     Raises:
@@ -62,7 +64,7 @@ def meet(store: dist.Store, rank: int, world_size: int, restart: int, seconds: f
 
 
 def _call(store: dist.Store, world_size: int, token: str, called: list | None) -> tuple[str, list | None]:
-    """Calls the names of all ranks where they are not those called before."""
+    """Calls all ranks by their names, unless the same names were called before."""
     keys = [f"name/{rank}" for rank in range(world_size)]
     if not store.check(keys):
         return token, called

@@ -1,7 +1,7 @@
-"""How much of a machine's memory can still be had, and how much a process has taken.
+"""How much of a machine's memory is available, and how much a process has taken.
 
-What can be had is what the kernel says, or a control group's limit if that is less: Slurm (--mem), containers and
-systemd limit their processes by Linux's control groups, of which the machine's own figure says nothing.
+Available is the kernel's figure, or less if a control group has less left. Slurm (--mem), containers and systemd limit
+their processes by Linux's control groups, which the kernel's figure does not include.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PROCESS_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear
 
 
 def available_host_memory(root: Path = _ROOT) -> int:
-    """Bytes that this process can take without swapping; where the kernel does not tell, half of what is installed.
+    """Bytes that this process can take without swapping; half of the installed memory if the kernel does not tell.
 
     Args:
-        root: of the file system in which /proc and /sys are looked for.
+        root: the folder that holds proc and sys.
     """
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
@@ -33,7 +33,7 @@ def available_host_memory(root: Path = _ROOT) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Bytes left below the limit of each control group that this process is in, of either version."""
+    """Bytes left below the limit of each control group (version 1 or 2) that this process is in."""
     table = root / "proc/self/cgroup"
     for line in table.read_text().splitlines() if table.exists() else ():
         number, controllers, path = line.split(":", 2)
@@ -45,21 +45,21 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         else:
             continue
         group = top / path.lstrip("/")
-        for folder in (group, *group.parents):  # a limit further up holds here, too
+        for folder in (group, *group.parents):  # the limits of parent groups hold, too
             if not folder.is_relative_to(top):
                 break
             try:
                 most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
                 statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # a container may not see its own group's place
+            except (OSError, ValueError):  # a container may not see its own group
                 continue
             if most != "max":
-                # Files' pages count as used, but give way.
+                # Cached files count as used, but the kernel drops them when memory is needed.
                 yield max(0, int(most) - used + int(statistics.get(cache, 0)))
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes that this process has now: allocated on the GPU, or resident where the kernel tells."""
+    """Bytes that this process has now: allocated on the GPU, or resident in memory."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _own_status("VmRSS") or peak_memory(device)
@@ -81,7 +81,7 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def _own_status(field: str) -> int | None:
-    """Bytes; None where the kernel does not tell."""
+    """A figure in bytes; None if the kernel does not tell."""
     if not _PROCESS_STATUS.exists():
         return None
     fields = dict(line.split(":", 1) for line in _PROCESS_STATUS.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Which way to the other machines."""
+"""The network interface that leads to another machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SIOCGIFADDR = 0x8915
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface by which this machine reaches an IPv4 address or host; None where the system does not tell.
+    """The interface by which this machine reaches an IPv4 address or host; None if the system does not tell.
 
-    gloo would take the one that this machine's own name resolves to, which may be the loopback or nothing at all.
+    gloo would use the interface that this machine's own name resolves to: perhaps the loopback, or none.
     """
     try:
         import fcntl

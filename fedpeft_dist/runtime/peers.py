@@ -1,10 +1,12 @@
-"""Which ranks of the group are still there, so that a dead one does not let the others wait for it for ever.
+"""Which ranks of the group are still running, so that a dead one does not let the others wait for it for ever.
 
-Each rank has a thread that sets its beat in the group's store once in a while and reads the others'. A rank is lost
-when it says that it failed, when its process has ended (seen at once on the same machine), or when its beat stands
-still for SILENT_BEATS beats. A collective that fails asks who it was; where the main thread hangs in one, this thread
-ends the process. One rank, the lowest that is left, tells which rank was lost. So it is when the machine whose agent of
-torchrun holds the store has gone: agents of other machines may never notice.
+Each rank has a thread that sets its beat in the group's store regularly and reads the others'. A rank is lost when it
+says that it failed, when its process has ended (seen at once on the same machine), or when its beat stands still for
+SILENT_BEATS beats. A failed collective asks which rank was lost. If the main thread hangs in a collective, a thread
+ends the process. The lowest rank that is left prints which rank was lost.
+
+The store may hang as well, or be gone with the machine of torchrun's agent that serves it; agents of other machines may
+never notice. So the thread that judges the beats is another one than the thread that talks to the store.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ RANKS_PER_SECOND = 32
 """Larger groups beat more slowly: every rank reads every other's beat."""
 SILENT_BEATS = 40
 LAST_SECONDS = 5.0
-"""That the main thread has to end by itself once a rank is lost."""
+"""Seconds that the main thread has to end by itself once a rank is lost."""
 _DONE, _FAILED, _STOP = "done", "failed", "stop"
 
 
@@ -43,9 +45,9 @@ class Member:
     host: str
     pid: int
     started: str
-    """Tells it from a later process of the same number."""
+    """The process's start time, which tells it from a later process of the same number."""
     place: str
-    """Of the kernel and the process namespace in which `pid` means something; empty where that is not known."""
+    """The kernel and the process namespace in which `pid` is valid; empty if unknown."""
 
     @classmethod
     def this_process(cls, rank: int) -> Member:
@@ -55,7 +57,7 @@ class Member:
         return cls(rank, socket.gethostname(), os.getpid(), _start_time(os.getpid()) or "", place)
 
     def has_ended(self, place: str) -> bool:
-        """Whether the process is known to have ended; only one in the same place can be known."""
+        """Whether the process is known to have ended. Nothing is known of a process in another place."""
         return bool(place) and place == self.place and _start_time(self.pid) != self.started
 
     def __str__(self) -> str:
@@ -63,7 +65,7 @@ class Member:
 
 
 def _start_time(pid: int) -> str | None:
-    """Of a process, in the kernel's clock ticks; None where it has ended, also where its parent has yet to notice."""
+    """A process's start in the kernel's clock ticks; None if it has ended, even if its parent has yet to notice."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -72,10 +74,10 @@ def _start_time(pid: int) -> str | None:
 
 
 class Peers:
-    """The other ranks, watched from a thread from `start` to `leave`.
+    """The other ranks, watched by threads from `start` to `leave`.
 
     Args:
-        connect: makes a connection to the group's store, whose calls end within some seconds.
+        connect: makes a connection to the group's store. Its calls end within some seconds, unless the store hangs.
     """
 
     def __init__(self, connect: Callable[[], dist.Store], launch: Launch):
@@ -83,14 +85,17 @@ class Peers:
         self.ranks = range(launch.world_size)
         self.beat_seconds = max(BEAT_SECONDS, launch.world_size / RANKS_PER_SECOND)
         self.stop = StopRequest()
-        """Of this rank's; what one rank is asked, the others learn from its beat."""
+        """This rank's request to stop. Its beat passes the request on to the other ranks."""
         self.last_will: Callable[[str], None] = lambda reason: None
-        """Called before this process is ended from outside its main thread."""
+        """Called with the reason before a thread ends this process."""
+        self.this = Member.this_process(self.rank)
         self._left, self._loss_found = threading.Event(), threading.Event()
         self._loss: PeerLostError | None = None
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
-        self._looked = time.monotonic()
-        self.this = Member.this_process(self.rank)
+        self._beats: list[str] = []
+        """The ranks' beats when the store last answered, at `_answered`."""
+        self._answered = time.monotonic()
+        self._talker = threading.Thread(target=self._talk, name="peers", daemon=True)
+        self._store_ended = False
         self.store = connect()
         self.store.set(f"member/{self.rank}", json.dumps(asdict(self.this)))
         self._beat("0")
@@ -111,26 +116,25 @@ class Peers:
             message = f"rank {', '.join(map(str, missing))} was lost while the group was formed"
             raise PeerLostError(message, self.rank == min(set(self.ranks) - set(missing))) from error
         self.members = [Member(**json.loads(member)) for member in found]
-        self._looked = time.monotonic()
-        self._thread.start()
-        if len(self.ranks) > 1 and (self.launch.agent_store or self.rank):  # else nobody's store matters, or it is ours
-            threading.Thread(target=self._watch_store, name="store", daemon=True).start()
+        if len(self.ranks) > 1:
+            self._answered = time.monotonic()
+            self._talker.start()
+            threading.Thread(target=self._judge, name="judge", daemon=True).start()
 
     def leave(self, failure: BaseException | None = None) -> None:
-        """Tells the others that this rank has ended, well or with a failure of its own."""
+        """Tells the other ranks that this one has ended, well or with a failure of its own."""
         self._left.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=LAST_SECONDS)
-        if self._thread.is_alive():  # it hangs in a store that does not answer
+        if self._talker.is_alive():
+            self._talker.join(timeout=LAST_SECONDS)
+        if self._talker.is_alive():  # it hangs in a store that does not answer
             return
-        with suppress(RuntimeError):  # whoever held the store may have left before
+        with suppress(RuntimeError):  # the rank that held the store may have left before
             self._beat(_DONE if failure is None else _FAILED)
 
     def loss(self) -> PeerLostError | None:
-        """Which rank was lost, after a collective has failed; None where all of them are still there after a while."""
-        if len(self.ranks) == 1:
-            return None
-        self._loss_found.wait((SILENT_BEATS + 2) * self.beat_seconds)
+        """Which rank was lost, after a collective has failed; None if all are still running after a while."""
+        if len(self.ranks) > 1:
+            self._loss_found.wait((SILENT_BEATS + 2) * self.beat_seconds)
         return self._loss
 
     @contextmanager
@@ -150,43 +154,20 @@ class Peers:
     def _beat(self, value: str) -> None:
         self.store.set(f"beat/{self.rank}", value)
 
-    def _watch(self) -> None:
-        beats: dict[int, str] = {}
-        changed = dict.fromkeys(self.ranks, time.monotonic())
-        lost: dict[int, str] = {}
-        count = 0
-        while not lost and not self._left.wait(self.beat_seconds):
+    def _talk(self) -> None:
+        """Sets this rank's beat and reads all ranks' until this rank leaves, one is lost, or the store has ended."""
+        keys, count = [f"beat/{rank}" for rank in self.ranks], 0
+        while not (self._left.wait(self.beat_seconds) or self._loss_found.is_set()):
             count += 1
             try:
                 self._beat(f"{count} {_STOP}" if self.stop.received else str(count))
-                found = self.store.multi_get([f"beat/{rank}" for rank in self.ranks])
+                self._beats = [beat.decode() for beat in self.store.multi_get(keys)]
+                self._answered = time.monotonic()
             except RuntimeError:
-                if self.launch.agent_store:  # a connection may break; `_watch_store` tells when it is more than that
-                    self._reconnect()
-                    continue
-                if self._left.wait(LAST_SECONDS):
+                if not self.launch.agent_store:
+                    self._store_ended = True
                     return
-                lost[0] = "has died, and with it the store that the group meets in"
-                break
-            now = time.monotonic()
-            if now - self._looked > SILENT_BEATS * self.beat_seconds / 2:  # it was this process that was silent
-                changed = dict.fromkeys(self.ranks, now)
-            self._looked = now
-            for rank, beat in enumerate(value.decode() for value in found):
-                if beats.get(rank) != beat:
-                    beats[rank], changed[rank] = beat, now
-                if rank == self.rank or beat == _DONE:
-                    continue
-                if beat.endswith(_STOP):
-                    self.stop.pass_on()
-                if beat == _FAILED:
-                    lost[rank] = "has failed, its own error says why"
-                elif self.members[rank].has_ended(self.this.place):
-                    lost[rank] = "has died"
-                elif now - changed[rank] > SILENT_BEATS * self.beat_seconds:
-                    lost[rank] = f"has given no sign of life for {now - changed[rank]:.0f} s"
-        if lost:
-            self._end_for(lost)
+                self._reconnect()  # a connection may break; `_judge` notices if the store stays silent
 
     def _reconnect(self) -> None:
         with suppress(OSError, RuntimeError):
@@ -194,27 +175,48 @@ class Peers:
             socket.create_connection((self.launch.address, self.launch.port), timeout=LAST_SECONDS).close()
             self.store = self.connect()
 
-    def _watch_store(self) -> None:
-        """The process that holds the store may hang, and with it whoever asks it for something."""
+    def _judge(self) -> None:
+        """Ends this process when another rank or the store is lost, unless its main thread ends it first."""
         silent = SILENT_BEATS * self.beat_seconds
         before = time.monotonic()
-        while not (self._left.wait(self.beat_seconds) or self._loss_found.is_set()):
+        seen, changed = [""] * len(self.ranks), [before] * len(self.ranks)
+        lost: dict[int, str] = {}
+        while not lost and not self._left.wait(self.beat_seconds):
             now = time.monotonic()
-            if now - before > silent / 2:  # it was this process that was silent
-                self._looked = now
+            if now - before > silent / 2:  # this process was silent itself: it was suspended
+                self._answered, changed = now, [now] * len(self.ranks)
             before = now
-            if now - self._looked > silent:
-                silence = f"has given no sign of life for {now - self._looked:.0f} s"
-                if self.launch.agent_store:  # which ranks are left, nobody knows: one of every agent's tells
+            if self._store_ended:
+                if self._left.wait(LAST_SECONDS):
+                    return
+                lost[0] = "has died, and with it the store that the group meets in"
+            elif now - self._answered > silent and (self.launch.agent_store or self.rank):
+                silence = f"has given no sign of life for {now - self._answered:.0f} s"
+                if self.launch.agent_store:  # nobody knows which ranks are left, so one rank of every agent prints it
                     place = f"{self.launch.address}:{self.launch.port}"
                     self._end(f"the store of torchrun's agent ({place}) {silence}", self.launch.local_rank == 0)
-                else:
-                    self._end_for({0: silence})
-                return
+                    return
+                lost[0] = silence
+            else:
+                for rank, beat in enumerate(self._beats):
+                    if seen[rank] != beat:
+                        seen[rank], changed[rank] = beat, now
+                    if rank != self.rank and beat != _DONE and (what := self._fate(rank, beat, now - changed[rank])):
+                        lost[rank] = what
+        if lost:
+            told = "; ".join(f"{self.members[rank]} {what}" for rank, what in lost.items())
+            self._end(told, self.rank == min(rank for rank in self.ranks if rank not in lost))
 
-    def _end_for(self, lost: dict[int, str]) -> None:
-        told = "; ".join(f"{self.members[rank]} {what}" for rank, what in lost.items())
-        self._end(told, self.rank == min(rank for rank in self.ranks if rank not in lost))
+    def _fate(self, rank: int, beat: str, silence: float) -> str | None:
+        """The fate of a lost rank; None for a running one, whose request to stop is taken over."""
+        if beat.endswith(_STOP):
+            self.stop.received = True
+        if beat == _FAILED:
+            return "has failed, its own error says why"
+        if self.members[rank].has_ended(self.this.place):
+            return "has died"
+        is_silent = silence > SILENT_BEATS * self.beat_seconds
+        return f"has given no sign of life for {silence:.0f} s" if is_silent else None
 
     def _end(self, told: str, is_told: bool) -> None:
         """Lets the main thread fail by itself, and ends this process if it does not."""
@@ -222,7 +224,7 @@ class Peers:
         self._loss_found.set()
         if self._left.wait(LAST_SECONDS):
             return
-        # What follows may wait for a disk or a pipe that hangs, too.
+        # The steps below may also wait for a disk or a pipe that hangs.
         resort = threading.Timer(LAST_SECONDS, os._exit, (1,))
         resort.daemon = True
         resort.start()

@@ -1,4 +1,4 @@
-"""What a rank computes with: the device, the precision and the group, in the `Runtime` that everyone else receives."""
+"""The `Runtime` that everyone else receives: the device, the precision and the group that a rank computes with."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from fedpeft_dist.runtime.network import interface_towards
 from fedpeft_dist.runtime.peers import Peers
 
 ARRIVAL_SECONDS = 300
-"""That ranks wait for each other when a group is formed; they may start at different times."""
+"""Seconds to wait for all ranks to join; they may start at different times."""
 LONGEST_WAIT_HOURS = 6
-"""That a rank may wait for another's share of a round; one that is dead is found much sooner, by its peers."""
+"""Hours that a rank may wait for another's share of a round. Peers find a dead rank much sooner."""
 FAR_AWAY = "192.0.2.1"
-"""An address that no machine has: its way out is the default route."""
+"""An address that no machine has, so that the system sends to it by the default route."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a rank computes with."""
+    """The device, the precision and the group of a rank."""
 
     launch: Launch
     device: torch.device
     precision: str
     threads: int
     peers: Peers | None = None
-    """None in a process that is alone."""
+    """The other ranks; None in a process that no launcher started."""
 
     @property
     def rank(self) -> int:
@@ -56,7 +56,7 @@ class Runtime:
         return PRECISIONS[self.precision]
 
     def autocast(self) -> torch.autocast:
-        """The context for every forward pass; does nothing in fp32."""
+        """The context of every forward pass; it does nothing in fp32."""
         enabled = self.precision != "fp32"
         return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
@@ -75,7 +75,7 @@ def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device,
         if config.precision == "fp16":
             raise ConfigError("runtime.precision: 'fp16' needs a CUDA device; on the CPU give fp32, bf16 or auto")
         return torch.device("cpu"), "fp32" if config.precision == "auto" else config.precision
-    # A task that srun has bound to a GPU sees no other, and calls it the first.
+    # A task that srun has bound to a GPU sees no other GPU, and numbers its own 0.
     is_bound = launch.is_step and torch.cuda.device_count() == 1
     if launch.local_world_size > torch.cuda.device_count() and not is_bound:
         raise ConfigError(
@@ -93,7 +93,7 @@ def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device,
 
 
 def fit_to_machine(config: RuntimeConfig) -> RuntimeConfig:
-    """For what was trained elsewhere: the device that is here, and the precision, too, where this one lacks it."""
+    """The settings to evaluate a run that was trained elsewhere: this machine's device, and a precision it has."""
     config = config.model_copy(update={"device": "auto"})
     try:
         resolve_device(config, find_launch())
@@ -104,7 +104,7 @@ def fit_to_machine(config: RuntimeConfig) -> RuntimeConfig:
 
 @contextmanager
 def start(config: RuntimeConfig) -> Iterator[Runtime]:
-    """Sets this process up (device, threads, determinism, process group) and tears the group down at the end."""
+    """Sets up this process (device, threads, determinism, process group) and closes the group at the end."""
     launch = find_launch()
     device, precision = resolve_device(config, launch)
     torch.set_num_threads(config.threads)
@@ -114,18 +114,26 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     if not launch.address:
         yield Runtime(launch, device, precision, config.threads)
         return
-    # Also in a group of one, so that torchrun on one GPU runs what it runs on many.
+    # A single rank forms a group, too, so that torchrun runs the same code on one GPU as on many.
     launch, peers, store = _meet_peers(launch)
     try:
-        peers.start()  # first of all: a rank that dies while the group is formed would be waited for, too
+        peers.start()  # before the group is formed, because a rank may also die while others wait for it there
         with peers.naming_the_lost():
-            _form_group(launch, device, store)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timedelta(hours=LONGEST_WAIT_HOURS),
+                device_id=device if device.type == "cuda" else None,
+            )
         yield Runtime(launch, device, precision, config.threads, peers)
     except BaseException as error:
         peers.leave(error)
-        # A group of several stays as it is: taking it down may wait for a rank that is gone.
-        if launch.world_size == 1 and dist.is_initialized():  # another may come in this process
-            with suppress(RuntimeError):  # as the first error may bring along
+        # Closing a group of several ranks might wait for a lost rank. After a group of one, this process may start
+        # another one.
+        if launch.world_size == 1 and dist.is_initialized():
+            with suppress(RuntimeError):  # a consequence of the first error
                 dist.destroy_process_group()
         raise
     peers.leave()
@@ -134,7 +142,7 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
 
 def _be_deterministic(device: torch.device) -> None:
     # MKL's batched products round by the alignment of their operands, so that a lane's result would depend on its
-    # number; STRICT forbids it, at no measurable cost. Read at MKL's first use, which must come after this.
+    # number. STRICT forbids it, at no measurable cost. MKL reads this variable at its first use.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -145,18 +153,21 @@ def _be_deterministic(device: torch.device) -> None:
 
 
 def _meet_peers(launch: Launch) -> tuple[Launch, Peers, dist.Store]:
-    """Returns the launch as all ranks see it, and the store that their group is formed in, too."""
+    """Waits for all ranks.
+
+    Returns:
+        The launch as all ranks agree on it, the ranks, and the store to form their group in.
+    """
     if launch.local_world_size < launch.world_size:
         interface = interface_towards(launch.address)
-        if interface == "lo":  # which a machine's own name often means to itself, and which is no way to the others
+        if interface == "lo":  # a machine's own name often means the loopback, which leads to no other machine
             interface = interface_towards(FAR_AWAY)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    rank, world_size = launch.rank, launch.world_size
-    store = _connect(launch, is_server=rank == 0 and not launch.agent_store, seconds=ARRIVAL_SECONDS)
-    # Another job's ranks that take this store for theirs meet nobody here.
+    store = _connect(launch, is_server=launch.rank == 0 and not launch.agent_store, seconds=ARRIVAL_SECONDS)
+    # Ranks of another job that reach this store by mistake meet nobody under this prefix.
     here = dist.PrefixStore(f"fedpeft/{launch.slurm_job}", store)
-    meeting = meet(here, rank, world_size, launch.restart, ARRIVAL_SECONDS)
+    meeting = meet(here, launch.rank, launch.world_size, launch.restart, ARRIVAL_SECONDS)
     launch = replace(launch, restart=meeting.restart)
     if launch.agent_store:  # torchrun calls most launches "none"; the first group's token lives as long as the agent
         launch = replace(launch, job=here.compare_set("launch", "", meeting.token).decode())
@@ -167,19 +178,8 @@ def _meet_peers(launch: Launch) -> tuple[Launch, Peers, dist.Store]:
     return launch, Peers(connect, launch), dist.PrefixStore(f"fedpeft/{meeting.token}", store)
 
 
-def _form_group(launch: Launch, device: torch.device, store: dist.Store) -> None:
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timedelta(hours=LONGEST_WAIT_HOURS),
-        device_id=device if device.type == "cuda" else None,
-    )
-
-
 def _connect(launch: Launch, is_server: bool, seconds: float) -> dist.Store:
-    # An agent's store is there before its ranks; one that is not has gone with its agent, and nobody will come.
+    # An agent starts its store before its ranks. If the store is missing, the agent has gone, and nobody will come.
     patience = timedelta(seconds=20 if launch.agent_store else ARRIVAL_SECONDS)
     store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=is_server, timeout=patience)
     store.set_timeout(timedelta(seconds=seconds))

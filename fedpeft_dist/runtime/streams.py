@@ -1,7 +1,7 @@
-"""Standard output and error that never end a command: what nobody can read is dropped.
+"""Standard output and error that never end a command: output that cannot be written is dropped.
 
-`train | head`, a terminal that closes, a closed descriptor (`>&-`) and a full disk would each raise an OSError in
-whatever happens to print, and a run would be marked failed for it.
+`train | head`, a closed terminal, a closed descriptor (`>&-`) and a full disk would each raise an OSError in the code
+that happens to print, and the run would be marked as failed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 from typing import TextIO
 
 NO_READER = (errno.EPIPE, errno.EIO)
-"""A pipe's reader has gone, or the terminal has. Nobody misses what is dropped then."""
+"""The reader of a pipe, or the terminal, has gone. Nobody misses the output."""
 
 
 class _Descriptor(io.FileIO):
-    """A descriptor that takes everything; `lost` is the first error that it met."""
+    """A descriptor that accepts everything; `lost` is the first error."""
 
     lost: OSError | None = None
 
@@ -30,8 +30,8 @@ class _Descriptor(io.FileIO):
 
 
 def open_streams() -> None:
-    """Puts streams that never fail in the place of this process's own; those that a caller has redirected stay."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file that is opened would take its place
+    """Replaces this process's streams by ones that never fail, unless a caller has redirected them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # no file opened later may take a closed stream's number
         pass
     os.close(descriptor)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
@@ -41,7 +41,7 @@ def open_streams() -> None:
 
 
 def lost_output() -> str | None:
-    """Why some of stdout was lost since the last call, where somebody may miss it."""
+    """Why some of stdout was lost since the last call; None if nothing was, or nobody misses it."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if not isinstance(raw, _Descriptor):
         return None
@@ -53,9 +53,9 @@ def lost_output() -> str | None:
 def _never_failing(descriptor: int, stream: TextIO | None) -> TextIO:
     """
     Args:
-        stream: the process's own; None where its descriptor was closed when Python started.
+        stream: the process's own stream; None if its descriptor was closed when Python started.
     """
     buffer = io.BufferedWriter(_Descriptor(descriptor, "w", closefd=False))
     is_by_line = stream is not None and (stream.line_buffering or stream.write_through)
-    # A character that the encoding lacks must not fail either.
+    # A character that the encoding lacks must not raise an error either.
     return io.TextIOWrapper(buffer, stream and stream.encoding, "backslashreplace", line_buffering=is_by_line)

@@ -10,7 +10,7 @@ import fedpeft_dist
 
 
 def library_versions() -> dict[str, str]:
-    """Of what a run's rounding may depend on."""
+    """The version of each of those libraries, by its name."""
     return {
         "fedpeft_dist": fedpeft_dist.__version__,
         "torch": torch.__version__,

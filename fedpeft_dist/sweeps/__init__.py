@@ -1,4 +1,4 @@
-"""Sweeps: one file that describes many runs, and workers that share them out.
+"""Sweeps: one file that describes many runs, and workers that divide them up.
 
 A sweep file names a base config and what varies:
 
@@ -12,17 +12,17 @@ A sweep file names a base config and what varies:
       federation.cohort: [8, 64]             # ... or a key and its values
     cells:                                   # further cells, by name
       full-m1: {extends: ../paper/cifar100/full.yaml, federation.cohort: 1}
-    seeds: [1, 42, 3407]                     # each of these is run with each seed; null: with the base's
+    seeds: [1, 42, 3407]                     # every cell is run with each seed; null: the base's seed
 
-Of a config file that a choice extends, what counts is where it differs from the base. That is laid over the base first,
-then `set`, then the choices' own keys; a later axis wins over an earlier one.
+A config file that a choice extends counts only where it differs from the base. These differences are laid over the base
+first, then `set`, then the choices' own keys; a later axis wins over an earlier one.
 
-Cells are numbered in this order, the last axis faster than the first and the seed fastest. A cell is called by its
-choices and its seed, and its run lies in the directory of that name: so any number of workers can go through the same
-list, a run's lock tells what is being worked at, its state what is complete.
+Cells are numbered in this order: the last axis changes faster than the first, and the seed fastest. A cell is named by
+its choices and its seed, and its run lies in the directory of that name. So any number of workers can go through the
+same list: a run's lock shows that it is in work, its state that it is complete.
 """
 
-from fedpeft_dist.sweeps.expansion import Cell, load_sweep, pick_cell
+from fedpeft_dist.sweeps.expansion import Cell, load_cells, load_sweep, pick_cell
 from fedpeft_dist.sweeps.workers import Outcome, cell_rows, cell_state, count_states, record_failure, work_through
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "cell_rows",
     "cell_state",
     "count_states",
+    "load_cells",
     "load_sweep",
     "pick_cell",
     "record_failure",

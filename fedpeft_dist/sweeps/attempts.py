@@ -1,4 +1,4 @@
-"""A cell of a sweep in a process of its own, and what another process can tell of it: how far it is, why it ended."""
+"""A cell of a sweep in a process of its own, observed from outside: how far it is, and why it ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REASON = re.compile(r"error: .*|interrupted; .*|[\w.]+(Error|Exception)\b.*")
 
 @dataclass(eq=False)
 class Task:
-    """A cell and what has become of it."""
+    """A cell and its fate."""
 
     sweep: Path
     cell: Cell
@@ -34,11 +34,11 @@ class Task:
     state: str
     failures: int = 0
     reason: str = ""
-    """Why it failed last."""
+    """Why the last attempt failed."""
 
     @property
     def log(self) -> Path:
-        """Beside the run's files; a directory counts as begun by its state.json only."""
+        """A file beside the run's own. It begins no run: only a state.json does."""
         return self.cell.directory.path / "log.txt"
 
 
@@ -60,7 +60,8 @@ class Attempt:
             log.write(f"$ python {' '.join(arguments)}\n".encode())
             log.flush()
             self.log_start = log.tell()
-            # A session of its own, because a terminal sends Ctrl-C to all of its foreground: who stops is decided here.
+            # A session of its own, because a terminal sends Ctrl-C to all foreground processes. The launcher decides
+            # which cells stop.
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 env={**os.environ, **place.environment},
@@ -83,7 +84,7 @@ class Attempt:
         return self.task.cell.config.federation.rounds
 
     def look(self) -> None:
-        """Reads the last rows of the run's metrics; a line that is damaged, or in the making, is left out."""
+        """Reads the last rows of the run's metrics; damaged and unfinished lines are left out."""
         self.rows: list[dict[str, Any]] = []
         with suppress(OSError), open(self.task.cell.directory.metrics_file, "rb") as file:
             file.seek(-min(TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
@@ -95,19 +96,19 @@ class Attempt:
 
     @property
     def accuracy(self) -> str:
-        """The last one that was measured."""
+        """The last measured accuracy."""
         found = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
         return f"{found[-1]:.4f}" if found else "?"
 
     def seconds_left(self) -> float | None:
-        """By the speed of its last rounds; None before the first is done."""
+        """An estimate from the speed of the last rounds; None before the first one is done."""
         if self.rounds_done <= self.rounds_before:
             return None
         per_round = fmean(row["seconds"] + row["evaluate_seconds"] for row in self.rows)
         return per_round * (self.rounds - self.rounds_done)
 
     def reason(self, code: int) -> str:
-        """Why the process ended with this code, by what it said last."""
+        """Why the process ended with this code, from its last output."""
         if code < 0:
             likely = "; was the memory too small?" if -code == signal.SIGKILL else ""
             return f"killed by signal {-code} ({signal.strsignal(-code)}){likely}"

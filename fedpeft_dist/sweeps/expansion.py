@@ -1,4 +1,4 @@
-"""From a sweep file to its cells: which runs there are, in which order, under which names."""
+"""From a sweep file to its cells: their configs, their order and their names."""
 
 from __future__ import annotations
 
@@ -14,19 +14,12 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import (
-    explain_message,
-    merge_trees,
-    named_beside,
-    nest_keys,
-    parse_config,
-    parse_overrides,
-    read_tree,
-    read_yaml,
-    with_values,
-)
+from fedpeft_dist.config.explain import explain_message
+from fedpeft_dist.config.load import extended_file, is_sweep, load_run_config, parse_config, read_tree, with_values
 from fedpeft_dist.config.paths import UserPath, derived_name
 from fedpeft_dist.config.schema import RunConfig, Section
+from fedpeft_dist.config.trees import merge_trees, nest_keys, parse_overrides
+from fedpeft_dist.config.yaml_text import read_yaml
 from fedpeft_dist.tracking.run_directory import RunDirectory
 
 Choice = dict[str, Any]
@@ -35,7 +28,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 class SweepFile(Section):
-    """What a sweep file may hold."""
+    """The keys of a sweep file."""
 
     base: UserPath
     output: UserPath | None = None
@@ -59,10 +52,10 @@ class Cell:
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """A sweep's cells in their order; `key=value` overrides go over every one of them.
+    """A sweep's cells in their order; `key=value` overrides apply to all of them.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown key, a config that is not valid, two cells of one name.
+        ConfigError: a file cannot be read, a key or a config is not valid, or two cells have the same name.
     """
     sweep = _read_sweep(path)
     base = read_tree(path.parent / sweep.base)
@@ -93,6 +86,18 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     return list(cells.values())
 
 
+def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """A sweep's cells; for a run's config, that run as the only cell.
+
+    Raises:
+        ConfigError: a file or a key that is not valid.
+    """
+    if is_sweep(read_yaml(path)):
+        return load_sweep(path, overrides)
+    config = load_run_config(path, overrides)
+    return [Cell(0, config.output.name, config)]
+
+
 def pick_cell(cells: Sequence[Cell], index: int, path: Path) -> Cell:
     """
     Raises:
@@ -112,7 +117,7 @@ def _read_sweep(path: Path) -> SweepFile:
 
 
 def _explain(item: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in words; of an axis that is neither a mapping nor a list, the mapping's comes first."""
+    """One of pydantic's errors in words. For an axis, which may be a mapping or a list, the mapping's comes first."""
     location = [str(part) for part in item["loc"] if not str(part).startswith("dict[")]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
@@ -132,7 +137,7 @@ def _explain(item: Mapping[str, Any]) -> str:
 
 
 def _variants(sweep: SweepFile, path: Path) -> Iterator[tuple[str, list[Choice]]]:
-    """The name and the choices of each combination of the axes, and then of each further cell."""
+    """The name and the choices of each combination of the axes, then those of each further cell."""
     for key, axis in sweep.axes.items():
         if not axis:
             raise ConfigError(f"{path}: axes.{key}: no values; give some, or leave the axis out")
@@ -162,7 +167,7 @@ def _axis_choices(
 
 
 def _short_name(key: str, axes: Mapping[str, Any]) -> str:
-    """The last part of a key, or as many as tell it from the other axes' keys."""
+    """The last part of a key, or as many parts as distinguish it from the other axes' keys."""
     parts = key.split(".")
     for count in range(1, len(parts)):
         short = ".".join(parts[-count:])
@@ -174,7 +179,7 @@ def _short_name(key: str, axes: Mapping[str, Any]) -> str:
 def _refuse_own_place(tree: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
     """
     Raises:
-        ConfigError: a key that the sweep itself gives every cell.
+        ConfigError: the tree has a key that the sweep itself gives every cell.
     """
     for key in keys:
         section, _, leaf = key.rpartition(".")
@@ -187,17 +192,13 @@ def _refuse_own_place(tree: Mapping[str, Any], keys: Sequence[str], where: str) 
 
 
 def _extended(choice: Choice, base: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Where the config file that a choice extends differs from the base; nothing where it extends none."""
+    """The keys in which the config file that a choice extends differs from the base; empty if it extends none."""
     parent = choice.get("extends")
-    if parent is None:
-        return {}
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends: {parent!r} is not a path relative to this file")
-    return _differences(read_tree(named_beside(path, "extends", parent)), base)
+    return {} if parent is None else _differences(read_tree(extended_file(path, parent)), base)
 
 
 def _differences(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a tree whose values are not the base's; a section that chooses another name is taken whole."""
+    """The keys whose values differ from the base's. A section that chooses another name is taken whole."""
     found = {}
     for key, value in tree.items():
         old = base.get(key)
@@ -215,7 +216,7 @@ def _own_keys(choice: Choice) -> dict[str, Any]:
 
 
 def _checked_name(name: str, path: Path) -> str:
-    """A choice's name, which becomes part of a directory's."""
+    """The name of a choice, which becomes part of a directory's name."""
     if not _FILE_NAME.fullmatch(name):
         raise ConfigError(
             f"{path}: {name!r} cannot be part of a directory's name; give the choice a name of letters, digits, '.', "

@@ -1,6 +1,6 @@
-"""Which share of a machine each of several workers gets: a GPU, or, where there are none, some cores.
+"""The share of a machine that each of several workers gets: a GPU, or some cores if there are no GPUs.
 
-PyTorch is not asked: it would open the GPUs in a process that only looks after others.
+PyTorch is not asked for the GPUs, because it would open them in a process that only looks after others.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fedpeft_dist.sweeps.expansion import Cell
 
 @dataclass(frozen=True)
 class Place:
-    """A worker's share of the machine: one cell at a time runs there."""
+    """A worker's share of the machine, where one cell at a time runs."""
 
     name: str
     environment: Mapping[str, str]
     cpus: frozenset[int] | None = None
-    """None: wherever the system puts it."""
+    """The CPUs to run on; None leaves the choice to the system."""
 
     @contextmanager
     def starting_here(self) -> Iterator[None]:
-        """A process that is started meanwhile runs on these CPUs from its first instruction on: it inherits them."""
+        """Processes that are started in this context inherit these CPUs."""
         if self.cpus is None:
             yield
             return
@@ -42,10 +42,10 @@ def find_places(cells: Sequence[Cell], num_workers: int | None, cores: int | Non
     """A place for each worker, on a GPU or on cores of its own.
 
     Args:
-        num_workers: None takes as many as there are GPUs, or as the cores suffice for. More of them share the GPUs.
-        cores: of a worker; None takes as many as the cells have threads.
+        num_workers: None takes as many as there are GPUs, or as the cores suffice for. More workers share the GPUs.
+        cores: the cores of a worker; None takes as many as the cells have threads.
     """
-    pin = num_workers is None or cores is not None  # a mere number may leave room on purpose: the system finds it
+    pin = num_workers is None or cores is not None  # a mere number of workers may leave cores free on purpose
     cores = cores or max(cell.config.runtime.threads for cell in cells)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
     gpus = [] if all(cell.config.runtime.device == "cpu" for cell in cells) else find_gpus()
@@ -62,15 +62,15 @@ def find_places(cells: Sequence[Cell], num_workers: int | None, cores: int | Non
 
 
 def find_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each GPU that this process may use."""
+    """The name in CUDA_VISIBLE_DEVICES of each GPU that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = [name.strip() for name in visible.split(",")]
-        ends = (i for i, name in enumerate(names) if name in ("", "-1"))  # CUDA, too, reads no further
+        ends = (i for i, name in enumerate(names) if name in ("", "-1"))  # CUDA ignores the names after these
         return names[: next(ends, len(names))]
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    # By UUID, because nvidia-smi and CUDA may number them differently. Of a GPU that is split, its parts count.
+    # UUIDs, because nvidia-smi and CUDA may number GPUs differently. A split GPU is replaced by its parts.
     return re.findall(r"\(UUID: (MIG-[^)]+|GPU-[^)]+(?!\)\n\s+MIG))\)", listed)

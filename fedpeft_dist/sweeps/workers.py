@@ -1,4 +1,4 @@
-"""Working through a sweep's cells, beside other workers: what is to be done, and what has become of it."""
+"""Running a sweep's cells beside other workers: which cells are left, and what became of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.sweeps.expansion import Cell
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
@@ -21,13 +21,13 @@ from fedpeft_dist.tracking.same_run import differing_keys, is_complete, with_cho
 
 @dataclass
 class Outcome:
-    """What a worker did, by the cells' names."""
+    """A worker's results: the names of cells."""
 
     complete: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """Complete before."""
+    """Cells that were complete before."""
     taken: list[str] = field(default_factory=list)
-    """Another worker was at them."""
+    """Cells that another worker was running."""
     failed: list[str] = field(default_factory=list)
     interrupted: bool = False
 
@@ -47,13 +47,13 @@ def count_states(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outcome:
-    """Runs the cells one after another in this process, but those that are complete or that another worker is at.
+    """Runs the cells in turn in this process, except those that are complete or that another worker is running.
 
-    A cell that fails is reported and does not stop the others, unless it takes the GPU along; a signal that asks a run
-    to stop does.
+    A cell that fails is reported and does not stop the others, unless this process has lost its GPU. A signal that asks
+    a run to stop also stops the worker. The errors of an only cell are raised.
 
     Args:
-        stop: of a caller that listens for signals itself; None listens here.
+        stop: the request of a caller that listens for signals itself; None listens here.
 
     Raises:
         ConfigError: this process is one of several ranks and there is more than one cell.
@@ -62,48 +62,55 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
     from fedpeft_dist.federation.run import run
     from fedpeft_dist.runtime.launch import find_launch
 
-    launch, alone = find_launch(), len(cells) == 1
-    outcome = Outcome()
-    if launch.world_size > 1 and not alone:
+    launch = find_launch()
+    if launch.world_size > 1 and len(cells) > 1:
         raise ConfigError(f"--index: missing; {launch.world_size} ranks run one cell together, so say which")
-    this = Owner.this_process(launch.slurm_job, launch.requeues)
     with listen_for_stop() if stop is None else nullcontext(stop) as stop:
-        for cell in cells:
-            if stop.received and not alone:  # in the last round of the cell before, or between the two
-                outcome.interrupted = True
-                break
-            try:
-                if not alone and cell_state(cell) == COMPLETE:
-                    outcome.skipped.append(cell.name)
-                    continue
-                holder = None if alone else cell.directory.holder()
-                if holder is not None and not this.succeeds(holder):
-                    raise RunInUseError("another worker is at it")
-                if run(cell.config, stop) != COMPLETE:
-                    outcome.interrupted = True
-                    break
-                outcome.complete.append(cell.name)
-            except RunInUseError:
-                if alone:
-                    raise
-                outcome.taken.append(cell.name)
-            except Exception as error:
-                if alone:
-                    raise
-                _report_failure(cell, error)
-                outcome.failed.append(cell.name)
-                if _gpu_is_lost():
-                    print("this process cannot use its GPU any more; the same command goes on", file=sys.stderr)
-                    break
-            gc.collect()  # a model and its parameters refer to each other, and the next cell needs the memory
+        if len(cells) > 1:
+            outcome = _run_in_turn(cells, stop, Owner.this_process(launch.slurm_job, launch.requeues))
+        elif run(cells[0].config, stop) == COMPLETE:
+            outcome = Outcome(complete=[cells[0].name])
+        else:
+            outcome = Outcome(interrupted=True)
     if launch.rank == 0:
         parts = ("complete", "skipped", "taken", "failed")
         print(", ".join(f"{len(getattr(outcome, part))} {part}" for part in parts if getattr(outcome, part)))
     return outcome
 
 
+def _run_in_turn(cells: Sequence[Cell], stop: StopRequest, this: Owner) -> Outcome:
+    from fedpeft_dist.federation.run import run
+
+    outcome = Outcome()
+    for cell in cells:
+        outcome.interrupted = outcome.interrupted or stop.received
+        if outcome.interrupted:
+            break
+        if cell_state(cell) == COMPLETE:
+            outcome.skipped.append(cell.name)
+            continue
+        try:
+            holder = cell.directory.holder()
+            if holder is not None and not this.succeeds(holder):
+                raise RunInUseError("another worker is running it")
+            if run(cell.config, stop) == COMPLETE:
+                outcome.complete.append(cell.name)
+            else:
+                outcome.interrupted = True
+        except RunInUseError:
+            outcome.taken.append(cell.name)
+        except Exception as error:
+            _report_failure(cell, error)
+            outcome.failed.append(cell.name)
+            if _gpu_is_lost():
+                print("this process cannot use its GPU any more; the same command goes on", file=sys.stderr)
+                break
+        gc.collect()  # a model and its parameters refer to each other, and the next cell needs the memory
+    return outcome
+
+
 def _gpu_is_lost() -> bool:
-    """Whether whatever this process asks of its GPU will fail: some errors last as long as the process."""
+    """Whether every further use of this process's GPU will fail: some errors last as long as the process."""
     import torch
 
     if not torch.cuda.is_initialized():
@@ -118,24 +125,24 @@ def _gpu_is_lost() -> bool:
 def _report_failure(cell: Cell, error: Exception) -> None:
     if not isinstance(error, ConfigError):
         traceback.print_exception(error)
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     print(f"cell {cell.index} {cell.name} failed: {reason}", file=sys.stderr)
     record_failure(cell, reason)
 
 
 def record_failure(cell: Cell, reason: str) -> None:
-    """Leaves the reason where reports look for it, for a cell that has failed before its first round."""
-    with suppress(ConfigError, OSError):  # it may be the directory that is at fault
+    """Writes the reason into the state of a cell that has failed before its first round, for reports to find."""
+    with suppress(ConfigError, OSError):  # the failure may be the directory's
         state = cell.directory.read_state()
-        if state is None or not state.get("next_round"):  # else what stands there tells of a run that got further
+        if state is None or not state.get("next_round"):  # the state of a run that got further stays
             cell.directory.write_state(FAILED, 0, error=reason)
 
 
 def cell_state(cell: Cell) -> str:
-    """Of the cell's run; a complete one that its config now wants longer counts as waiting.
+    """The state of the cell's run; `waiting` if it has not begun, or if its config now asks for more rounds.
 
-    `other config` is a run under the cell's name that the sweep file no longer describes, `damaged` one whose files
-    cannot be read: running the cell says how. `stopped` is one whose process was killed: running the cell goes on.
+    `other config`: a run under the cell's name that the sweep file no longer describes. `damaged`: the run's files
+    cannot be read, and running the cell says how. `stopped`: the run's process was killed; running the cell goes on.
     """
     try:
         state, stored = cell.directory.read_state(), cell.directory.stored_config()
@@ -147,7 +154,7 @@ def cell_state(cell: Cell) -> str:
         return "other config"
     if state["state"] == COMPLETE and not is_complete(state, cell.config):
         return "waiting"
-    with suppress(OSError):  # another user's run, which cannot be locked
+    with suppress(OSError):  # another user's run cannot be locked
         if state["state"] == RUNNING and not cell.directory.in_use():
             return "stopped"
     return state["state"]

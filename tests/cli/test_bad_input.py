@@ -1,4 +1,4 @@
-"""What the command says to a mistake: exit code 2, one `error:` line that helps, and nothing left behind.
+"""Every user's mistake ends with exit code 2 and one helpful `error:` line, and leaves nothing behind.
 
 Most cases call the console script's function in this process; a few start the real command, one of them on two ranks.
 """
@@ -85,7 +85,7 @@ def test_unknown_key(refuse: Refuse, command: str) -> None:
     ],
     ids=first,
 )
-def test_value(refuse: Refuse, overrides: list[str], words: list[str]) -> None:
+def test_refuses_values(refuse: Refuse, overrides: list[str], words: list[str]) -> None:
     assert_tells(refuse("train", "config.yaml", *overrides), *words)
 
 
@@ -176,7 +176,7 @@ def test_partition_that_cannot_be(refuse: Refuse, command: str, overrides: list[
     assert_tells(refuse(command, "config.yaml", *overrides), *words)
 
 
-def test_natural_clients_that_are_not_so_many(refuse: Refuse, folder: Path) -> None:
+def test_more_clients_than_natural_ones(refuse: Refuse, folder: Path) -> None:
     data = {"name": "glyphs", "image_size": 16, "images_per_letter": 1, "clients": 3}
     write_config(folder, data=data | {"partition": {"name": "natural"}})
     assert_tells(refuse("train", "config.yaml"), "data.clients: 3", "natural clients", "null")
@@ -482,7 +482,7 @@ def run_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
     ],
     ids=["value", "no internet"],
 )
-def test_process(folder: Path, overrides: list[str], words: list[str]) -> None:
+def test_real_command(folder: Path, overrides: list[str], words: list[str]) -> None:
     before = snapshot(folder)
     result = run_command(folder, "-m", "fedpeft_dist", "train", "config.yaml", *overrides)
     assert result.returncode == 2, result.stderr
@@ -494,7 +494,7 @@ def test_process(folder: Path, overrides: list[str], words: list[str]) -> None:
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def test_two_ranks_tell_it_once(folder: Path) -> None:
+def test_two_ranks_print_one_error(folder: Path) -> None:
     before = snapshot(folder)
     overrides = ["data.partition={name: shards, classes_per_client: 325}"]
     result = run_command(folder, *TORCHRUN, "-m", "fedpeft_dist", "train", "config.yaml", *overrides)
@@ -505,7 +505,7 @@ def test_two_ranks_tell_it_once(folder: Path) -> None:
     assert snapshot(folder) == before
 
 
-def test_two_ranks_tell_it_though_the_first_is_late(folder: Path) -> None:
+def test_two_ranks_print_an_error_if_the_first_is_late(folder: Path) -> None:
     """torchrun ends all ranks as soon as one has failed: the rank that tells the mistake must come to it."""
     late = "import os, time; time.sleep(2 * (os.environ['RANK'] == '0')); from fedpeft_dist.cli import main; main()"
     (folder / "late.py").write_text(late)

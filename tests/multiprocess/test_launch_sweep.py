@@ -25,7 +25,7 @@ from tests.warm_process import WarmProcess, fedpeft
 SCRIPT = Path(__file__).parents[2] / "launch" / "sweep.py"
 TWO_WORKERS = ("--workers", "2", "--cores-per-worker", "1")
 ROUNDS = 60
-"""Long enough to be caught in."""
+"""Enough rounds for a signal to arrive in one."""
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def digest(run: Path) -> str:
     return json.loads((run / "summary.json").read_text())["weights_sha256"]
 
 
-def test_cells_fail_alone_and_a_killed_one_is_tried_again(make_sweep: Callable, start: Callable) -> None:
+def test_a_failed_cell_stops_no_other_and_a_killed_one_is_retried(make_sweep: Callable, start: Callable) -> None:
     long, impossible = {"federation.rounds": ROUNDS}, {"data.clients": 5000}
     sweep = make_sweep(killed=long, impossible=impossible, quick={"client.optimizer.lr": 0.1})
     runner = start(SCRIPT, sweep, *TWO_WORKERS)
@@ -120,7 +120,7 @@ def test_cells_fail_alone_and_a_killed_one_is_tried_again(make_sweep: Callable, 
     assert train.finish().returncode == 0
     assert digest(killed.path) == digest(sweep.parent / "alone" / "run")
 
-    # What is complete starts no process, and what starts them imports no torch.
+    # A complete cell starts no process, and the launcher imports no torch.
     command = f"sys.argv = ['sweep.py', {str(sweep)!r}]; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     probe = f"import runpy, sys\ntry: {command}\nfinally: print(sorted({{'torch', 'timm'}} & set(sys.modules)))"
     again = start("-c", probe)

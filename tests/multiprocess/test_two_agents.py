@@ -14,7 +14,7 @@ from tests.real_runs import Launched, differences, run_of, send, wait_for_rounds
 __all__ = ["whole"]
 
 
-def test_both_agents_ranks_meet_again_after_one_has_lost_its_own(tmp_path: Path, whole: RunDirectory) -> None:
+def test_ranks_of_two_agents_meet_again_after_a_rank_dies(tmp_path: Path, whole: RunDirectory) -> None:
     config = write_config(tmp_path, "run")
     run = run_of(config)
     with socket.socket() as probe:

@@ -387,5 +387,5 @@ def test_auto_is_fp32_where_it_would_be_fp16(tmp_path, monkeypatch):
     """fp16 scales losses by what overflowed before, which privacy must not depend on."""
     config = with_values(make_config(tmp_path, SAMPLE, rounds=1), "runtime", precision="auto")
     monkeypatch.setattr(rounds.process, "start", lambda _: nullcontext(make_runtime("fp16")))
-    assert rounds.start_and_run(config) == COMPLETE
+    assert rounds.run(config) == COMPLETE
     assert load_config(directory_of(config).config_file).runtime.precision == "fp32"

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, for as long as the tests last, and what they ask of it."""
+"""A real Slurm of two nodes on this machine, which runs as long as the tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 
 
 def run_plainly(folder: Path, *arguments: str) -> str:
-    """A command of fedpeft in one process of its own, without Slurm; returns what it printed."""
+    """Runs a command of fedpeft in a process of its own, without Slurm; returns its output."""
     done = run_fedpeft(folder, *arguments)
     assert done.returncode == 0, done
     return done.stdout
@@ -45,7 +45,7 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
 
 
 def processes(**variables: str) -> list[int]:
-    """Those of fedpeft that have these variables in their environment."""
+    """The processes of fedpeft that have these variables in their environment."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
@@ -76,12 +76,12 @@ class Job:
         return self.show()["JobState"]
 
     def wait(self, seconds: float = 240) -> str:
-        """Until it has ended for good; returns how."""
+        """Waits until the job has ended for good; returns its last state."""
         wait_until(lambda: self.state in ENDED, seconds, f"the end of a job, whose log says:\n{self.read_log()}")
         return self.state
 
     def tasks(self) -> list[int]:
-        """The processes that compute for it, of all its attempts."""
+        """The processes of all attempts of the job that compute for it."""
         return processes(SLURM_JOB_ID=str(self.number))
 
     def send(self, number: signal.Signals, tasks: list[int]) -> None:
@@ -108,13 +108,13 @@ class Cluster:
         return finished.stdout
 
     def submit(self, script: str, *arguments: str, cwd: Path, options: str = "", **variables: str) -> Job:
-        """A job of a script in slurm/, started in a folder with options of sbatch's."""
+        """Submits a script in slurm/ from a folder, with options of sbatch; returns its job."""
         command = ["sbatch", "--parsable", f"--output={cwd}/%j.log", *options.split(), str(SCRIPTS / script)]
         number = int(self.run(*command, *arguments, cwd=cwd, **variables))
         return Job(number, cwd / f"{number}.log", self)
 
     def states(self) -> dict[int, str]:
-        """Of all jobs that it remembers; each task of an array counts for itself."""
+        """The states of all jobs that Slurm remembers; each task of an array counts for itself."""
         rows = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%A %T").splitlines()
         return {int(number): state for number, state in map(str.split, rows)}
 
@@ -126,9 +126,9 @@ class Cluster:
 
     @contextmanager
     def losing(self, node: str) -> Iterator[None]:
-        """The node falls silent, as when its power or its network is gone, and comes back empty in the end.
+        """Silences the node, as if its power or its network were gone; it comes back empty in the end.
 
-        Meanwhile the controller is as slow to notice as Slurm's defaults have it.
+        Meanwhile the controller notices as slowly as with Slurm's defaults.
         """
         config, timeout = self.folder / "slurm.conf", "\nSlurmdTimeout={}\n".format
         quick = config.read_text()

@@ -1,4 +1,4 @@
-"""When the scripts in slurm/ go back into the queue, with stand-ins for Slurm's programs and for Python."""
+"""The scripts in slurm/ requeue their jobs in the right cases; Slurm's programs and Python are stand-ins."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def slurm(tmp_path: Path) -> Slurm:
         ({"END": "140", "SECONDS": "10"}, False),  # the limit is too short to wait for the next attempt
     ],
 )
-def test_no_cell_begins_where_the_warning_may_have_come(slurm: Slurm, variables: dict[str, str], is_late: bool) -> None:
+def test_no_cell_begins_near_the_time_limit(slurm: Slurm, variables: dict[str, str], is_late: bool) -> None:
     code, calls, said = slurm.run("sweep.sh", **{"SECONDS": "1000", **variables})
     assert (code, calls) == ((75, [CELLS[0], REQUEUED]) if is_late else (0, CELLS)), said
     assert said == ("cell 1 is left to the next attempt: the time limit is near\n" if is_late else "")
@@ -94,9 +94,7 @@ def test_no_cell_begins_where_the_warning_may_have_come(slurm: Slurm, variables:
         ({"FEDPEFT_MAX_REQUEUES": "0"}, False),
     ],
 )
-def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
-    slurm: Slurm, variables: dict[str, str], is_requeued: bool
-) -> None:
+def test_requeues_are_limited(slurm: Slurm, variables: dict[str, str], is_requeued: bool) -> None:
     code, calls, said = slurm.run("train.sh", CODE="75", **variables)
     assert (code, calls[1:]) == (75, [REQUEUED] if is_requeued else []), said
     if is_requeued:
@@ -117,7 +115,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
         ({"LOST": "2", "SLURM_JOB_NUM_NODES": "1"}, False),
     ],
 )
-def test_a_job_that_a_node_is_lost_of_is_requeued(slurm: Slurm, variables: dict[str, str], is_requeued: bool) -> None:
+def test_a_job_that_loses_a_node_is_requeued(slurm: Slurm, variables: dict[str, str], is_requeued: bool) -> None:
     code, calls, said = slurm.run("train.sh", **{"CODE": "1", **variables})
     assert (code, calls[1:]) == (int(variables.get("CODE", 1)), [REQUEUED] if is_requeued else []), said
     assert said == ("a node of job 5_0 does not answer\n" if is_requeued else "")
@@ -127,7 +125,7 @@ def test_a_job_that_a_node_is_lost_of_is_requeued(slurm: Slurm, variables: dict[
     ("variables", "is_requeued"),
     [({"LOST": "2"}, True), ({}, False), ({"LOST": "2", "SLURM_RESTART_COUNT": "100"}, False)],
 )
-def test_a_job_of_submitit_s_that_a_node_is_lost_of_is_requeued(
+def test_a_submitit_job_that_loses_a_node_is_requeued(
     slurm: Slurm, variables: dict[str, str], is_requeued: bool
 ) -> None:
     (slurm.folder / "run.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
@@ -147,6 +145,6 @@ def test_no_cell_begins_after_the_loss_of_a_node(slurm: Slurm) -> None:
     )
 
 
-def test_a_number_that_is_none_is_told_in_a_line(slurm: Slurm) -> None:
+def test_invalid_numbers_are_refused_in_one_line(slurm: Slurm) -> None:
     code, calls, said = slurm.run("train.sh", FEDPEFT_MAX_REQUEUES="many")
     assert (code, calls, said) == (2, [], "error: FEDPEFT_MAX_REQUEUES: 'many' is no number\n")

@@ -1,4 +1,4 @@
-"""launch/submit.py: its jobs end as if nothing had befallen them, without anybody's help."""
+"""launch/submit.py: its jobs survive what happens to them, without help, and end with the same result."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Submitted:
         return process
 
     def hold_until_warned(self) -> None:
-        """Of its time limit. Slurm looks at limits every 30 s, the next look in mind; it may itself end the hold."""
+        """Warns the job of its time limit. Slurm looks at limits every 30 s, and may itself end the hold."""
         process = self.hold()
         started = datetime.fromisoformat(self.job.show()["StartTime"])
         time.sleep(max(0, 60 - SIGNAL_DELAY + 1 - (datetime.now() - started).total_seconds()))
@@ -94,7 +94,7 @@ def submit(cluster: Cluster, folder: Path, name: str, *options: str) -> Submitte
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands are called; the paths in the files are relative to it."""
+    """The folder where the commands are called; paths in the files are relative to it."""
     path = tmp_path_factory.mktemp("submitit")
     tree = make_config(METHODS["prompt"], Path("runs"), "run") | {"server": {"optimizer": {"name": "yogi"}}}
     tree["federation"] |= {"rounds": 12, "cohort": 12}
@@ -114,7 +114,7 @@ def whole(folder: Path) -> Iterator[Whole]:
 
 
 @pytest.mark.slow
-def test_a_lost_node_s_process_is_relieved_by_the_next_attempt(cluster: Cluster, folder: Path, whole: Whole) -> None:
+def test_the_next_attempt_takes_over_from_a_lost_node(cluster: Cluster, folder: Path, whole: Whole) -> None:
     lost = submit(cluster, folder, "lost")
     process = lost.hold()
     node = lost.job.show()["NodeList"]
@@ -180,7 +180,7 @@ def test_a_job_at_its_time_limit_goes_on(cluster: Cluster, folder: Path, whole: 
     assert "this job is timed-out" in limited.job.read_log()
 
 
-def test_a_cancelled_job_stays_away(cluster: Cluster, folder: Path) -> None:
+def test_a_cancelled_job_is_not_requeued(cluster: Cluster, folder: Path) -> None:
     cancelled = submit(cluster, folder, "cancelled")
     cancelled.wait_for_rounds()
     cluster.run("scancel", str(cancelled.job.number))

@@ -1,4 +1,4 @@
-"""slurm/sweep.sh: one command, and every cell of a sweep is run, as by one plain process."""
+"""slurm/sweep.sh: one command runs every cell of a sweep, with the results of one plain process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ for _ in $(seq 50); do sleep 0.1; done
 """
 
 
-def test_a_signal_concerns_its_own_task_and_the_array_is_submitted_once(cluster: Cluster, folder: Path) -> None:
+def test_a_signal_stops_its_own_task_and_the_array_is_submitted_once(cluster: Cluster, folder: Path) -> None:
     program = folder / "program"  # of three cells, each of which takes 5 s or until it is told to stop
     program.write_text(STAND_IN)
     program.chmod(0o755)
@@ -82,7 +82,7 @@ trap "" USR1
 
 
 @pytest.mark.slow
-def test_a_warning_between_two_cells_is_not_missed(cluster: Cluster, folder: Path) -> None:
+def test_no_warning_is_missed_between_two_cells(cluster: Cluster, folder: Path) -> None:
     program = folder / "program"  # at first, its first cell leaves 25 s of the job's minute, and its second needs more
     program.write_text(UNWARNED)
     program.chmod(0o755)

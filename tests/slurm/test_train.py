@@ -1,4 +1,4 @@
-"""slurm/train.sh: whatever befalls a job, its run ends as the one that nothing befell, without anybody's help."""
+"""slurm/train.sh: its jobs survive what happens to them, without help, and end with the same result."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_job_is_warned_of_its_time_limit_and_goes_on(cluster: Cluster, folder:
     wait_until(lambda: len(job.tasks()) == 1, 60, "its task")
     (task,) = job.tasks()
     # Slurm looks at time limits every 30 s. To be still at work then, the run would have to be long; so it is held.
-    # Where the machine is slow, the warning may have come before.
+    # On a slow machine, the warning may have come before.
     job.send(signal.SIGSTOP, [task])
     due = datetime.fromisoformat(job.show()["StartTime"]) + timedelta(seconds=45)
     wait_until(lambda: is_pending(signal.SIGUSR1, task) or datetime.now() > due, 60, "the warning")

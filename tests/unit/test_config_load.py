@@ -1,4 +1,4 @@
-"""Reading a config: parents, overrides, choices, what is refused and in which words."""
+"""Reading a config: parents, overrides, choices, and the messages of refusals."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedpeft_dist.config.load import (
     dump_config,
     load_config,
     parse_config,
-    read_yaml,
     result_keys,
     with_values,
 )
+from fedpeft_dist.config.yaml_text import read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Load = Callable[..., schema.RunConfig]
@@ -566,7 +566,7 @@ def test_run_name_is_readable_and_stable(load: Load, tmp_path: Path, monkeypatch
     assert int(digest, 16) >= 0
     monkeypatch.chdir(tmp_path)
     assert default_run_name("quick/bias.yaml", config) == name
-    # What is given with its default value, or in another order, is the same run.
+    # A value equal to its default, or another order of keys, is the same run.
     same = load("method: {name: bias}\nfederation: {cohort: 8, rounds: 50}\nseed: 3\n")
     assert default_run_name(path, same) == name
 
@@ -604,7 +604,7 @@ LOSSES = "dropout: {name: random, after: 0.2}"
 
 
 def test_another_sampling_keeps_the_rest_of_participation(load: Load) -> None:
-    """What happens to clients has nothing to do with how they are drawn: no key may be lost on the way."""
+    """Choosing another sampling loses no key about what happens to clients."""
     found = load(participation(LOSSES), "federation.participation.name=weighted").federation.participation
     assert (found.name, found.dropout.after) == ("weighted", 0.2)
     found = load(participation(LOSSES), "federation.participation.dropout={name: trace, path: losses.csv}")

@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from fedpeft_dist.federation.server_optimizers import SERVER_OPTIMIZERS
 
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.load import load_config
 from fedpeft_dist.data import DATASETS
 from fedpeft_dist.data.splits import SPLITS
-from fedpeft_dist.federation.server_optimizers import SERVER_OPTIMIZERS
 from fedpeft_dist.methods import METHODS
 from fedpeft_dist.sweeps import load_sweep
 
@@ -41,7 +41,7 @@ RATES_UNDER_NOISE = {"full": 5e-4, "head": 1e-3, "bias": 5e-3, "adapter": 1e-3, 
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_loads(path: str) -> None:
+def test_every_config_loads(path: str) -> None:
     load_config(REPOSITORY / path)
 
 
@@ -108,7 +108,7 @@ EXPERIMENT_CELLS = {
 
 
 @pytest.mark.parametrize("path", SWEEPS)
-def test_a_sweep_has_the_cells_that_it_says(path: str) -> None:
+def test_a_sweep_has_the_number_of_cells_in_its_comment(path: str) -> None:
     """Its comment tells the number, which for the paper's data sets is the paper's; every cell's config is valid."""
     cells = load_sweep(REPOSITORY / path)
     text = (REPOSITORY / path).read_text(encoding="utf-8")

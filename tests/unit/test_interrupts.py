@@ -26,7 +26,7 @@ def hangup() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_remembered_and_the_handlers_go_back(hangup: None, number: int) -> None:
+def test_a_signal_is_remembered_and_handlers_are_restored(hangup: None, number: int) -> None:
     before = signal.getsignal(number)
     with listen_for_stop() as stop:
         assert not stop.received
@@ -38,7 +38,7 @@ def test_a_signal_is_remembered_and_the_handlers_go_back(hangup: None, number: i
 
 
 @pytest.mark.parametrize("is_last", [False, True])
-def test_a_hangup_that_is_ignored_stays_ignored(hangup: None, is_last: bool) -> None:
+def test_an_ignored_hangup_stays_ignored(hangup: None, is_last: bool) -> None:
     """nohup starts a process like that."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with listen_for_stop(is_last) as stop:
@@ -58,11 +58,11 @@ for number in STOP_SIGNALS:
 """
 
 
-def test_a_signal_after_the_last_work_changes_no_exit_code() -> None:
+def test_a_late_signal_changes_no_exit_code() -> None:
     assert subprocess.run([sys.executable, "-c", LAST], timeout=60).returncode == 0
 
 
-def test_a_second_interrupt_stops_at_once() -> None:
+def test_a_second_ctrl_c_stops_at_once() -> None:
     with listen_for_stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received
@@ -70,7 +70,7 @@ def test_a_second_interrupt_stops_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_round_is_overdue_some_seconds_after_it_has_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_is_overdue_after_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
     stop = StopRequest()
@@ -84,10 +84,10 @@ def test_a_round_is_overdue_some_seconds_after_it_has_noticed(monkeypatch: pytes
     assert stop.is_overdue()
 
 
-def test_what_another_rank_was_asked_breaks_off_what_has_nothing_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_ranks_stop_request_ends_work_within_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "GRACE_SECONDS", 0.1)
     with listen_for_stop() as stop:
-        other = threading.Timer(0.1, stop.pass_on)
+        other = threading.Timer(0.1, setattr, (stop, "received", True))
         other.start()
         started = time.monotonic()
         assert stop.within_grace(lambda: time.sleep(60)) is None
@@ -97,7 +97,7 @@ def test_what_another_rank_was_asked_breaks_off_what_has_nothing_to_lose(monkeyp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
-def test_a_process_is_told_of_its_parents_death(tmp_path: Path) -> None:
+def test_a_process_is_asked_to_stop_when_its_parent_dies(tmp_path: Path) -> None:
     child = f"""
 import time
 from pathlib import Path

@@ -35,13 +35,13 @@ def test_all_ranks_meet_once(server: dist.Store, world_size: int) -> None:
     assert meetings.pop().token != again.pop().token
 
 
-def test_agents_that_count_differently_agree_on_the_largest(server: dist.Store) -> None:
+def test_the_largest_restart_count_is_agreed_on(server: dist.Store) -> None:
     restarts = (0, 2, 1)
     found = {rank.result() for rank in [come(server, rank, 3, restart) for rank, restart in enumerate(restarts)]}
     assert [meeting.restart for meeting in found] == [2]
 
 
-def test_who_comes_late_finds_the_others_waiting_and_not_those_of_before(server: dist.Store) -> None:
+def test_a_late_rank_meets_the_waiting_ones_and_no_earlier_ones(server: dist.Store) -> None:
     """Rank 1 of the attempt before has died; its name is still there when the others come again."""
     before = {rank.result() for rank in [come(server, rank, 3) for rank in range(3)]}
     early = [come(server, 0, 3), come(server, 2, 3)]
@@ -59,7 +59,7 @@ def test_a_rank_that_dies_while_others_wait_is_replaced(server: dist.Store) -> N
     assert len({rank.result() for rank in [*waiting, come(server, 2, 3)]}) == 1
 
 
-def test_who_does_not_come_is_named(server: dist.Store) -> None:
+def test_a_missing_rank_is_named(server: dist.Store) -> None:
     ranks = [come(server, rank, 4, seconds=1) for rank in (0, 2)]
     errors = [rank.exception() for rank in ranks]
     assert [str(error) for error in errors] == ["rank 1, 3 of 4 has not come in 1 s"] * 2

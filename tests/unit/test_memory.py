@@ -1,4 +1,4 @@
-"""What memory is left, below the limits of control groups of both versions."""
+"""The memory left below the limits of control groups, version 1 and 2."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_smallest_limit_on_the_way_up_counts(root: Path, version: int) -> None:
+def test_the_smallest_limit_of_all_parent_groups_counts(root: Path, version: int) -> None:
     line = {1: "4:cpu,memory:/slurm/job_7/step_0\n3:cpuset:/", 2: "0::/slurm/job_7/step_0"}[version]
     write(root / "proc/self/cgroup", line + "\n")
     assert available_host_memory(root) == 1000 * MIB
@@ -50,7 +50,7 @@ def test_the_smallest_limit_on_the_way_up_counts(root: Path, version: int) -> No
     assert available_host_memory(root) == 0
 
 
-def test_a_machine_without_groups_or_with_odd_ones(root: Path) -> None:
+def test_control_groups_that_are_missing_or_unreadable(root: Path) -> None:
     assert available_host_memory(root) == 1000 * MIB
     write(root / "proc/self/cgroup", "0::/../outside\n1:name=systemd:/x\n")
     write(root / "sys/fs/cgroup/memory.max", "nonsense")
@@ -58,11 +58,11 @@ def test_a_machine_without_groups_or_with_odd_ones(root: Path) -> None:
     assert available_host_memory(root) == 1000 * MIB
 
 
-def test_this_machine() -> None:
+def test_memory_of_this_machine() -> None:
     assert available_host_memory() > MIB
 
 
-def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
+def test_a_system_without_meminfo(tmp_path: Path) -> None:
     assert available_host_memory(tmp_path) > 100 * MIB
 
 

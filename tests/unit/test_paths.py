@@ -56,7 +56,7 @@ def test_leaves_other_paths_as_they_are(path: str) -> None:
         ("é" * 128, "has 256 bytes"),
     ],
 )
-def test_refuses_what_is_no_path(path: str, message: str) -> None:
+def test_refuses_invalid_paths(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         expand_path(path)
     assert message in str(caught.value)
@@ -95,7 +95,7 @@ def test_extends_expands_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyP
             load_config(child)
 
 
-def test_paths_without_signs_keep_the_digest_and_the_name() -> None:
+def test_plain_paths_keep_the_digest_and_the_name() -> None:
     digest = config_digest(parse_config({"data": {"name": "image_folder", "root": "data/x"}}, "test"))
     assert digest == config_digest(parse_config({"data": {"root": "data/x", "name": "image_folder"}}, "test"))
     config = parse_config({}, "test")
@@ -108,7 +108,7 @@ def test_paths_without_signs_keep_the_digest_and_the_name() -> None:
 @pytest.mark.parametrize(
     "name", ["a", "a/b", "a/", "2024-01-01", "ünï", "a=1, b", "x" * NAME_BYTES, "-x", "..a", "a%j"]
 )
-def test_a_run_may_be_called(name: str) -> None:
+def test_accepts_run_names(name: str) -> None:
     assert parse_config({"output": {"name": name}}, "test").output.name == name
 
 
@@ -131,7 +131,7 @@ def test_a_run_may_be_called(name: str) -> None:
         ("a/" + "é" * 101, "has 202 bytes"),
     ],
 )
-def test_a_run_may_not_be_called(name: str, message: str) -> None:
+def test_refuses_run_names(name: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"output": {"name": name}}, "test")
     assert str(caught.value).startswith("test: output.name: ")
@@ -154,7 +154,7 @@ def test_a_derived_name_is_a_valid_one_and_stable(text: str) -> None:
     assert (name == f"{text}-seed1") == (text == "short")
 
 
-def test_derived_names_that_differ_at_their_end_stay_apart() -> None:
+def test_derived_names_that_differ_at_their_end_stay_different() -> None:
     assert derived_name("a" * 300 + "b") != derived_name("a" * 300 + "c")
     assert derived_name("a" * NAME_BYTES) == "a" * NAME_BYTES
 

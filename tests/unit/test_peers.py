@@ -68,7 +68,7 @@ def process() -> Iterator[subprocess.Popen]:
 
 
 def introduce(store: dist.Store, member: Member, beat: str = "0") -> None:
-    """What another rank tells of itself."""
+    """Writes another rank's entries into the store."""
     store.set(f"member/{member.rank}", json.dumps(asdict(member)))
     store.set(f"beat/{member.rank}", beat)
 
@@ -88,7 +88,7 @@ def start(store: dist.Store, rank: int, world_size: int) -> Peers:
     return found
 
 
-def test_ranks_that_live_and_leave_lose_nobody(store: dist.Store, exits: Exits) -> None:
+def test_no_rank_is_lost_while_ranks_run_and_leave(store: dist.Store, exits: Exits) -> None:
     made = [make(store, rank, 3) for rank in range(3)]
     for one in made:
         one.start()
@@ -121,7 +121,7 @@ def test_a_process_that_has_ended_is_lost_at_once(
     assert exits.codes == [1]
 
 
-def test_who_ends_by_itself_is_not_ended(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
+def test_a_rank_that_ends_by_itself_is_not_killed(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
     introduce(store, member_of(process, 1))
     watcher = start(store, 0, 2)
     process.kill()
@@ -131,7 +131,7 @@ def test_who_ends_by_itself_is_not_ended(store: dist.Store, exits: Exits, proces
 
 
 def test_a_silent_rank_is_lost_after_a_while(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
-    """On another machine, or in another container, nothing else can be known of it."""
+    """Nothing but its silence is known of a rank on another machine or in another container."""
     introduce(store, member_of(process, 1, place="elsewhere"))
     watcher, started = start(store, 0, 2), time.monotonic()
     process.kill()
@@ -142,7 +142,7 @@ def test_a_silent_rank_is_lost_after_a_while(store: dist.Store, exits: Exits, pr
     watcher.leave(loss)
 
 
-def test_a_rank_that_has_failed_says_so(store: dist.Store, exits: Exits) -> None:
+def test_a_failed_rank_is_reported(store: dist.Store, exits: Exits) -> None:
     first, second = make(store, 0, 2), make(store, 1, 2)
     first.start()
     second.start()
@@ -153,7 +153,7 @@ def test_a_rank_that_has_failed_says_so(store: dist.Store, exits: Exits) -> None
     second.leave(loss)
 
 
-def test_one_rank_tells(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
+def test_only_one_rank_prints_the_loss(store: dist.Store, exits: Exits, process: subprocess.Popen) -> None:
     introduce(store, member_of(process, 0))
     made = [make(store, rank, 4) for rank in (1, 2, 3)]
     for one in made:
@@ -168,7 +168,7 @@ def test_one_rank_tells(store: dist.Store, exits: Exits, process: subprocess.Pop
     assert [loss.is_told for loss in losses[1:]] == [False, False]
 
 
-def test_a_number_that_another_process_has_now(process: subprocess.Popen) -> None:
+def test_a_reused_process_number_counts_as_ended(process: subprocess.Popen) -> None:
     member = member_of(process, 1)
     assert not member.has_ended(member.place)
     later = Member(1, member.host, member.pid, "1", member.place)
@@ -178,7 +178,7 @@ def test_a_number_that_another_process_has_now(process: subprocess.Popen) -> Non
     assert not nowhere.has_ended("")
 
 
-def test_the_end_of_the_store(exits: Exits) -> None:
+def test_the_end_of_rank_0s_store_is_reported(exits: Exits) -> None:
     """Rank 0's store ends with rank 0."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
     first = make(server, 0, 2)
@@ -194,7 +194,7 @@ def client_of(server: dist.TCPStore) -> dist.Store:
 
 
 class Agent:
-    """Of torchrun, in a process of its own, with the store of two ranks."""
+    """torchrun's agent in a process of its own, which serves the store of two ranks."""
 
     def __init__(self) -> None:
         serve = (
@@ -210,7 +210,7 @@ class Agent:
         return dist.TCPStore("127.0.0.1", self.port, is_master=False, timeout=timedelta(seconds=1))
 
     def break_connections(self) -> int:
-        """Of this process; returns how many there were."""
+        """Breaks this process's connections to the store; returns how many there were."""
         count = 0
         for descriptor in os.listdir("/proc/self/fd"):
             with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as found:
@@ -236,8 +236,8 @@ def agent() -> Iterator[Agent]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_end_of_an_agents_store(agent: Agent, exits: Exits, number: signal.Signals) -> None:
-    """Also where it is the end of another machine's agent, of which nobody tells this one's ranks."""
+def test_the_end_of_an_agents_store_is_reported(agent: Agent, exits: Exits, number: signal.Signals) -> None:
+    """The agent may run on another machine; nobody tells this machine's ranks of its end."""
     ranks = agent.start_ranks()
     time.sleep(5 * BEAT)
     agent.process.send_signal(number)
@@ -251,7 +251,7 @@ def test_the_end_of_an_agents_store(agent: Agent, exits: Exits, number: signal.S
     assert time.monotonic() - started < 5
 
 
-def test_a_store_that_an_agent_serves_may_hiccup(agent: Agent, exits: Exits) -> None:
+def test_reconnects_to_an_agents_store(agent: Agent, exits: Exits) -> None:
     ranks = agent.start_ranks()
     time.sleep(5 * BEAT)
     assert agent.break_connections() == 2
@@ -261,7 +261,7 @@ def test_a_store_that_an_agent_serves_may_hiccup(agent: Agent, exits: Exits) -> 
     ranks[1].leave()
 
 
-def test_a_rank_that_is_lost_before_it_is_made(exits: Exits) -> None:
+def test_a_rank_lost_while_the_group_is_formed_is_named(exits: Exits) -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=1))
     first = make(server, 0, 2)
     with pytest.raises(PeerLostError, match="rank 1 was lost while the group was formed") as caught:

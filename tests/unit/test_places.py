@@ -1,4 +1,4 @@
-"""Which share of a machine each worker of a sweep gets."""
+"""The share of a machine that each worker of a sweep gets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def install_nvidia_smi(folder: Path, code: int = 0) -> None:
     script.chmod(0o755)
 
 
-def test_gpus_are_those_that_the_user_leaves_visible(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_the_visible_gpus(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_gpus() == []
     install_nvidia_smi(machine, code=9)
     assert find_gpus() == []  # it is there, but finds no driver
@@ -53,7 +53,7 @@ def test_gpus_are_those_that_the_user_leaves_visible(machine: Path, monkeypatch:
         assert find_gpus() == expected
 
 
-def test_a_gpu_has_a_worker_and_more_workers_share(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_has_a_worker_and_more_workers_share_gpus(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     for num_workers, expected in ((None, ["2", "3"]), (1, ["2"]), (3, ["2", "3", "2"])):
         places = find_places([cell("cpu"), cell()], num_workers, None)
@@ -74,7 +74,7 @@ def test_a_gpu_has_a_worker_and_more_workers_share(machine: Path, monkeypatch: p
         (None, 7, 1, [None]),
     ],
 )
-def test_cores_are_shared_out_among_those_allowed(
+def test_allowed_cores_are_divided_among_the_workers(
     machine: Path, num_workers: int | None, cores: int | None, threads: int, expected: list[set[int] | None]
 ) -> None:
     places = find_places([cell(), cell(threads=threads)], num_workers, cores)

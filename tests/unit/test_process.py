@@ -1,4 +1,4 @@
-"""Who am I: fake environments of torchrun, srun and a lone process, and what `auto` stands for."""
+"""A process finds its rank in fake environments of torchrun, srun and none, and resolves `auto`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_torchrun() -> None:
     )
 
 
-def test_torchruns_variables_set_by_hand() -> None:
+def test_torchrun_variables_set_by_hand() -> None:
     launch = find_launch({"RANK": "0", "WORLD_SIZE": "2"})
     assert (launch.rank, launch.world_size, launch.local_rank) == (0, 2, 0)
     assert (launch.address, launch.agent_store, launch.restart) == ("127.0.0.1", False, 0)
@@ -83,7 +83,7 @@ def test_torchrun_inside_a_slurm_step_is_torchrun() -> None:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The hosts' names that resolve."""
+    """The host names that resolve."""
     known: set[str] = set()
 
     def resolve(name: str, *_: object) -> list[object]:
@@ -105,17 +105,17 @@ def test_srun_asks_slurm_for_the_first_host(scontrol: Path, names: set[str]) -> 
     assert not launch.agent_store
 
 
-def test_srun_asks_slurm_for_an_address_where_the_name_does_not_resolve(scontrol: Path, names: set[str]) -> None:
+def test_srun_asks_slurm_for_an_address_if_the_name_does_not_resolve(scontrol: Path, names: set[str]) -> None:
     assert find_launch(SRUN).address == "10.0.0.3"
     assert scontrol.read_text() == "show hostnames node[3-4]\nshow node node3\n"
 
 
-def test_srun_without_slurms_commands_takes_where_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_srun_without_scontrol_uses_the_node_that_called_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert find_launch({**SRUN, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9"}).address == "10.0.0.9"
 
 
-def test_steps_that_meet_on_a_node_have_ports_of_their_own(scontrol: Path) -> None:
+def test_steps_on_one_node_use_different_ports(scontrol: Path) -> None:
     def port(job: int, step: int, restart: int) -> int:
         variables = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restart)}
         return find_launch({**SRUN, "MASTER_ADDR": "x", **variables}).port
@@ -125,13 +125,13 @@ def test_steps_that_meet_on_a_node_have_ports_of_their_own(scontrol: Path) -> No
     assert all(20000 <= port < 32000 for port in ports)
 
 
-def test_srun_with_an_address_given_asks_nobody() -> None:
+def test_srun_with_a_given_address_does_not_ask_slurm() -> None:
     launch = find_launch({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "1234", "SLURM_RESTART_COUNT": "1"})
     assert (launch.address, launch.port, launch.slurm_job) == ("head", 1234, "41234")
     assert (launch.restart, launch.requeues) == (0, 1)
 
 
-def test_a_batch_script_that_starts_python_itself_is_alone() -> None:
+def test_a_batch_script_without_srun_is_one_process() -> None:
     assert find_launch(SLURM_JOB) == Launch(slurm_job="41234")
     assert find_launch({**SLURM_JOB, "SLURM_NTASKS": "64", "SLURM_LOCALID": "0"}) == Launch(slurm_job="41234")
 
@@ -149,7 +149,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, devices: int, bf16: bool = True) 
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")])
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str, expected: str) -> None:
+def test_resolve_device_without_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str, expected: str) -> None:
     fake_cuda(monkeypatch, 0)
     for device in ("auto", "cpu"):
         found = resolve_device(RuntimeConfig(device=device, precision=precision), Launch())
@@ -160,7 +160,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str, expected
     ("precision", "bf16", "expected"),
     [("auto", True, "bf16"), ("auto", False, "fp16"), ("fp16", True, "fp16"), ("fp32", False, "fp32")],
 )
-def test_with_gpus(monkeypatch: pytest.MonkeyPatch, precision: str, bf16: bool, expected: str) -> None:
+def test_resolve_device_with_gpus(monkeypatch: pytest.MonkeyPatch, precision: str, bf16: bool, expected: str) -> None:
     fake_cuda(monkeypatch, 2, bf16)
     for local_rank in (0, 1):
         launch = Launch(rank=local_rank + 2, world_size=4, local_rank=local_rank, local_world_size=2)
@@ -180,7 +180,7 @@ def test_with_gpus(monkeypatch: pytest.MonkeyPatch, precision: str, bf16: bool, 
         (1, {"precision": "bf16"}, r"runtime\.precision: 'bf16' is beyond Old Card; give fp16, fp32 or auto"),
     ],
 )
-def test_what_the_machine_lacks_is_refused(
+def test_refuses_a_device_or_precision_that_the_machine_lacks(
     monkeypatch: pytest.MonkeyPatch, devices: int, values: dict[str, str], message: str
 ) -> None:
     fake_cuda(monkeypatch, devices, bf16=False)
@@ -188,7 +188,7 @@ def test_what_the_machine_lacks_is_refused(
         resolve_device(RuntimeConfig(**values), Launch())
 
 
-def test_a_runtime_tells_its_place_and_precision() -> None:
+def test_runtime_has_rank_and_precision() -> None:
     first = Runtime(Launch(), torch.device("cpu"), "fp32", 1)
     other = Runtime(Launch(rank=3, world_size=4), torch.device("cpu"), "bf16", 1)
     assert (first.rank, first.world_size, first.is_main, first.compute_dtype) == (0, 1, True, torch.float32)
@@ -208,7 +208,7 @@ def test_tasks_on_a_node_of_a_step(tasks: str, node: int, expected: int) -> None
     assert find_launch(environment).local_world_size == expected
 
 
-def test_a_task_that_is_bound_to_a_gpu_takes_the_one_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_bound_to_a_gpu_uses_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda(monkeypatch, 1)
     bound = Launch(world_size=4, local_rank=3, local_world_size=4, is_step=True)
     assert resolve_device(RuntimeConfig(), bound)[0] == torch.device("cuda", 0)
@@ -218,7 +218,7 @@ def test_a_task_that_is_bound_to_a_gpu_takes_the_one_that_it_sees(monkeypatch: p
 
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
-    """torchrun's, with a store that outlives its one rank."""
+    """torchrun's agent, with a store that outlives its one rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     follow(store, monkeypatch)
     return store
@@ -230,8 +230,8 @@ def follow(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_a_launch_is_named_as_long_as_its_agent_lives(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun calls every launch "none" that it is given no name for."""
+def test_a_launch_keeps_its_name_while_its_agent_lives(agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun calls a launch "none" if it is given no name."""
     jobs = []
     later = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for store in (agent, agent, later):
@@ -243,7 +243,7 @@ def test_a_launch_is_named_as_long_as_its_agent_lives(agent: dist.TCPStore, monk
     assert other not in (first, "none")
 
 
-def test_a_group_of_one_that_has_failed_leaves_room_for_the_next(
+def test_a_failed_group_of_one_can_be_followed_by_another(
     agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for is_agents in ("True", "False"):
@@ -260,7 +260,7 @@ def test_a_group_of_one_that_has_failed_leaves_room_for_the_next(
             assert dist.is_initialized()
 
 
-def test_a_group_that_is_not_formed_says_why_to_the_others_too(
+def test_a_failure_to_form_the_group_is_passed_to_the_peers(
     agent: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failure, told = RuntimeError("no such backend"), []

@@ -40,7 +40,7 @@ FULL = "No space left on device"
         ("2>/dev/full >/dev/null", None),
     ],
 )
-def test_a_process_whose_output_is_lost_ends_as_it_would(tmp_path: Path, redirected: str, lost: str | None) -> None:
+def test_lost_output_changes_no_exit_code(tmp_path: Path, redirected: str, lost: str | None) -> None:
     script, note = tmp_path / "prints.py", tmp_path / "note"
     script.write_text(PRINTS)
     command = f"set -o pipefail; '{sys.executable}' '{script}' '{note}' {redirected}"
@@ -66,7 +66,7 @@ def run_with_full_stdout(folder: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_a_run_goes_on_without_its_progress_and_other_commands_fail(tmp_path: Path) -> None:
+def test_a_full_stdout_stops_no_run_but_fails_other_commands(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     code, told = run_with_full_stdout(tmp_path, "train", "config.yaml")
     assert (code, told) == (0, f"warning: stdout: cannot be written ({FULL}); the run went on without it\n")

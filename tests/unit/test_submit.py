@@ -1,4 +1,4 @@
-"""launch/submit.py where there is no Slurm: what it would submit, what it refuses, and jobs on this machine."""
+"""launch/submit.py without Slurm: dry runs, refusals, and jobs on this machine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ print(is_running("17"))
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the command is called."""
+    """The folder where the command is called."""
     path = tmp_path / "called here"
     path.mkdir()
     (path / "base.yaml").write_text(yaml.safe_dump(BASE), encoding="utf-8")
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """With a torch that cannot be imported, and a Slurm that takes every job and runs none."""
+    """An environment with a torch that cannot be imported, and a Slurm that accepts every job and runs none."""
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "torch.py").write_text("raise RuntimeError('torch is imported')")
@@ -69,7 +69,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def call(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
-    """What the command prints."""
+    """Calls the command; returns its output."""
     return run(folder, environment, str(SUBMIT), *arguments).stdout
 
 
@@ -102,7 +102,7 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(folder: Path, environment: d
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_sweep_s_complete_cells_are_left_out(folder: Path, environment: dict[str, str]) -> None:
+def test_complete_cells_are_not_submitted(folder: Path, environment: dict[str, str]) -> None:
     RunDirectory(folder / "cells" / "lr0.01-seed2").write_state(COMPLETE, 12)
     shown = call(
         folder, "sweep.yaml", "--cells-per-task=2", "--array-parallelism=1", "--dry-run", environment=environment
@@ -115,7 +115,7 @@ def test_a_sweep_s_complete_cells_are_left_out(folder: Path, environment: dict[s
     ]
 
 
-def test_what_is_submitted_knows_its_cells_and_its_folder(folder: Path, environment: dict[str, str]) -> None:
+def test_a_submitted_job_keeps_its_cells_and_folder(folder: Path, environment: dict[str, str]) -> None:
     shown = call(folder, "sweep.yaml", "federation.rounds=3", "--cells-per-task=3", environment=environment)
     assert re.match(r"submitted: slurm job 7; jobs: 2, cells: 4, ranks: 1\nlogs:      cells/jobs/", shown)
     assert shown.endswith("; fedpeft sweep list sweep.yaml federation.rounds=3\n")
@@ -192,10 +192,8 @@ def test_a_local_job_of_two_ranks_goes_on_when_it_is_warned(folder: Path) -> Non
     assert [r.name for r in read_runs(folder / "runs")] == ["run"]
 
 
-def test_a_warning_after_the_end_of_the_work_fails_no_job(
-    folder: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    """Slurm sends it whenever the limit is near, and Python takes its handlers down some time before it ends."""
+def test_a_late_warning_fails_no_job(folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """Slurm warns whenever the limit is near, and Python removes its handlers some time before it ends."""
     call(folder, "base.yaml", "federation.rounds=1", environment=environment)
     (jobs,) = (folder / "runs" / "run" / "jobs").iterdir()
     late = tmp_path / "late"

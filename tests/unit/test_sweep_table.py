@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "sweep.py"
 
 
 @pytest.mark.parametrize("num_failed", [0, 3, 200])
-def test_the_table_fits_and_counts_what_it_does_not_show(num_failed: int) -> None:
+def test_the_table_fits_and_counts_hidden_failures(num_failed: int) -> None:
     specification = importlib.util.spec_from_file_location("launch_sweep", SCRIPT)
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)

@@ -1,4 +1,4 @@
-"""Sweep files: what they expand to, in which order, and what is refused."""
+"""Sweep files: their cells, the order of the cells, and the messages of refusals."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_further_cells_come_after_the_axes(folder: Path) -> None:
     assert cells[2].config.client.optimizer.lr == 0.5
 
 
-def test_a_later_axis_wins_and_set_goes_over_the_base(folder: Path) -> None:
+def test_a_later_axis_wins_and_set_overrides_the_base(folder: Path) -> None:
     cells = expand(
         folder,
         set={"federation.rounds": 7, "client": {"epochs": 3}},
@@ -89,7 +89,7 @@ def test_a_later_axis_wins_and_set_goes_over_the_base(folder: Path) -> None:
     assert (cells[0].config.federation.rounds, client.epochs, client.batch_size) == (7, 5, 8)
 
 
-def test_keys_go_over_the_files_that_choices_extend(folder: Path) -> None:
+def test_a_choices_keys_override_the_file_it_extends(folder: Path) -> None:
     write(
         folder / "other.yaml",
         {"extends": "base.yaml", "client": {"epochs": 9, "batch_size": 9}, "federation": {"rounds": 9}},
@@ -104,7 +104,7 @@ def test_keys_go_over_the_files_that_choices_extend(folder: Path) -> None:
 
 
 def test_two_axes_may_extend_files_that_share_parents(folder: Path) -> None:
-    """Only what a file changes counts: the method's file does not bring its data set back."""
+    """Only the differences of a file count: the method's file does not bring its data set back."""
     write(folder / "glyphs.yaml", {"extends": "base.yaml", "data": {"name": "glyphs", "clients": 8}})
     cells = expand(
         folder,
@@ -117,7 +117,7 @@ def test_two_axes_may_extend_files_that_share_parents(folder: Path) -> None:
     assert found == [("digits", 4, "lora"), ("glyphs", 8, "lora")]
 
 
-def test_dotted_and_nested_keys_of_one_section_go_together(folder: Path) -> None:
+def test_dotted_and_nested_keys_of_one_section_are_merged(folder: Path) -> None:
     for choice in (
         {"client.optimizer.lr": 0.5, "client": {"epochs": 3}},
         {"client": {"epochs": 3}, "client.optimizer.lr": 0.5},
@@ -146,12 +146,12 @@ def test_paths_in_a_sweep_expand(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (cell.config.method.rank, cell.directory.path) == (4, folder / "out" / "a-seed1")
 
 
-def test_without_seeds_the_bases_own_is_taken(folder: Path) -> None:
+def test_without_seeds_the_bases_seed_is_used(folder: Path) -> None:
     write(folder / "base.yaml", {**BASE, "seed": 7})
     assert [cell.name for cell in expand(folder, cells={"a": {}})] == ["a-seed7"]
 
 
-def test_a_run_that_the_file_no_longer_describes_is_told_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_an_older_sweep_file_is_another_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     (cell,) = expand(folder, cells={"a": {"client.epochs": 1}}, output="out")
     resolved = with_values(cell.config, "runtime", lanes=2, device="cpu", precision="fp32")
@@ -173,13 +173,13 @@ def test_a_signal_in_a_cells_last_round_stops_the_worker(folder: Path, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
         return COMPLETE
 
-    monkeypatch.setattr(rounds, "start_and_run", run_and_be_told_to_stop)
+    monkeypatch.setattr(rounds, "run", run_and_be_told_to_stop)
     outcome = work_through(expand(folder, cells={"a": {}, "b": {}}))
     assert begun == ["a-seed1"]
     assert outcome.interrupted
 
 
-def test_directories_lie_below_the_output_and_overrides_go_over_everything(folder: Path) -> None:
+def test_directories_lie_below_the_output_and_overrides_win(folder: Path) -> None:
     axes = {"seedless": {"x": {}}}
     named = expand(folder, axes=axes, output="elsewhere/s")[0]
     assert str(named.directory.path) == "elsewhere/s/x-seed1"
@@ -236,13 +236,13 @@ def test_directories_lie_below_the_output_and_overrides_go_over_everything(folde
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_by_name(folder: Path, sweep: dict[str, Any], message: str) -> None:
+def test_refuses_invalid_sweeps(folder: Path, sweep: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         expand(folder, **sweep)
 
 
 @pytest.mark.parametrize("override", ["seed=3", "output.name=x"])
-def test_an_override_cannot_take_what_tells_cells_apart(folder: Path, override: str) -> None:
+def test_refuses_overrides_of_seed_and_name(folder: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=r"an override: .*: a sweep gives each cell its own"):
         expand(folder, (override,), cells={"a": {}})
 
@@ -262,7 +262,7 @@ def test_a_cell_is_picked_by_its_index(folder: Path) -> None:
             pick_cell(cells, index, folder)
 
 
-def test_states_are_those_of_the_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cell_states_are_those_of_the_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     cells = expand(folder, cells={name: {} for name in "abc"}, output="out")
     cells[0].directory.write_state(COMPLETE, 2)
@@ -286,12 +286,12 @@ def test_list_prints_every_cell(folder: Path, capsys: pytest.CaptureFixture, mon
     assert [row["name"] for row in rows] == ["cohort1-seed1", "cohort1-seed2", "cohort2-seed1", "cohort2-seed2"]
 
 
-def test_axes_of_one_last_name_are_told_apart(folder: Path) -> None:
+def test_axes_with_the_same_last_part_get_longer_names(folder: Path) -> None:
     (cell,) = expand(folder, axes={"client.optimizer.lr": [0.1], "server.optimizer.lr": [1.0]})
     assert cell.name == "client.optimizer.lr0.1-server.optimizer.lr1.0-seed1"
 
 
-def test_states_of_what_went_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_killed_damaged_and_failed_cells(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     cells = expand(folder, cells={"killed": {}, "damaged": {}, "never": {"data.clients": 9999}}, output="out")
     cells[0].directory.write_config(cells[0].config)
@@ -306,7 +306,7 @@ def test_states_of_what_went_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch
     lock.release()
 
 
-def test_a_sweep_given_as_a_config_is_told_apart(folder: Path) -> None:
+def test_refuses_a_sweep_as_a_config(folder: Path) -> None:
     path = write(folder / "sweep.yaml", {"base": "base.yaml", "cells": {"a": {}}})
     with pytest.raises(ConfigError, match=r"this is a sweep, of many configs; use `fedpeft sweep list`"):
         load_config(path)
@@ -339,7 +339,7 @@ def test_prefetch_takes_a_sweep_and_goes_on_after_a_failure(
     assert [name for what, name in asked if what == "data"] == ["digits", "glyphs"]
 
 
-def test_only_one_holds_a_runs_lock(tmp_path: Path) -> None:
+def test_only_one_process_holds_a_runs_lock(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     assert not directory.in_use()
     lock = directory.lock()
