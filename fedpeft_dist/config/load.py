@@ -160,7 +160,7 @@ def config_digest(config: RunConfig) -> str:
 
 def result_keys(config: RunConfig) -> dict[str, Any]:
     """Dotted key to value for every leaf that can change a run's result."""
-    flat = dict(_flatten(json.loads(config.model_dump_json())))
+    flat = dict(flatten(json.loads(config.model_dump_json())))
     # A folder of images is known by its place alone; of the other data sets it is only where they happen to lie.
     kept = {"data.root"} if config.data.name == "image_folder" else set()
     return {
@@ -170,10 +170,11 @@ def result_keys(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted key and the value of every leaf."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -23,6 +23,7 @@ from fedpeft_dist.tracking.run_directory import (
     with_choices_of,
 )
 from fedpeft_dist.tracking.run_lock import Owner, RunInUseError
+from fedpeft_dist.tracking.sweep_axes import write_axes
 
 
 @dataclass
@@ -88,6 +89,8 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
                 if start_and_run(cell.config, stop) != COMPLETE:
                     outcome.interrupted = True
                     break
+                if cell.axes and launch.rank == 0:
+                    write_axes(cell.directory.path, cell.axes)
                 outcome.complete.append(cell.name)
             except RunInUseError:
                 if alone:
