@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -23,13 +22,19 @@ from fedpeft_dist import cli
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.reports import runs as report_runs
-from fedpeft_dist.reports.formats import csv_text, rich_tables
+from fedpeft_dist.reports.axes import short_names
+from fedpeft_dist.reports.comparisons import comparison_tables
+from fedpeft_dist.reports.formats import csv_text
 from fedpeft_dist.reports.groups import Statistic, group_runs
-from fedpeft_dist.reports.labels import short_names
-from fedpeft_dist.reports.page import MAX_POINTS, epsilon_data, group_series, partition_pictures, script_json
-from fedpeft_dist.reports.report import Report, json_report, make_report, markdown_report, run_rows, write_report
-from fedpeft_dist.reports.tables import Table, comparison_tables
+from fedpeft_dist.reports.page import MAX_POINTS, epsilon_data, line_data, script_json
+from fedpeft_dist.reports.partitions import partition_pictures
+from fedpeft_dist.reports.plot import accuracy_figure, epsilon_figure
+from fedpeft_dist.reports.report import Report, json_report, make_report, run_rows
+from fedpeft_dist.reports.table import Table
+from fedpeft_dist.reports.terminal import rich_tables
+from fedpeft_dist.reports.writing import markdown_report, write_report
 from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RunDirectory
+from fedpeft_dist.tracking.sweep_axes import AxisChoice, write_axes
 from tests.report_fixtures import FULL, PARAMETERS, curve, make_privacy_sweep, make_run, partition_counts, private
 
 MIB, COHORT = 2**20, 4
@@ -111,21 +116,22 @@ def test_accuracy_stands_against_simulated_hours_where_runs_have_them(tmp_path: 
         make_run(tmp_path / f"lossy-{seed}", lossy | {"seed": seed}, curve(0.5), simulated_seconds=seconds)
     make_run(tmp_path / "untimed", tree("lora", seed=1), curve(0.75))
     report = make_report(tmp_path)
-    labels = {"bias, uniform", "bias, uniform (dropout random)", "lora, uniform"}
+    plain, lost = "bias, uniform (dropout none)", "bias, uniform (dropout random)"
+    labels = {plain, lost, "lora, uniform (dropout none)"}
     assert {group.label for group in report.grouping.groups} == labels
     assert "Participation" in {table.title for table in report.comparisons}
     hours = {group.label: group.simulated_hours for group in report.grouping.groups}
-    assert hours == {"bias, uniform": 1.5, "bias, uniform (dropout random)": 1.5, "lora, uniform": None}
-    (timed,) = [group for group in report.grouping.groups if group.label == "bias, uniform"]
+    assert hours == {plain: 1.5, lost: 1.5, "lora, uniform (dropout none)": None}
+    (timed,) = [group for group in report.grouping.groups if group.label == plain]
     assert [point.hours for point, _ in timed.curve()] == [0.375, 0.75, 1.125, 1.5]
-    table = markdown_report(report, "plot.png").split("\n## ")[0]
+    table = markdown_report(report).split("\n## ")[0]
     assert "simulated hours" in table
     assert "| 1.5 |" in table
     assert [row["simulated_hours"] for row in json_report(report)["groups"]].count(1.5) == 2
     write_report(tmp_path, report)
     png = (tmp_path / "accuracy_against_bytes.png").read_bytes()
     untimed = make_report(tmp_path / "untimed")
-    assert "simulated hours" not in markdown_report(untimed, "plot.png")
+    assert "simulated hours" not in markdown_report(untimed)
     write_report(tmp_path / "untimed", untimed)
     widths = [
         int.from_bytes(data[16:20], "big")
@@ -168,10 +174,73 @@ def test_seeds_from_different_machines_are_one_group(tmp_path: Path) -> None:
     assert (group.accuracy.seeds, group.label) == (2, "bias")
 
 
-def test_one_seed_with_different_lanes_is_a_comparison(tmp_path: Path) -> None:
+def test_lanes_are_compared_where_a_sweep_varies_them(tmp_path: Path) -> None:
     for lanes in (2, 4):
-        make_run(tmp_path / str(lanes), tree(runtime={"lanes": lanes}), curve(0.5))
+        run = make_run(tmp_path / str(lanes), tree(runtime={"lanes": lanes}), curve(0.5))
+        write_axes(run.path, {"runtime.lanes": AxisChoice(f"lanes{lanes}", ("runtime.lanes",))})
     assert [group.label for group in make_report(tmp_path).grouping.groups] == ["bias, lanes 2", "bias, lanes 4"]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep's cells. Its methods have rates of their own, and its partitions are called even and uneven."""
+    partitions = {"even": {"name": "iid"}, "uneven": {"name": "dirichlet", "alpha": 0.1}}
+    for method, lr in (("small", 0.5), ("large", 0.1)):
+        for name, partition in partitions.items():
+            for cohort in (2, 4):
+                sections = {"data": {**DIGITS, "partition": partition}, "client": {"optimizer": {"lr": lr}}}
+                sections["federation"] = {"rounds": 3, "cohort": cohort}
+                config = tree({"small": "head", "large": "lora"}[method], **sections)
+                run = make_run(tmp_path / f"{method}-{name}-{cohort}", config, curve(0.5))
+                choices = {
+                    "method": AxisChoice(method, ("method.name", "client.optimizer.lr")),
+                    "split": AxisChoice(name, ("data.partition.name", "data.partition.alpha")),
+                    "federation.cohort": AxisChoice(f"cohort{cohort}", ("federation.cohort",)),
+                }
+                write_axes(run.path, choices)
+    return tmp_path
+
+
+def test_a_sweeps_axes_and_choices_are_the_reports(sweep: Path) -> None:
+    report = make_report(sweep)
+    assert headings(report.main)[:4] == ["method", "split", "cohort", "trained parameters"]
+    assert [row[:3] for row in texts(report.main)] == [
+        [method, split, cohort]
+        for method in ("small", "large")
+        for cohort in ("2", "4")
+        for split in ("even", "uneven")
+    ]
+    assert report.main.rows[0][2].value == 2
+    assert {group.label for group in report.grouping.groups if group.method == "small"} == {
+        f"small, {split}, cohort {cohort}" for split in ("even", "uneven") for cohort in (2, 4)
+    }
+    (table,) = tables(report, "split")
+    assert (table.title, table.note, headings(table)) == ("By split", "", ["method", "even", "uneven"])
+    assert [row[0] for row in texts(table)] == [
+        f"{method}, cohort {cohort}" for cohort in (2, 4) for method in ("small", "large")
+    ]
+
+
+def test_one_run_that_is_no_cell_takes_all_axes_from_the_configs(sweep: Path) -> None:
+    make_run(sweep / "further", tree("full"), curve(0.5))
+    report = make_report(sweep)
+    assert headings(report.main)[:4] == ["method", "clients", "partition", "lr"]
+    assert "head, N=16, M=2, iid" in {group.label for group in report.grouping.groups}
+
+
+def test_choices_that_name_two_groups_alike_are_not_used(sweep: Path) -> None:
+    for path in sweep.iterdir():
+        write_axes(path, {"method": AxisChoice("one", ("method.name",))})
+    assert len({group.label for group in make_report(sweep).grouping.groups}) == 8
+
+
+def test_a_damaged_sweep_file_is_named_and_changes_no_result(sweep: Path) -> None:
+    (sweep / "small-even-2" / "sweep.json").write_text("{")
+    report = make_report(sweep)
+    assert len(report.grouping.groups) == 8
+    ((name, state, _, problem),) = texts(report.unfinished)
+    assert (name, state) == ("small-even-2", "complete")
+    assert "sweep.json" in problem
 
 
 def test_what_a_run_does_not_depend_on_sets_no_groups_apart(tmp_path: Path) -> None:
@@ -180,7 +249,7 @@ def test_what_a_run_does_not_depend_on_sets_no_groups_apart(tmp_path: Path) -> N
     assert len(make_report(tmp_path).grouping.groups) == 1
 
 
-def test_methods_are_told_by_what_differs_from_their_defaults(tmp_path: Path) -> None:
+def test_a_method_is_called_by_its_name_and_the_values_that_differ(tmp_path: Path) -> None:
     methods = [
         {"name": "adapter"},
         {"name": "adapter", "bottleneck": 8, "shared": False},
@@ -192,20 +261,20 @@ def test_methods_are_told_by_what_differs_from_their_defaults(tmp_path: Path) ->
     make_run(tmp_path / "full", tree("full"), curve(0.5))
     make_run(tmp_path / "scratch", tree("full", backbone={"pretrained": False}), curve(0.5))
     assert {group.label for group in make_report(tmp_path).grouping.groups} == {
-        "adapter",
-        "adapter (bottleneck 8, shared false)",
-        "prompt",
+        "adapter (bottleneck 96)",
+        "adapter (bottleneck 8)",
+        "prompt (depth deep)",
         "prompt (depth shallow)",
-        "full",
-        "full from scratch",
+        "full (pretrained true)",
+        "full (pretrained false)",
     }
 
 
 def test_checkpoints_are_told_by_their_files(tmp_path: Path) -> None:
     for number, path in enumerate((None, "/a/b/mae.pth", "/a/c/mae.pth", "/a/moco.npz")):
         make_run(tmp_path / str(number), tree(backbone={"name": "vit", "checkpoint": path}), curve(0.5))
-    labels = {group.axes["backbone"].label for group in make_report(tmp_path).grouping.groups}
-    assert labels == {"vit", "vit (checkpoint b/mae.pth)", "vit (checkpoint c/mae.pth)", "vit (checkpoint moco.npz)"}
+    labels = {group.axes["backbone"] for group in make_report(tmp_path).grouping.groups}
+    assert labels == {"vit", *(f"vit (checkpoint /a/{file})" for file in ("b/mae.pth", "c/mae.pth", "moco.npz"))}
 
 
 def test_groups_have_labels_of_their_own_whatever_they_differ_in(tmp_path: Path) -> None:
@@ -315,16 +384,16 @@ def test_the_main_table_shows_the_keys_that_vary_and_no_others(tmp_path: Path) -
     table = make_report(tmp_path).main
     assert headings(table)[:4] == ["method", "partition", "lr", "trained parameters"]
     assert [row[:3] for row in texts(table)] == [
-        ["head", "dirichlet 0.1", "0.1"],
-        ["head", "dirichlet 0.5", "0.1"],
-        ["bias", "dirichlet 0.1", "0.2"],
-        ["bias", "dirichlet 0.5", "0.2"],
+        ["head", "dirichlet (alpha 0.1)", "0.1"],
+        ["head", "dirichlet (alpha 0.5)", "0.1"],
+        ["bias", "dirichlet (alpha 0.1)", "0.2"],
+        ["bias", "dirichlet (alpha 0.5)", "0.2"],
     ]
     assert table.note == "Varies along with these: client.optimizer.lr."
 
 
 def test_the_communication_table_is_the_papers(tmp_path: Path) -> None:
-    """Cohorts are rows, data sets columns; a data set's own alpha stands at its head and splits nothing."""
+    """Cohorts are rows and data sets are columns. Each data set has its own alpha, which splits no row."""
     for data, alpha, extra in (("cifar100", 0.1, 100), ("pcam", 0.5, 2)):
         for method, cohort in (("full", 8), ("full", 1), ("head", 8)):
             for seed in (1, 42):
@@ -342,18 +411,19 @@ def test_the_communication_table_is_the_papers(tmp_path: Path) -> None:
         "method",
         "tuned parameters x clients",
         "MiB a round",
-        "cifar100, dirichlet 0.1",
-        "pcam, dirichlet 0.5",
+        "cifar100",
+        "pcam",
     ]
+    assert table.note == "Varies along with these: partition."
     assert texts(table) == [
-        ["head", "0.10M x 8", "3.13", "0.6015 ± 0.0290", "0.6015 ± 0.0290"],
-        ["full", "26.21M x 1", "100.00", "0.5315 ± 0.0290", "0.5315 ± 0.0290"],
-        ["full", "26.21M x 8", "800.00", "0.6015 ± 0.0290", "0.6015 ± 0.0290"],
+        ["head, N=64, M=8", "0.10M x 8", "3.13", "0.6015 ± 0.0290", "0.6015 ± 0.0290"],
+        ["full, N=64, M=1", "26.21M x 1", "100.00", "0.5315 ± 0.0290", "0.5315 ± 0.0290"],
+        ["full, N=64, M=8", "26.21M x 8", "800.00", "0.6015 ± 0.0290", "0.6015 ± 0.0290"],
     ]
     assert table.rows[0][2].value == [pytest.approx((102400 + extra) * 32 / MIB) for extra in (2, 100)]
 
 
-def test_client_stability_and_distribution_have_a_table_for_each_setting(tmp_path: Path) -> None:
+def test_client_stability_and_distribution_have_a_row_for_each_setting(tmp_path: Path) -> None:
     accuracy, expected = 0.1, {}
     for partition in ({"name": "dirichlet", "alpha": 0.1}, {"name": "iid"}):
         for clients, cohort in ((64, 8), (64, 64), (16, 16), (16, 2)):
@@ -364,32 +434,36 @@ def test_client_stability_and_distribution_have_a_table_for_each_setting(tmp_pat
                 expected[name] = f"{accuracy:.4f}"
                 accuracy += 0.01
     report = make_report(tmp_path)
-    dirichlet, iid = tables(report, "clients")
-    assert (dirichlet.title, iid.title) == ("Client stability: dirichlet 0.1", "Client stability: iid")
-    assert headings(dirichlet) == ["method", "N=16, C=0.125", "N=16, C=1", "N=64, C=0.125", "N=64, C=1"]
+    (clients,) = tables(report, "clients")
+    assert clients.title == "Client stability"
+    assert headings(clients) == ["method", "N=16, M=2", "N=16, M=16", "N=64, M=8", "N=64, M=64"]
     cells = ("16-2", "16-16", "64-8", "64-64")
-    for table, name in ((dirichlet, "dirichlet"), (iid, "iid")):
-        for row, method in zip(texts(table), ("head", "bias")):
-            assert row == [method, *(expected[f"{name}-{cell}-{method}"] for cell in cells)]
-    distributions = tables(report, "partition")
-    assert len(distributions) == 4
-    assert distributions[0].title == "Data distribution: N=16, C=0.125"
-    assert headings(distributions[0]) == ["method", "dirichlet 0.1", "iid"]
-    assert texts(distributions[0])[0] == ["head", expected["dirichlet-16-2-head"], expected["iid-16-2-head"]]
+    assert texts(clients) == [
+        [f"{method}, {label}", *(expected[f"{name}-{cell}-{method}"] for cell in cells)]
+        for name, label in (("dirichlet", "dirichlet (alpha 0.1)"), ("iid", "iid"))
+        for method in ("head", "bias")
+    ]
+    (distributions,) = tables(report, "partition")
+    assert distributions.title == "Data distribution"
+    assert headings(distributions) == ["method", "dirichlet (alpha 0.1)", "iid"]
+    first = ["head, N=16, M=2", expected["dirichlet-16-2-head"], expected["iid-16-2-head"]]
+    assert (texts(distributions)[0], len(distributions.rows)) == (first, 8)
 
 
-def test_data_scale_and_backbones_have_tables(tmp_path: Path) -> None:
+def test_data_scale_has_a_table(tmp_path: Path) -> None:
     for max_train, accuracy in ((1000, 0.25), (5000, 0.375), (None, 0.5)):
         data = {"name": "cifar100", "max_train": max_train, "partition": {"name": "dirichlet", "min_samples": 1}}
         make_run(tmp_path / f"scale-{max_train}", tree(data=data), curve(accuracy))
+    (table,) = tables(make_report(tmp_path), "data.max_train")
+    assert (table.title, headings(table)) == ("Data scale", ["method", "1000", "5000", "all"])
+    assert texts(table) == [["bias", "0.2500", "0.3750", "0.5000"]]
+
+
+def test_backbones_have_a_table(tmp_path: Path) -> None:
     for name, accuracy in (("vit_base_patch16_224.mae", 0.75), ("vit_base_patch16_224.augreg_in21k", 0.5)):
         make_run(tmp_path / name, tree(backbone={"name": name}, data={"name": "cifar100"}), curve(accuracy))
-    report = make_report(tmp_path)
-    (scale,) = tables(report, "data.max_train")
-    assert headings(scale) == ["method", "1000", "5000", "all"]
-    assert texts(scale) == [["bias", "0.2500", "0.3750", "0.5000"]]
-    (backbone,) = tables(report, "backbone")
-    assert texts(backbone) == [["bias", "0.5000", "0.7500"]]
+    (table,) = tables(make_report(tmp_path), "backbone")
+    assert texts(table) == [["bias", "0.5000", "0.7500"]]
 
 
 def test_an_option_that_differs_too_is_told_in_the_row_and_merges_nothing(tmp_path: Path) -> None:
@@ -401,12 +475,9 @@ def test_an_option_that_differs_too_is_told_in_the_row_and_merges_nothing(tmp_pa
     report = make_report(tmp_path)
     (table,) = tables(report, "partition")
     assert texts(table) == [["bias, lr 0.1", "0.2500", "0.2500"], ["bias, lr 0.2", "0.7500", "0.7500"]]
-    by_rate = tables(report, "client.optimizer.lr")
-    assert [headings(found) for found in by_rate] == [["method", "0.1", "0.2"]] * 2
-    assert [found.title for found in by_rate] == [
-        "By client.optimizer.lr: dirichlet 0.1",
-        "By client.optimizer.lr: iid",
-    ]
+    (by_rate,) = tables(report, "client.optimizer.lr")
+    assert (by_rate.title, headings(by_rate)) == ("By lr", ["method", "0.1", "0.2"])
+    assert [row[0] for row in texts(by_rate)] == ["bias, dirichlet (alpha 0.1)", "bias, iid"]
 
 
 def test_nothing_to_compare_makes_no_tables(tmp_path: Path) -> None:
@@ -511,18 +582,17 @@ def test_what_has_no_guarantee_has_no_place_on_the_axis_of_epsilon(privacy_sweep
     assert [point[0] for point in (*drawn["unguaranteed"], *drawn["public"])] == [None, None]
 
 
-def test_the_picture_of_epsilon(privacy_sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_of_epsilon(privacy_sweep: Path) -> None:
     """Lines at their epsilons, a horizontal one for no privacy, and noise without a guarantee in the field beside."""
-    drawn, across = [], []
-    monkeypatch.setattr(
-        Axes, "errorbar", lambda self, x, y, *_, marker, **__: drawn.append((self.get_xscale(), marker, list(x)))
-    )
-    monkeypatch.setattr(Axes, "axhline", lambda self, y, **_: across.append(y))
-    write_report(privacy_sweep, make_report(privacy_sweep))
+    report = make_report(privacy_sweep)
+    axes, beside = epsilon_figure(report.epsilon_pictures).axes
     sample, user = [0.999 * 2.0, 0.999 * 5.0], [0.999 * 20.0]
-    assert [x for _, marker, x in drawn if marker != "x"] == [sample, user, sample]
-    assert [len(x) for _, marker, x in drawn if marker == "x"] == [1, 1]
+    assert axes.get_xscale() == "log"
+    assert [list(found.lines[0].get_xdata()) for found in axes.containers] == [sample, user, sample]
+    assert [len(found.lines[0].get_xdata()) for found in beside.containers] == [1, 1]
+    across = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"]
     assert across == [pytest.approx(0.815), pytest.approx(0.915)]
+    write_report(privacy_sweep, report)
     assert imread(privacy_sweep / "accuracy_against_epsilon.png").shape[0] > 300
 
 
@@ -571,7 +641,7 @@ def test_time_to_accuracy(tmp_path: Path) -> None:
         *(f"{unit} to {share}" for share in ("50%", "80%", "95%") for unit in ("rounds", "hours")),
     ]
     assert texts(table) == [
-        ["bias", "uniform", "2", "0.5", "3", "0.75", "3", "0.75"],
+        ["bias", "uniform (dropout none)", "2", "0.5", "3", "0.75", "3", "0.75"],
         ["bias", "uniform (dropout random)", "3", "3", "-", "-", "-", "-"],
     ]
     assert table.rows[1][4].value is None
@@ -606,7 +676,7 @@ def test_printed_tables_keep_within_the_terminal(
 def test_unfinished_runs_are_listed_everywhere(runs: Path) -> None:
     report = make_report(runs)
     assert texts(report.unfinished) == [["sweep/lora", "interrupted", "3"]]
-    assert "| sweep/lora | interrupted | 3 |" in markdown_report(report, "plot.png")
+    assert "| sweep/lora | interrupted | 3 |" in markdown_report(report)
     found = json_report(report)
     assert found["unfinished"] == [{"run": "sweep/lora", "state": "interrupted", "rounds_done": 3, "problem": None}]
     write_report(runs, report)
@@ -660,7 +730,7 @@ def test_a_damaged_run_is_named_and_hides_no_other(runs: Path, name: str, conten
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     report = make_report(runs)
-    damaged, unfinished = report.unfinished_runs
+    damaged, unfinished = (run for run in report.runs if run.state != "complete")
     assert (damaged.name, damaged.state, unfinished.state) == ("full", "damaged", "interrupted")
     assert str(path) in damaged.problem
     assert "\n" not in damaged.problem
@@ -736,12 +806,12 @@ def test_a_metrics_file_that_was_cut_short_and_none_at_all_are_no_damage(runs: P
 
 
 def test_markdown(runs: Path) -> None:
-    lines = markdown_report(make_report(runs), "plot.png").splitlines()
+    lines = markdown_report(make_report(runs)).splitlines()
     assert lines[0] == f"# Runs below {runs.name}"
     assert lines[2].startswith("| method | trained parameters | clients a round |")
     assert lines[3].startswith("| --- | ---: | ---: |")
     assert lines[4] == "| head | 4,096 | 4 | 0.0156 | 0.062 | 0.19 | 0.39% | 0.6250 | 1 |"
-    assert "![Accuracy against bytes](plot.png)" in lines
+    assert "![Accuracy against bytes](accuracy_against_bytes.png)" in lines
 
 
 def test_csv_has_whole_numbers_and_every_key_that_varies(tmp_path: Path) -> None:
@@ -793,7 +863,7 @@ def test_either_dirichlet_partition_is_told_by_its_name(tmp_path: Path) -> None:
         data = {**DIGITS, "partition": {"name": name, "alpha": 0.5}}
         make_run(tmp_path / name, tree(data=data), curve(0.5))
     (table,) = tables(make_report(tmp_path), "partition")
-    assert headings(table) == ["method", "dirichlet 0.5", "dirichlet_mix 0.5"]
+    assert headings(table) == ["method", "dirichlet (alpha 0.5)", "dirichlet_mix (alpha 0.5)"]
 
 
 def test_csv_tells_mean_and_spread_apart(tmp_path: Path) -> None:
@@ -863,20 +933,37 @@ def test_the_plot_is_a_picture(runs: Path) -> None:
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
 
 
-def test_the_plot_has_a_line_for_each_group_and_unfinished_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plot_has_a_line_for_each_group_and_unfinished_run(runs: Path) -> None:
     make_run(runs / "full2", tree("full", 2), (0.5, None, 0.25))
-    lines = {}
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *_, label, **__: lines.update({label: (list(x), list(y))}))
-    write_report(runs, make_report(runs))
+    (axes,) = accuracy_figure(make_report(runs).lines).axes
+    lines = {line.get_label(): line.get_data() for line in axes.lines}
     assert set(lines) == {"full", "head", "sweep/lora (interrupted)"}
     sent, accuracy = lines["full"]
-    assert sent == [4.0 * COHORT, 4.0 * COHORT * 3]  # round 2 was not evaluated, but its bytes count
-    assert accuracy == pytest.approx([0.375, 0.5])  # over both seeds
+    assert list(sent) == [4.0 * COHORT, 4.0 * COHORT * 3]  # round 2 was not evaluated, but its bytes count
+    assert list(accuracy) == pytest.approx([0.375, 0.5])  # over both seeds
+
+
+def test_the_plot_begins_a_little_below_the_lowest_accuracy(tmp_path: Path) -> None:
+    for seed, method in enumerate(("head", "bias")):
+        make_run(tmp_path / method, tree(method), (0.94 + seed / 100, 0.96, 0.98))
+    (axes,) = accuracy_figure(make_report(tmp_path).lines).axes
+    low, high = axes.get_ylim()
+    assert 0.93 < low < 0.94
+    assert 0.98 < high < 0.99
+
+
+def test_a_plot_of_many_lines_has_a_colour_for_each_method(tmp_path: Path) -> None:
+    for method in ("head", "bias"):
+        for epochs in range(1, 12):
+            make_run(tmp_path / f"{method}{epochs}", tree(method, client={"epochs": epochs}), curve(0.5))
+    figure = accuracy_figure(make_report(tmp_path).lines)
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["head", "bias"]
 
 
 def test_a_long_curve_is_thinned_out_and_keeps_its_end(tmp_path: Path) -> None:
     make_run(tmp_path / "long", tree(), curve(0.5, rounds=1001))
-    (series,) = group_series(make_report(tmp_path).grouping)
+    (series,) = map(line_data, make_report(tmp_path).lines)
     assert len(series["round"]) == MAX_POINTS
     assert (series["round"][0], series["round"][-1], series["mean"][-1]) == (1, 1001, 0.5)
 
@@ -888,7 +975,7 @@ def test_a_curve_has_the_rounds_that_all_seeds_evaluated(tmp_path: Path) -> None
         tree(seed=2, federation={"rounds": 3, "cohort": COHORT, "evaluate_every": 2}),
         (None, 0.25, None, 0.5),
     )
-    (series,) = group_series(make_report(tmp_path).grouping)
+    (series,) = map(line_data, make_report(tmp_path).lines)
     assert series["round"] == [2, 4]
     assert series["mean"] == [0.375, 0.5]
     assert series["std"] == [pytest.approx(statistics.stdev((0.5, 0.25)), abs=1e-6), 0.0]
