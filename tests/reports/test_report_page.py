@@ -77,7 +77,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @contextmanager
 def opened_at(width: int, browser: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
-    """A page, freshly opened; afterwards nothing has gone wrong and nothing was asked for."""
+    """A freshly opened page. Afterwards: no error was logged, nothing was requested, nothing overflows."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(page.as_uri())
@@ -135,7 +135,7 @@ def lines(browser: webdriver.Chrome, chart: str = "chart-round") -> list[Any]:
         ("method", str),
     ],
 )
-def test_a_click_on_a_heading_sorts(opened: webdriver.Chrome, heading: str, key: Callable[[str], Any]) -> None:
+def test_a_click_on_a_heading_sorts_the_table(opened: webdriver.Chrome, heading: str, key: Callable[[str], Any]) -> None:
     before = column(opened, heading)
     assert len(before) == 16
     cell = sort_by(opened, heading)
@@ -148,7 +148,7 @@ def test_a_click_on_a_heading_sorts(opened: webdriver.Chrome, heading: str, key:
     assert others == [cell]
 
 
-def test_the_filter_holds_for_the_table_and_the_lines(opened: webdriver.Chrome) -> None:
+def test_the_filter_applies_to_table_and_lines(opened: webdriver.Chrome) -> None:
     assert len(lines(opened)) == len(lines(opened, "chart-mib")) == 16
     box = opened.find_element(By.ID, "filter")
     box.send_keys("Bias iid")
@@ -162,14 +162,14 @@ def test_the_filter_holds_for_the_table_and_the_lines(opened: webdriver.Chrome) 
     assert lines(opened) == []
 
 
-def test_simulated_hours_have_a_chart_of_the_runs_that_have_them(opened: webdriver.Chrome) -> None:
+def test_timed_runs_have_a_chart_against_simulated_hours(opened: webdriver.Chrome) -> None:
     assert len(lines(opened, "chart-hours")) == len(lines(opened)) / 2 == 8
     ticks = [text.text for text in opened.find_elements(By.CSS_SELECTOR, "#chart-hours text")]
     assert "0.1" in ticks
     assert "0.2" in ticks
 
 
-def test_accuracy_stands_against_epsilon_where_there_is_one(private: webdriver.Chrome) -> None:
+def test_private_groups_have_a_chart_against_epsilon(private: webdriver.Chrome) -> None:
     """Two lines of sample and a point of user; noise without a guarantee stands in its own field, off the axis."""
     (chart,) = private.find_elements(By.CSS_SELECTOR, "#epsilon .chart")
     points = [len(line.get_attribute("points").split()) for line in chart.find_elements(By.TAG_NAME, "polyline")]
@@ -201,7 +201,7 @@ def test_a_pointer_reads_an_epsilon(private: webdriver.Chrome) -> None:
     assert private.execute_script(script, "path") == noise
 
 
-def test_what_no_guarantee_covers_stands_below_the_privacy_table(private: webdriver.Chrome) -> None:
+def test_the_privacy_table_notes_the_values_outside_the_guarantee(private: webdriver.Chrome) -> None:
     assert "Privacy guarantees" in [
         text_of(found) for found in private.find_elements(By.CSS_SELECTOR, "#privacy caption")
     ]
@@ -211,7 +211,7 @@ def test_what_no_guarantee_covers_stands_below_the_privacy_table(private: webdri
     assert "paper_noise carries no guarantee" in note.text
 
 
-def test_a_page_without_private_runs_says_nothing_of_privacy(opened: webdriver.Chrome) -> None:
+def test_a_page_without_private_runs_has_no_privacy_section(opened: webdriver.Chrome) -> None:
     assert not opened.find_element(By.ID, "privacy").is_displayed()
 
 
@@ -323,13 +323,13 @@ def test_a_pointer_reads_a_line(opened: webdriver.Chrome) -> None:
     )
 
 
-def test_tables_are_tables_to_everyone(opened: webdriver.Chrome) -> None:
+def test_tables_are_accessible(opened: webdriver.Chrome) -> None:
     for table in opened.find_elements(By.TAG_NAME, "table"):
         assert text_of(table.find_element(By.TAG_NAME, "caption"))
         assert table.find_elements(By.CSS_SELECTOR, "thead th[scope=col] button")
         assert table.find_elements(By.CSS_SELECTOR, "tbody th[scope=row]")
         frame = table.find_element(By.XPATH, "..")
-        assert frame.get_attribute("tabindex") == "0"  # a keyboard can scroll it
+        assert frame.get_attribute("tabindex") == "0"  # the keyboard can scroll the frame
     titles = [text_of(caption) for caption in opened.find_elements(By.CSS_SELECTOR, "#tables caption")]
     assert "Data distribution" in titles
     assert "Communication" in titles
