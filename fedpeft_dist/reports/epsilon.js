@@ -55,7 +55,8 @@ const addEpsilons = (holder, one, mechanisms) => {
       }
       for (const [mechanism, points] of Object.entries(line.guaranteed)) {
         const place = mechanisms.indexOf(mechanism);
-        const joined = draw("polyline", { class: "curve bright", points: path(points.map(([x, y]) => [across(x), up(y)])) });
+        const places = points.map(([x, y]) => [across(x), up(y)]);
+        const joined = draw("polyline", { class: "curve bright", points: path(places) });
         joined.style.stroke = paint;
         joined.style.strokeDasharray = DASHES[place % DASHES.length];
         svg.append(joined);

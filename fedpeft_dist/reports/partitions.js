@@ -24,7 +24,8 @@ const picture = (one) => {
   });
   context.putImageData(image, 0, 0);
   const rest = `1 to ${most} samples; blank: none`;
-  const [scale, ramp, reading] = [make("div", { class: "scale" }), make("span", { class: "ramp" }), make("span", {}, rest)];
+  const [scale, ramp] = [make("div", { class: "scale" }), make("span", { class: "ramp" })];
+  const reading = make("span", {}, rest);
   ramp.style.background = `linear-gradient(to right, ${RAMP.map((stop) => `rgb(${stop})`).join(", ")})`;
   scale.append(ramp, reading);
   canvas.addEventListener("pointermove", (event) => {
