@@ -207,8 +207,9 @@ def report(
     directory: Annotated[Path, path_argument("DIR", "Where runs are; searched recursively.")], as_json: AsJson = False
 ) -> None:
     """Compare the runs below a directory: tables here, and markdown, CSV and a page to look at (report.html) there."""
-    from fedpeft_dist.reports.formats import rich_tables
-    from fedpeft_dist.reports.report import json_report, make_report, printed_tables, write_report
+    from fedpeft_dist.reports.report import json_report, make_report
+    from fedpeft_dist.reports.terminal import rich_tables
+    from fedpeft_dist.reports.writing import write_report
 
     found = make_report(directory)
     if as_json:
@@ -217,7 +218,7 @@ def report(
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a file or a pipe has no edge that a row should break at
-    for table in printed_tables(found):
+    for table in found.printed_tables:
         for piece in rich_tables(table, console.width):
             console.print(piece)
             console.print()

@@ -1,7 +1,8 @@
-"""Runs' directories as the round loop leaves them, for tests of reports: by the real writers, trained by nobody."""
+"""Directories of runs for tests of reports. The real writers write them; nothing is trained."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,12 @@ import numpy as np
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER
+from fedpeft_dist.reports.report import Report
+from fedpeft_dist.reports.table import Table
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
+MIB, COHORT = 2**20, 4
+DIGITS = {"name": "digits", "clients": 16}
 FULL = 2**20
 """Parameters of the imagined backbone."""
 PARAMETERS = {"head": 2**12, "bias": 2**13, "prompt": 2**13, "adapter": 2**14, "lora": 2**16, "full": FULL}
@@ -116,3 +121,24 @@ def make_privacy_sweep(folder: Path) -> None:
                     tree["federation"]["participation"] = {"name": "poisson"}
                 said = None if mechanism is None else private(*mechanism)
                 make_run(folder / f"{method}-{cell}-{seed}", tree, curve(accuracy + seed / 100), privacy=said)
+
+
+def tree(method: str = "bias", seed: int = 1, **sections: Any) -> dict[str, Any]:
+    federation = {"rounds": 3, "cohort": COHORT}
+    return {"seed": seed, "method": {"name": method}, "data": DIGITS, "federation": federation, **sections}
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+def headings(table: Table) -> list[str]:
+    return [column.heading for column in table.columns]
+
+
+def tables(report: Report, kind: str) -> list[Table]:
+    return [table for table in report.comparisons if table.kind == kind]
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))

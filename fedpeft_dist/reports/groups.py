@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER, MIB
-from fedpeft_dist.reports.labels import COHORT, SPEAKING, AxisValue, Keys, find_axes, short_names
-from fedpeft_dist.reports.runs import Point, Run, epsilon_of, is_number, privacy_of
+from fedpeft_dist.reports.axes import COHORT, Axis, Keys, find_axes, in_order, short_names, show, telling
+from fedpeft_dist.reports.runs import Point, Run, is_number
 
 ROUNDING_KEYS = ("runtime.device", "runtime.lanes", "runtime.threads", "runtime.evaluate_batch", "privacy.slots")
-"""They follow the machine and move a result by rounding alone: runs may be averaged over them."""
+"""Keys that follow the machine and change a result by rounding alone. Groups ignore them unless a sweep varies them."""
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Over seeds; a seed that was run twice counts once."""
+    """Mean and standard deviation over seeds. A seed that was run twice counts once."""
 
     mean: float
     std: float | None
-    """Of the sample; None for a single seed."""
+    """Standard deviation of the sample; None for a single seed."""
     seeds: int
 
     @classmethod
@@ -42,12 +41,21 @@ class Statistic:
 class Group:
     runs: tuple[Run, ...]
     keys: Keys
-    accuracy: Statistic
-    best_accuracy: Statistic
-    axes: dict[str, AxisValue] = field(default_factory=dict)
-    """Filled in by `group_runs`, for they depend on what the other groups are."""
+    """The config values that the runs have in common."""
     method: str = ""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """The value on every axis."""
     label: str = ""
+
+    @property
+    def accuracy(self) -> Statistic:
+        return Statistic.over((run.seed, run.summary["final_accuracy"]) for run in self.runs)
+
+    @property
+    def best_accuracy(self) -> Statistic:
+        found = [(run.seed, run.summary.get("best_accuracy")) for run in self.runs]
+        found = [(seed, value) for seed, value in found if is_number(value)]
+        return Statistic.over(found) if found else self.accuracy
 
     @property
     def seeds(self) -> list[Any]:
@@ -75,7 +83,7 @@ class Group:
 
     @property
     def simulated_hours(self) -> float | None:
-        """None where its clients take no simulated time."""
+        """None where the clients take no simulated time."""
         found = [run.summary.get("simulated_hours") for run in self.runs]
         return statistics.fmean(found) if all(is_number(hours) for hours in found) else None
 
@@ -89,17 +97,16 @@ class Group:
 
     @property
     def privacy(self) -> list[Mapping[str, Any]]:
-        """What its runs say of their privacy; empty for runs without."""
-        return [found for run in self.runs if (found := privacy_of(run.summary)) is not None]
+        """The privacy that each run states; empty for runs without privacy."""
+        return [run.privacy for run in self.runs if run.privacy is not None]
 
     @property
     def epsilon(self) -> float | None:
-        """The largest of its runs'."""
-        found = [epsilon for run in self.runs if (epsilon := epsilon_of(run.summary)) is not None]
-        return max(found, default=None)
+        """The largest epsilon of the runs; None without a guarantee."""
+        return max((run.epsilon for run in self.runs if run.epsilon is not None), default=None)
 
     def curve(self) -> list[tuple[Point, Statistic]]:
-        """The rounds that all its runs with metrics have evaluated, and their mean accuracy, bytes and hours."""
+        """The rounds that all runs with metrics have evaluated, and their mean accuracy, bytes and hours."""
         num_curves = sum(bool(run.curve) for run in self.runs)
         by_round = defaultdict(list)
         for run in self.runs:
@@ -115,104 +122,83 @@ class Group:
 @dataclass(frozen=True)
 class Grouping:
     groups: tuple[Group, ...]
-    """Fewest bytes first."""
-    settings: tuple[str, ...]
-    """Axes of what is asked of a method: data, clients, partition, rounds. They split tables."""
-    options: tuple[str, ...]
-    """Axes of how a method is trained: rates, optimizers. They lengthen a method's label in a table."""
-    distinguishing: tuple[str, ...]
-    """Those of both, and in this order, that tell groups of one method apart; further ones vary along with them."""
-    told: dict[str, tuple[str, ...]]
-    """By axis, the config keys that its label gives."""
+    """The group with the fewest bytes comes first."""
+    varying: tuple[Axis, ...]
+    """Every axis with more than one value; the telling axes come first."""
+    telling: tuple[Axis, ...]
+    """The axes that, with the method, tell all groups apart. The other axes vary along with these."""
 
-    def varying(self) -> list[str]:
-        """Every axis with more than one value, the distinguishing ones first."""
-        rest = [axis for axis in (*self.settings, *self.options) if axis not in self.distinguishing]
-        return [axis for axis in (*self.distinguishing, *rest) if count(self.groups, [axis]) > 1]
+    @property
+    def note(self) -> str:
+        along = [axis.name for axis in self.varying if axis not in self.telling]
+        return f"Varies along with these: {', '.join(along)}." if along else ""
+
+    @property
+    def data_axis(self) -> Axis | None:
+        """The axis along which the data sets differ; None where all groups have one data set."""
+        return next((axis for axis in self.telling if "data.name" in axis.keys), None)
+
+    def data_set(self, group: Group) -> str:
+        return show(group.axes[self.data_axis.name] if self.data_axis else group.keys["data.name"])
+
+    def by_data_set(self) -> dict[str, list[Group]]:
+        found = defaultdict(list)
+        for group in self.groups:
+            found[self.data_set(group)].append(group)
+        return {name: found[name] for name in sorted(found, key=in_order)}
+
+    def label(self, group: Group, without: Sequence[Axis] = ()) -> str:
+        """The method and the values on the telling axes, except some: `bias, iid, lr 0.1`."""
+        names = short_names(axis.name for axis in self.telling)
+        axes = [axis for axis in self.telling if axis not in without]
+        values = [f"{'' if a.speaks else names[a.name] + ' '}{show(group.axes[a.name])}" for a in axes]
+        return ", ".join([group.method, *values])
+
+    def rows(self, groups: Iterable[Group], without: Sequence[Axis]) -> list[list[Group]]:
+        """Groups of one method and one value on the telling axes, except some; the fewest bytes come first."""
+        axes = [axis for axis in self.telling if axis not in without]
+        found = defaultdict(list)
+        for group in groups:
+            found[(group.method, *(repr(group.axes[axis.name]) for axis in axes))].append(group)
+
+        def place(row: list[Group]) -> tuple:
+            values = [in_order(row[0].axes[axis.name]) for axis in axes]
+            return (values, max(group.mib_per_round for group in row), row[0].method)
+
+        return sorted(found.values(), key=place)
 
 
 def group_runs(runs: Sequence[Run]) -> Grouping:
     """Groups the complete runs among these."""
+    complete = [run for run in runs if run.summary is not None]
+    swept = {key for run in complete for choice in run.axes.values() for key in choice.keys}
+    ignored = {"seed", *(key for key in ROUNDING_KEYS if key not in swept)}
     alike = defaultdict(list)
-    for run in runs:
-        if run.summary is not None:
-            alike[_frozen(run.keys, ("seed", *ROUNDING_KEYS))].append(run)
-    bare = []
-    for members in alike.values():
-        # One seed on two machines' settings is a comparison of these settings, nothing to be averaged.
-        by_seed = {(run.seed, _frozen(run.keys, ("seed",))) for run in members}
-        if len(by_seed) == len({run.seed for run in members}):
-            bare.append(_make_group(members, ROUNDING_KEYS))
-            continue
-        exact = defaultdict(list)
-        for run in members:
-            exact[_frozen(run.keys, ("seed",))].append(run)
-        bare += [_make_group(found, ()) for found in exact.values()]
-    return _with_labels(bare)
+    for run in complete:
+        alike[repr(sorted((key, value) for key, value in run.keys.items() if key not in ignored))].append(run)
+    bare = [
+        Group(tuple(found), {key: value for key, value in found[0].keys.items() if key not in ignored})
+        for found in alike.values()
+    ]
+    axes = find_axes([group.runs[0] for group in bare], [group.keys for group in bare])
+    groups = [replace(g, method=method, axes=values) for g, method, values in zip(bare, axes.methods, axes.values)]
+    return _with_labels(groups, axes.axes)
 
 
-def tell(group: Group, axes: Iterable[str]) -> tuple[str, ...]:
-    """A group's method and its labels on some axes."""
-    return (group.method, *(group.axes[axis].label for axis in axes))
-
-
-def count(groups: Iterable[Group], axes: Sequence[str]) -> int:
-    """How many combinations of labels there are on some axes."""
-    return len({tuple(group.axes[axis].label for axis in axes) for group in groups})
-
-
-def refining(
-    groups: Sequence[Group], candidates: Iterable[str], start: Callable[[Group], Any] = lambda group: None
-) -> list[str]:
-    """The candidates, one after another, that split what those before them and `start` leave together."""
-    chosen: list[str] = []
-    for axis in candidates:
-        before = {(start(group), *(group.axes[a].label for a in chosen)) for group in groups}
-        after = {(start(group), *(group.axes[a].label for a in (*chosen, axis))) for group in groups}
-        if len(after) > len(before):
-            chosen.append(axis)
-    return chosen
+def _with_labels(groups: Sequence[Group], axes: Sequence[Axis]) -> Grouping:
+    varying = {axis.name: axis for axis in axes if len({repr(group.axes[axis.name]) for group in groups}) > 1}
+    rows = [{**group.axes, "": group.method} for group in groups]
+    data_sets = [name for name, axis in varying.items() if "data.name" in axis.keys]
+    names = [*data_sets, *telling(rows, varying, given=["", *data_sets])]
+    ordered = tuple(varying[name] for name in dict.fromkeys([*names, *varying]))
+    grouping = Grouping(tuple(groups), ordered, ordered[: len(names)])
+    labelled = [replace(group, label=grouping.label(group)) for group in groups]
+    labelled.sort(key=lambda group: (group.mib_total, in_order(group.label)))
+    return replace(grouping, groups=tuple(labelled))
 
 
 def _mean_point(points: Sequence[Point]) -> Point:
-    """What seeds sent by one round, and how long it took, differs where clients can be lost."""
-    sent, hours, first = {p.mib_sent for p in points}, {p.hours for p in points}, points[0]
-    if len(sent) > 1:
-        first = replace(first, mib_sent=statistics.fmean(p.mib_sent for p in points))
-    if len(hours) > 1:
-        first = replace(first, hours=None if None in hours else statistics.fmean(p.hours for p in points))
-    return first
-
-
-def _frozen(keys: Keys, without: Iterable[str]) -> tuple:
-    return tuple(sorted((key, repr(value)) for key, value in keys.items() if key not in without))
-
-
-def _make_group(runs: list[Run], averaged_over: Sequence[str]) -> Group:
-    keys = {key: value for key, value in runs[0].keys.items() if key not in ("seed", *averaged_over)}
-    accuracy = Statistic.over((run.seed, run.summary["final_accuracy"]) for run in runs)
-    best = [(run.seed, run.summary.get("best_accuracy")) for run in runs]
-    best = [(seed, value) for seed, value in best if is_number(value)]
-    return Group(tuple(runs), keys, accuracy, Statistic.over(best) if best else accuracy)
-
-
-def _with_labels(bare: list[Group]) -> Grouping:
-    populations = [next((r.partition["num_clients"] for r in group.runs if r.partition), None) for group in bare]
-    axes = find_axes([group.keys for group in bare], populations)
-    groups = [replace(g, method=method, axes=values) for g, method, values in zip(bare, axes.methods, axes.values)]
-    distinguishing = refining(groups, (*axes.settings, *axes.options), lambda group: group.method)
-    names = short_names(distinguishing)
-
-    def label(group: Group) -> str:
-        values = ((axis, group.axes[axis].label) for axis in distinguishing)
-        return ", ".join([group.method, *(v if axis in SPEAKING else f"{names[axis]} {v}" for axis, v in values)])
-
-    groups = [replace(group, label=label(group)) for group in groups]
-    groups.sort(key=lambda group: (group.mib_total, _in_order_of_numbers(group.label)))
-    return Grouping(tuple(groups), axes.settings, axes.options, tuple(distinguishing), axes.told)
-
-
-def _in_order_of_numbers(label: str) -> list[str | float]:
-    """To sort by: 2 before 5 before 20, where texts alone would have 20 before 5."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", label)
-    return [float(part) if place % 2 else part for place, part in enumerate(parts)]
+    """Seeds may differ in the bytes and hours of a round, because clients can be lost."""
+    hours = [point.hours for point in points]
+    sent = statistics.fmean(point.mib_sent for point in points)
+    return replace(points[0], mib_sent=sent, hours=None if None in hours else statistics.fmean(hours))

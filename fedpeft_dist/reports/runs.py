@@ -1,6 +1,6 @@
 """Reading runs for a report: config, state, summary and metrics of every run's directory, and nothing heavy.
 
-A run whose files cannot be read is kept, as damaged and with what is wrong, so that it does not hide the others.
+A run whose files cannot be read is kept as damaged, together with the reason, so that it hides no other run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.lanes.wire import MIB
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, read_json, read_metrics
+from fedpeft_dist.tracking.sweep_axes import AxisChoice, read_axes
 
 DAMAGED = "damaged"
-"""The state of a run whose files cannot be read, in a report only."""
+"""The state of a run whose files cannot be read. Only reports use this state."""
 COUNTS = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total")
 SUMMARY_KEYS = ("method", *COUNTS, "final_accuracy")
-"""What a report cannot do without."""
+"""The keys that a report cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +33,50 @@ class Point:
     round: int
     accuracy: float
     mib_sent: float
-    """Uplink, of all clients, up to this round."""
+    """Uplink of all clients, up to this round."""
     hours: float | None = None
-    """Simulated, up to this round; None for runs without simulated time."""
+    """Simulated hours up to this round; None for runs without simulated time."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a report sees it. `summary` is None unless it is complete, `keys` are empty where it has no config."""
+    """A run as a report sees it. `summary` is None unless the run is complete; `keys` are empty without a config."""
 
     name: str
     state: str
     keys: dict[str, Any] = field(default_factory=dict)
-    """Dotted config key to value, for what can change a result."""
+    """Every config key that can change a result, dotted, with its value."""
     summary: dict[str, Any] | None = None
     curve: tuple[Point, ...] = ()
     rounds_done: int = 0
     partition: dict[str, Any] | None = None
+    axes: dict[str, AxisChoice] = field(default_factory=dict)
+    """The choice on each axis of the run's sweep; empty for a run that is no sweep's cell."""
     problem: str | None = None
-    """What is damaged."""
+    """The reason why files cannot be read, or why the run failed."""
 
     @property
     def seed(self) -> int | None:
         return self.keys.get("seed")
+
+    @property
+    def privacy(self) -> Mapping[str, Any] | None:
+        """The privacy that the summary states; None for a run without privacy."""
+        found = (self.summary or {}).get("privacy")
+        return found if isinstance(found, Mapping) else None
+
+    @property
+    def epsilon(self) -> float | None:
+        """The epsilon that the run was accounted for; None for a run without a guarantee."""
+        epsilon = (self.privacy or {}).get("epsilon")
+        return float(epsilon) if is_number(epsilon) else None
 
 
 def read_runs(directory: Path) -> list[Run]:
     """The runs at or below a directory, by name.
 
     Raises:
-        ConfigError: there is none, or none whose files can be read.
+        ConfigError: there is no run, or no run whose files can be read.
     """
     runs = []
     for state_file in sorted(directory.rglob("state.json")):
@@ -88,22 +103,26 @@ def _read_run(directory: RunDirectory, name: str) -> Run:
             summary = _read_summary(directory.summary_file)
     except ConfigError as error:
         return Run(name, DAMAGED, problem=one_line(error))
-    rows, curve, partition, problems = [], (), None, [str(state.get("error", ""))]
-    try:
-        rows = _read_rows(directory.metrics_file)
-        curve = _curve(directory.metrics_file, rows)
-    except ConfigError as error:  # its result stands in its summary and counts
-        problems.append(one_line(error))
-    try:
-        partition = _read_partition(directory.partition_file)
-    except ConfigError as error:
-        problems.append(one_line(error))
-    if summary is not None and not rows and len(problems) == 1:
+    problems = [str(state.get("error", ""))]
+
+    def read(reader: Any, *arguments: Any, default: Any) -> Any:
+        """Reads a file that the result does not depend on; damage to such a file is noted."""
+        try:
+            return reader(*arguments)
+        except ConfigError as error:
+            problems.append(one_line(error))
+            return default
+
+    rows = read(_read_rows, directory.metrics_file, default=[])
+    curve = read(_curve, directory.metrics_file, rows, default=())
+    partition = read(_read_partition, directory.partition_file, default=None)
+    axes = read(read_axes, directory.path, default={})
+    if summary is not None and not directory.metrics_file.exists():
         problems.append(f"{directory.metrics_file}: missing, so there is no curve")
     next_round = state.get("next_round")
     rounds_done = len(rows) or (next_round if type(next_round) is int else 0)
     problem = "; ".join(filter(None, problems)) or None
-    return Run(name, str(state.get("state")), keys, summary, curve, rounds_done, partition, problem)
+    return Run(name, str(state.get("state")), keys, summary, curve, rounds_done, partition, axes, problem)
 
 
 def one_line(error: Exception) -> str:
@@ -111,17 +130,12 @@ def one_line(error: Exception) -> str:
 
 
 def report_keys(config: RunConfig) -> dict[str, Any]:
-    """`result_keys`, with the free-form arguments of a backbone as one value, so that every key has a known meaning."""
+    """`result_keys`, but the free-form arguments of a backbone are one value. Lists become text."""
     free = "backbone.model_args"
     keys = {key: value for key, value in result_keys(config).items() if not key.startswith(free)}
     arguments = config.backbone.model_args
     keys[free] = ", ".join(f"{name}={json.dumps(arguments[name])}" for name in sorted(arguments))
-    return {key: plain(value) for key, value in keys.items()}
-
-
-def plain(value: Any) -> Any:
-    """A config's value as one that can be compared and shown: a list as text."""
-    return json.dumps(value) if isinstance(value, list | tuple | dict) else value
+    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in keys.items()}
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -134,7 +148,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rounds of a metrics.jsonl; none before the first."""
+    """The rounds of a metrics.jsonl; empty where there is no such file."""
     try:
         rows = read_metrics(path) if path.exists() else []
     except (OSError, ValueError) as error:
@@ -161,7 +175,7 @@ def _curve(path: Path, rows: list[dict[str, Any]]) -> tuple[Point, ...]:
 
 
 def _read_partition(path: Path) -> dict[str, Any] | None:
-    """As `RunDirectory.write_partition` left it; None for a run that has none."""
+    """The file that `RunDirectory.write_partition` wrote; None where there is no such file."""
     if not path.exists():
         return None
     found = read_json(path, "num_clients", "counts")
@@ -181,15 +195,3 @@ def _read_partition(path: Path) -> dict[str, Any] | None:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def privacy_of(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a run says of its privacy; None for a run without."""
-    privacy = summary.get("privacy")
-    return privacy if isinstance(privacy, Mapping) else None
-
-
-def epsilon_of(summary: Mapping[str, Any]) -> float | None:
-    """The privacy that a run was accounted for, where it was private."""
-    epsilon = (privacy_of(summary) or {}).get("epsilon")
-    return float(epsilon) if is_number(epsilon) else None

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedpeft_dist.config.schema import RunConfig, Section
 from fedpeft_dist.config.trees import merge_trees, nest_keys, parse_overrides
 from fedpeft_dist.config.yaml_text import read_yaml
 from fedpeft_dist.tracking.run_directory import RunDirectory
+from fedpeft_dist.tracking.sweep_axes import AxisChoice
 
 Choice = dict[str, Any]
 """Keys to set, dotted or nested; `extends` names a config file to take keys from first."""
@@ -45,6 +46,8 @@ class Cell:
     index: int
     name: str
     config: RunConfig
+    axes: dict[str, AxisChoice] = field(default_factory=dict)
+    """The choice by axis; empty for a cell that stands below `cells`."""
 
     @property
     def directory(self) -> RunDirectory:
@@ -63,14 +66,20 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     _refuse_own_place(last, ("seed", "output.name"), "an override")
     seeds = sweep.seeds or (parse_config(base, str(path.parent / sweep.base)).seed,)
     cells: dict[str, Cell] = {}
-    for variant, choices in _variants(sweep, path):
+    for axis_names, names, choices in _variants(sweep, path):
+        variant = "-".join(names)
         try:
             own = [nest_keys(sweep.set), *map(_own_keys, choices)]
         except ConfigError as error:
             raise ConfigError(f"{path}, cell {variant}: {error}") from None
         for keys in own:
             _refuse_own_place(keys, ("seed", "output.name", "output.root"), str(path))
-        layers = [*(_extended(choice, base, path) for choice in choices), *own]
+        extended = [_extended(choice, base, path) for choice in choices]
+        layers = [*extended, *own]
+        axes = {
+            axis: AxisChoice(name, tuple(flatten_keys(merge_trees(parent, keys))))
+            for axis, name, parent, keys in zip(axis_names, names, extended, own[1:])
+        }
         for seed in seeds:
             name = derived_name(variant, f"-seed{seed}")
             if name in cells:
@@ -80,7 +89,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
             config = parse_config(tree, f"{path}, cell {name}")
             if sweep.output is None and "root" not in last.get("output", {}):
                 config = _below_base_root(config, path)
-            cells[name] = Cell(len(cells), name, config)
+            cells[name] = Cell(len(cells), name, config, axes)
     if not cells:
         raise ConfigError(f"{path}: a sweep without axes and cells has nothing to run; give one of them")
     return list(cells.values())
@@ -136,16 +145,17 @@ def _explain(item: Mapping[str, Any]) -> str:
     return f"{key}: {item['input']!r}: {explain_message(item)}"
 
 
-def _variants(sweep: SweepFile, path: Path) -> Iterator[tuple[str, list[Choice]]]:
-    """The name and the choices of each combination of the axes, then those of each further cell."""
+def _variants(sweep: SweepFile, path: Path) -> Iterator[tuple[list[str], list[str], list[Choice]]]:
+    """Axes, names and choices of each combination of the axes, and then of each further cell, which has no axes."""
     for key, axis in sweep.axes.items():
         if not axis:
             raise ConfigError(f"{path}: axes.{key}: no values; give some, or leave the axis out")
     axes = [list(_axis_choices(key, axis, sweep, path)) for key, axis in sweep.axes.items()]
     for combination in itertools.product(*axes) if axes else ():
-        yield "-".join(name for name, _ in combination), [choice for _, choice in combination]
+        names, choices = zip(*combination)
+        yield list(sweep.axes), list(names), list(choices)
     for name, choice in sweep.cells.items():
-        yield _checked_name(name, path), [choice]
+        yield [], [_checked_name(name, path)], [choice]
 
 
 def _axis_choices(

@@ -17,6 +17,7 @@ from fedpeft_dist.sweeps.expansion import Cell
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
 from fedpeft_dist.tracking.run_lock import Owner, RunInUseError
 from fedpeft_dist.tracking.same_run import differing_keys, is_complete, with_choices_of
+from fedpeft_dist.tracking.sweep_axes import write_axes
 
 
 @dataclass
@@ -59,7 +60,6 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
         ConfigError: this process is one of several ranks and there is more than one cell.
         RunInUseError: the only cell is in work.
     """
-    from fedpeft_dist.federation.run import run
     from fedpeft_dist.runtime.launch import find_launch
 
     launch = find_launch()
@@ -68,7 +68,7 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
     with listen_for_stop() if stop is None else nullcontext(stop) as stop:
         if len(cells) > 1:
             outcome = _run_in_turn(cells, stop, Owner.this_process(launch.slurm_job, launch.requeues))
-        elif run(cells[0].config, stop) == COMPLETE:
+        elif _run_cell(cells[0], stop):
             outcome = Outcome(complete=[cells[0].name])
         else:
             outcome = Outcome(interrupted=True)
@@ -79,8 +79,6 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
 
 
 def _run_in_turn(cells: Sequence[Cell], stop: StopRequest, this: Owner) -> Outcome:
-    from fedpeft_dist.federation.run import run
-
     outcome = Outcome()
     for cell in cells:
         outcome.interrupted = outcome.interrupted or stop.received
@@ -93,7 +91,7 @@ def _run_in_turn(cells: Sequence[Cell], stop: StopRequest, this: Owner) -> Outco
             holder = cell.directory.holder()
             if holder is not None and not this.succeeds(holder):
                 raise RunInUseError("another worker is running it")
-            if run(cell.config, stop) == COMPLETE:
+            if _run_cell(cell, stop):
                 outcome.complete.append(cell.name)
             else:
                 outcome.interrupted = True
@@ -107,6 +105,17 @@ def _run_in_turn(cells: Sequence[Cell], stop: StopRequest, this: Owner) -> Outco
                 break
         gc.collect()  # a model and its parameters refer to each other, and the next cell needs the memory
     return outcome
+
+
+def _run_cell(cell: Cell, stop: StopRequest) -> bool:
+    """Runs a cell, and writes its axes into its directory for reports. Returns whether it is complete."""
+    from fedpeft_dist.federation.run import run
+    from fedpeft_dist.runtime.launch import find_launch
+
+    is_done = run(cell.config, stop) == COMPLETE
+    if is_done and cell.axes and find_launch().rank == 0:
+        write_axes(cell.directory.path, cell.axes)
+    return is_done
 
 
 def _gpu_is_lost() -> bool:

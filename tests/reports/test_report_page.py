@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedpeft_dist.reports.report import make_report, write_report
+from fedpeft_dist.reports.report import make_report
+from fedpeft_dist.reports.writing import write_report
 from fedpeft_dist.tracking.run_directory import INTERRUPTED
 from tests.report_fixtures import curve, make_privacy_sweep, make_run, partition_counts
 
@@ -20,6 +21,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 METHODS = {"head": 0.5, "bias": 0.75, "adapter": 0.625, "full": 0.6875}
@@ -75,7 +77,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @contextmanager
 def opened_at(width: int, browser: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
-    """A page, freshly opened; afterwards nothing has gone wrong and nothing was asked for."""
+    """A freshly opened page. Afterwards: no error was logged, nothing was requested, nothing overflows."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(page.as_uri())
@@ -133,7 +135,9 @@ def lines(browser: webdriver.Chrome, chart: str = "chart-round") -> list[Any]:
         ("method", str),
     ],
 )
-def test_a_click_on_a_heading_sorts(opened: webdriver.Chrome, heading: str, key: Callable[[str], Any]) -> None:
+def test_a_click_on_a_heading_sorts_the_table(
+    opened: webdriver.Chrome, heading: str, key: Callable[[str], Any]
+) -> None:
     before = column(opened, heading)
     assert len(before) == 16
     cell = sort_by(opened, heading)
@@ -146,7 +150,7 @@ def test_a_click_on_a_heading_sorts(opened: webdriver.Chrome, heading: str, key:
     assert others == [cell]
 
 
-def test_the_filter_holds_for_the_table_and_the_lines(opened: webdriver.Chrome) -> None:
+def test_the_filter_applies_to_table_and_lines(opened: webdriver.Chrome) -> None:
     assert len(lines(opened)) == len(lines(opened, "chart-mib")) == 16
     box = opened.find_element(By.ID, "filter")
     box.send_keys("Bias iid")
@@ -160,14 +164,14 @@ def test_the_filter_holds_for_the_table_and_the_lines(opened: webdriver.Chrome) 
     assert lines(opened) == []
 
 
-def test_simulated_hours_have_a_chart_of_the_runs_that_have_them(opened: webdriver.Chrome) -> None:
+def test_timed_runs_have_a_chart_against_simulated_hours(opened: webdriver.Chrome) -> None:
     assert len(lines(opened, "chart-hours")) == len(lines(opened)) / 2 == 8
     ticks = [text.text for text in opened.find_elements(By.CSS_SELECTOR, "#chart-hours text")]
     assert "0.1" in ticks
     assert "0.2" in ticks
 
 
-def test_accuracy_stands_against_epsilon_where_there_is_one(private: webdriver.Chrome) -> None:
+def test_private_groups_have_a_chart_against_epsilon(private: webdriver.Chrome) -> None:
     """Two lines of sample and a point of user; noise without a guarantee stands in its own field, off the axis."""
     (chart,) = private.find_elements(By.CSS_SELECTOR, "#epsilon .chart")
     points = [len(line.get_attribute("points").split()) for line in chart.find_elements(By.TAG_NAME, "polyline")]
@@ -199,7 +203,7 @@ def test_a_pointer_reads_an_epsilon(private: webdriver.Chrome) -> None:
     assert private.execute_script(script, "path") == noise
 
 
-def test_what_no_guarantee_covers_stands_below_the_privacy_table(private: webdriver.Chrome) -> None:
+def test_the_privacy_table_notes_the_values_outside_the_guarantee(private: webdriver.Chrome) -> None:
     assert "Privacy guarantees" in [
         text_of(found) for found in private.find_elements(By.CSS_SELECTOR, "#privacy caption")
     ]
@@ -209,7 +213,7 @@ def test_what_no_guarantee_covers_stands_below_the_privacy_table(private: webdri
     assert "paper_noise carries no guarantee" in note.text
 
 
-def test_a_page_without_private_runs_says_nothing_of_privacy(opened: webdriver.Chrome) -> None:
+def test_a_page_without_private_runs_has_no_privacy_section(opened: webdriver.Chrome) -> None:
     assert not opened.find_element(By.ID, "privacy").is_displayed()
 
 
@@ -227,6 +231,64 @@ def test_ticked_groups_are_highlighted(opened: webdriver.Chrome) -> None:
     assert [item.text for item in opened.find_elements(By.CSS_SELECTOR, "#legend li")] == list(METHODS)
 
 
+PICKED = """
+  const curves = [...document.querySelectorAll("#chart-round .curve")];
+  const opacity = (curve) => Number(getComputedStyle(curve).opacity);
+  return [curves.filter((curve) => opacity(curve) === 1).length, curves.filter((curve) => opacity(curve) < 0.5).length];
+"""
+
+
+def test_pointing_at_a_name_picks_out_its_line(opened: webdriver.Chrome) -> None:
+    opened.find_element(By.ID, "filter").send_keys("digits iid")
+    names = opened.find_elements(By.CSS_SELECTOR, "#legend button")
+    assert [name.text for name in names] == [f"{method}, digits, iid" for method in ("head", "bias", "adapter", "full")]
+    assert opened.execute_script(PICKED) == [4, 0]
+    webdriver.ActionChains(opened).scroll_to_element(names[1]).move_to_element(names[1]).perform()
+    assert opened.execute_script(PICKED) == [1, 3]
+    chosen = opened.find_elements(By.CSS_SELECTOR, "#chart-mib .curve.chosen")
+    (same,) = (line for line in lines(opened, "chart-mib") if line in chosen)
+    assert same.get_attribute("style") == lines(opened)[1].get_attribute("style")
+    webdriver.ActionChains(opened).move_to_element(opened.find_element(By.TAG_NAME, "h1")).perform()
+    assert opened.execute_script(PICKED) == [4, 0]
+    row = rows(opened)[0].find_element(By.TAG_NAME, "th")
+    webdriver.ActionChains(opened).scroll_to_element(row).move_to_element(row).perform()
+    assert opened.execute_script(PICKED) == [1, 3]
+
+
+def test_the_keyboard_picks_out_a_line(opened: webdriver.Chrome) -> None:
+    opened.find_element(By.ID, "filter").send_keys("digits")
+    first, second, *_ = opened.find_elements(By.CSS_SELECTOR, "#legend button")
+    opened.find_element(By.ID, "show-unfinished").send_keys(Keys.TAB)
+    assert opened.switch_to.active_element == first
+    assert opened.execute_script(PICKED) == [1, 7]
+    first.send_keys(Keys.TAB)
+    assert opened.switch_to.active_element == second
+    assert opened.execute_script(PICKED) == [1, 7]
+    opened.execute_script("document.activeElement.blur()")
+    assert opened.execute_script(PICKED) == [8, 0]
+
+
+def test_a_method_of_many_lines_is_picked_out_as_one(opened: webdriver.Chrome) -> None:
+    names = opened.find_elements(By.CSS_SELECTOR, "#legend button")
+    assert [name.text for name in names] == list(METHODS)
+    webdriver.ActionChains(opened).scroll_to_element(names[0]).move_to_element(names[0]).perform()
+    assert opened.execute_script(PICKED) == [4, 12]
+
+
+@pytest.mark.parametrize(("words", "lowest"), [("", 0.05), ("digits full iid", 0.07)])
+def test_the_chart_begins_a_little_below_the_lowest_accuracy(
+    opened: webdriver.Chrome, words: str, lowest: float
+) -> None:
+    """The lowest and the highest point lie within a tenth of the chart's height from its floor and ceiling."""
+    opened.find_element(By.ID, "filter").send_keys(words)
+    ys = [float(point.split(",")[1]) for line in lines(opened) for point in line.get_attribute("points").split()]
+    height = opened.find_element(By.ID, "chart-round").size["height"]
+    assert height - 28 - 0.1 * height < max(ys) < height - 28
+    assert 12 < min(ys) < 12 + 0.1 * height
+    ticks = [float(text.text) for text in opened.find_elements(By.CSS_SELECTOR, "#chart-round text[text-anchor=end]")]
+    assert min(ticks) >= lowest
+
+
 def test_unfinished_runs_are_listed_and_can_be_drawn(opened: webdriver.Chrome) -> None:
     cells = [text_of(cell) for cell in opened.find_elements(By.CSS_SELECTOR, "main > section:last-child tbody *")]
     assert NASTY.replace("/", "\N{FRACTION SLASH}") in cells
@@ -238,7 +300,7 @@ def test_unfinished_runs_are_listed_and_can_be_drawn(opened: webdriver.Chrome) -
 
 def test_partitions_are_drawn(opened: webdriver.Chrome) -> None:
     pictures = opened.find_elements(By.CSS_SELECTOR, "#pictures canvas")
-    assert len(pictures) == 3  # iid, and dirichlet with either seed: both data sets were dealt out alike
+    assert len(pictures) == 6  # of each data set: iid, and dirichlet with either seed
     colours = "return new Set(this.getContext('2d').getImageData(0, 0, 10, 8).data).size".replace(
         "this", "arguments[0]"
     )
@@ -263,13 +325,13 @@ def test_a_pointer_reads_a_line(opened: webdriver.Chrome) -> None:
     )
 
 
-def test_tables_are_tables_to_everyone(opened: webdriver.Chrome) -> None:
+def test_tables_are_accessible(opened: webdriver.Chrome) -> None:
     for table in opened.find_elements(By.TAG_NAME, "table"):
         assert text_of(table.find_element(By.TAG_NAME, "caption"))
         assert table.find_elements(By.CSS_SELECTOR, "thead th[scope=col] button")
         assert table.find_elements(By.CSS_SELECTOR, "tbody th[scope=row]")
         frame = table.find_element(By.XPATH, "..")
-        assert frame.get_attribute("tabindex") == "0"  # a keyboard can scroll it
+        assert frame.get_attribute("tabindex") == "0"  # the keyboard can scroll the frame
     titles = [text_of(caption) for caption in opened.find_elements(By.CSS_SELECTOR, "#tables caption")]
-    assert "Data distribution: digits" in titles
-    assert "Communication: iid" in titles
+    assert "Data distribution" in titles
+    assert "Communication" in titles
