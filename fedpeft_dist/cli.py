@@ -228,7 +228,7 @@ def prefetch(config: ConfigPath, overrides: Overrides = None) -> None:
         configs = [load_config(config, overrides or ())]
 
     from fedpeft_dist.backbones.timm_backbone import prefetch_weights
-    from fedpeft_dist.data.download import prefetch_data
+    from fedpeft_dist.data import prefetch_data
 
     failures = []
     steps = [("weights", prefetch_weights, [c.backbone for c in configs])]

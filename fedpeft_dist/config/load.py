@@ -161,8 +161,7 @@ def config_digest(config: RunConfig) -> str:
 def result_keys(config: RunConfig) -> dict[str, Any]:
     """Dotted key to value for every leaf that can change a run's result."""
     flat = dict(_flatten(json.loads(config.model_dump_json())))
-    # A folder of images is known by its place alone; of the other data sets it is only where they happen to lie.
-    kept = {"data.root"} if config.data.name == "image_folder" else set()
+    kept = {"data.root"} if config.data.root_is_identity else set()
     return {
         key: value
         for key, value in flat.items()

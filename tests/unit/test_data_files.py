@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.data import SOURCES, cifar, count_classes, image_store, load_dataset
+from fedpeft_dist.data import cifar, count_classes, load_dataset, make_source, prefetch_data
 from fedpeft_dist.data.datasets import Dataset
-from fedpeft_dist.data.download import prefetch_data
 from fedpeft_dist.data.image_files import EncodedImage, choose_form, decode_chunks
 from fedpeft_dist.data.image_folder import list_images
 from fedpeft_dist.data.partition import make_partition
@@ -191,7 +190,7 @@ def test_resisc45_is_split_by_class_and_the_split_is_written_down(tmp_path: Path
     dataset = load_dataset(config, 1)
     assert torch.bincount(dataset.train.labels).tolist() == [4] * 45
     assert torch.bincount(dataset.test.labels).tolist() == [1] * 45
-    store = image_store.store_folder(SOURCES[type(config)](config), config)
+    store = make_source(config).store.folder
     lists = [(store / f"{split}.txt").read_text().splitlines() for split in ("train", "test")]
     assert sorted(lists[0] + lists[1]) == sorted(f"{p.parent.name}/{p.name}" for p in folder.rglob("*.jpg"))
     for names, split in zip(lists, (dataset.train, dataset.test)):
@@ -293,7 +292,7 @@ def test_resisc45_names_that_are_no_utf_8(tmp_path: Path) -> None:
     dataset = load_dataset(config, 1)
     assert dataset.class_names[0] == r"caf\xe9"
     assert dataset.fingerprint()
-    store = image_store.store_folder(SOURCES[type(config)](config), config)
+    store = make_source(config).store.folder
     again = load(tmp_path, "resisc45", train_list=str(store / "train.txt"), test_list=str(store / "test.txt"))
     assert sorted(again.train.labels.tolist()) == list(range(45))
 
@@ -953,8 +952,8 @@ def test_huggingface_from_the_cache(tmp_path: Path, hub_cache: Path, no_network:
     (hub_cache / "letters").rename(hub_cache / "someone___letters")  # as a download would have called it
     config = data_config(name="huggingface", root=str(tmp_path), path="someone/letters", **HUB)
     assert load_dataset(config, 1).train.labels.tolist() == [k % 3 for k in range(12)]
-    first = image_store.store_folder(SOURCES[type(config)](config), config)
-    assert image_store.store_folder(SOURCES[type(config)](config), config) == first
+    first = make_source(config).store.folder
+    assert make_source(config).store.folder == first
 
 
 def test_huggingface_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
