@@ -33,7 +33,7 @@ from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.export import formats
-from fedpeft_dist.export.trained_run import load_run, merge
+from fedpeft_dist.export.trained_run import load_run
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.tracking.run_directory import RunDirectory
@@ -276,7 +276,7 @@ def test_a_tag_and_arguments_are_kept(train: Train, command: Any) -> None:
 def test_lora_is_merged_in_double_precision(train: Train) -> None:
     directory = RunDirectory(train(ALL_TARGETS))
     run = load_run(load_config(directory.config_file), directory)
-    merged = merge(run)
+    merged = run.method.merge(run.frozen, run.trained)
     assert merged.keys() == run.frozen.keys()
     changed = [name for name in merged if not torch.equal(merged[name], run.frozen[name])]
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
