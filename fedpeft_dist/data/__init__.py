@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedpeft_dist.config import schema
+from fedpeft_dist.config.schema import DataConfig, DataSection
+from fedpeft_dist.config.schema import data as sections
 from fedpeft_dist.data.cifar import Cifar10Source, Cifar100Source
 from fedpeft_dist.data.datasets import Dataset
 from fedpeft_dist.data.digits import DigitsSource
@@ -21,26 +22,26 @@ from fedpeft_dist.data.resisc45 import Resisc45Source
 from fedpeft_dist.data.source import DataSource
 from fedpeft_dist.data.synthetic import SyntheticSource
 
-DATASETS: dict[type[schema.DataSection], type[DataSource]] = {
-    schema.Cifar10Config: Cifar10Source,
-    schema.Cifar100Config: Cifar100Source,
-    schema.Resisc45Config: Resisc45Source,
-    schema.PcamConfig: PcamSource,
-    schema.ImageFolderConfig: ImageFolderSource,
-    schema.HuggingFaceConfig: HuggingFaceSource,
-    schema.DigitsConfig: DigitsSource,
-    schema.GlyphsConfig: GlyphsSource,
-    schema.Glyphs100Config: Glyphs100Source,
-    schema.SyntheticConfig: SyntheticSource,
+DATASETS: dict[type[DataSection], type[DataSource]] = {
+    sections.Cifar10Config: Cifar10Source,
+    sections.Cifar100Config: Cifar100Source,
+    sections.Resisc45Config: Resisc45Source,
+    sections.PcamConfig: PcamSource,
+    sections.ImageFolderConfig: ImageFolderSource,
+    sections.HuggingFaceConfig: HuggingFaceSource,
+    sections.DigitsConfig: DigitsSource,
+    sections.GlyphsConfig: GlyphsSource,
+    sections.Glyphs100Config: Glyphs100Source,
+    sections.SyntheticConfig: SyntheticSource,
 }
 
 
-def make_source(config: schema.DataConfig) -> DataSource:
+def make_source(config: DataConfig) -> DataSource:
     """The data set that a config section names. Nothing is read yet."""
     return DATASETS[type(config)](config)
 
 
-def load_dataset(config: schema.DataConfig, seed: int) -> Dataset:
+def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """Reads or makes a data set, and keeps `max_train` of its training samples.
 
     Raises:
@@ -50,7 +51,7 @@ def load_dataset(config: schema.DataConfig, seed: int) -> Dataset:
     return replace(dataset, train=dataset.train.subset(config.max_train, seed))
 
 
-def count_classes(config: schema.DataConfig) -> int:
+def count_classes(config: DataConfig) -> int:
     """The number of classes, found without reading an image.
 
     Raises:
@@ -59,7 +60,7 @@ def count_classes(config: schema.DataConfig) -> int:
     return make_source(config).num_classes()
 
 
-def prefetch_data(config: schema.DataConfig) -> Path | None:
+def prefetch_data(config: DataConfig) -> Path | None:
     """Downloads a data set if that is possible and needed, and builds its store of decoded images.
 
     Returns:

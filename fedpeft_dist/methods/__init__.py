@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
-from fedpeft_dist.config import schema
+from fedpeft_dist.config.schema import MethodConfig, RunConfig, Section
+from fedpeft_dist.config.schema import method as sections
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods.adapter import Adapter
 from fedpeft_dist.methods.bias import Bias
@@ -20,23 +21,23 @@ from fedpeft_dist.methods.norm import Norm
 from fedpeft_dist.methods.prompt import Prompt
 from fedpeft_dist.methods.structure import check_backbone, check_structure, find_shared_layers, twin
 
-METHODS: dict[type[schema.Section], type[Method]] = {
-    schema.FullConfig: Full,
-    schema.HeadConfig: Head,
-    schema.BiasConfig: Bias,
-    schema.NormConfig: Norm,
-    schema.PromptConfig: Prompt,
-    schema.AdapterConfig: Adapter,
-    schema.LoraConfig: Lora,
+METHODS: dict[type[Section], type[Method]] = {
+    sections.FullConfig: Full,
+    sections.HeadConfig: Head,
+    sections.BiasConfig: Bias,
+    sections.NormConfig: Norm,
+    sections.PromptConfig: Prompt,
+    sections.AdapterConfig: Adapter,
+    sections.LoraConfig: Lora,
 }
 
 
-def make_method(config: schema.MethodConfig) -> Method:
+def make_method(config: MethodConfig) -> Method:
     """The method that a config section names."""
     return METHODS[type(config)](config)
 
 
-def attach_method(backbone: Backbone, config: schema.MethodConfig, seed: int) -> LaneModel:
+def attach_method(backbone: Backbone, config: MethodConfig, seed: int) -> LaneModel:
     """Changes the backbone in place into one that the method trains.
 
     Args:
@@ -51,7 +52,7 @@ def attach_method(backbone: Backbone, config: schema.MethodConfig, seed: int) ->
         return make_method(config).build(backbone)
 
 
-def build_lane_model(config: schema.RunConfig, num_classes: int, device: str = "cpu") -> LaneModel:
+def build_lane_model(config: RunConfig, num_classes: int, device: str = "cpu") -> LaneModel:
     """The run's backbone with its method, on the CPU (or, for shapes alone, on "meta"), in float32.
 
     Raises:
