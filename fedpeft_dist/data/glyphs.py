@@ -86,7 +86,7 @@ class Letters:
         return Letters(self.characters, tuple(fonts), self.drawings[:, columns], self.classes)
 
     def render(self, images_per_letter: int, image_size: int, seed: int) -> ImageSet:
-        """So many distorted images of every letter in every font, ordered by font. A font is a natural client."""
+        """Distorted images of every letter in every font, ordered by font. A font is a natural client."""
         held = _held(self.drawings)
         font_ids, rows = held.T.nonzero(as_tuple=True)  # every (font, letter) pair that exists
         font_ids, rows = font_ids.repeat_interleave(images_per_letter), rows.repeat_interleave(images_per_letter)

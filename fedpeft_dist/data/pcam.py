@@ -20,7 +20,7 @@ CHUNK = 512
 
 
 class PcamSource(TorchvisionSource):
-    """For each split, a file of images (x) and a file of labels (y)."""
+    """Each split has a file of images (x) and a file of labels (y)."""
 
     files = tuple(f"pcam/camelyonpatch_level_2_split_{split}_{kind}.h5" for split in ("train", "test") for kind in "xy")
 
