@@ -67,7 +67,7 @@ class PeftFormat:
             "task_type": None,
             "base_model_name_or_path": None,  # peft would ask the hub for a name; README.md tells the base
             "inference_mode": True,
-            "modules_to_save": list(classifier_names(run.backbone.model)),
+            "modules_to_save": [name for name in classifier_names(run.backbone.model) if f"{name}.weight" in tensors],
         }
         tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
         _write_tensors(folder / "adapter_model.safetensors", tensors, run.recipe.metadata())

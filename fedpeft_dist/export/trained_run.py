@@ -77,7 +77,7 @@ def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
             f"`fedpeft train {directory.config_file}` finishes it"
         )
     trained, metadata = directory.read_trainable()
-    num_classes = _count_classes(config, trained, file)
+    num_classes = _count_classes(config, trained)
     seed = derive_seed(config.seed, "backbone")
     backbone = build_backbone(config.backbone, num_classes, config.data.image_size, seed)
     check_same_backbone(metadata["backbone_sha256"], backbone.sha256, file)
@@ -102,12 +102,9 @@ def _likely_recipe(config: RunConfig, backbone: Backbone, file: Path) -> ImageRe
     return replace(recipe, upright=False)
 
 
-def _count_classes(config: RunConfig, trained: Mapping[str, torch.Tensor], file: Path) -> int:
-    """The classes of the trained classifier or, if the backbone names no classifier, of the data."""
-    classifiers = classifiers_of(config.backbone)
-    if not classifiers:
-        return count_classes(config.data)
-    name = f"{classifiers[0]}.weight"
-    if name not in trained:
-        raise ConfigError(f"{file}: the classifier's {name} is missing")
-    return len(trained[name])
+def _count_classes(config: RunConfig, trained: Mapping[str, torch.Tensor]) -> int:
+    """The number of classes of the trained classifier or, if the method trains none that has a name, of the data."""
+    for name in classifiers_of(config.backbone):
+        if f"{name}.weight" in trained:
+            return len(trained[f"{name}.weight"])
+    return count_classes(config.data)

@@ -314,7 +314,7 @@ def test_images_of_one_size_keep_it(tmp_path: Path) -> None:
 
 
 def test_images_of_several_sizes_become_squares(tmp_path: Path) -> None:
-    """The result is that of torchvision: resize on the shorter side the image that Pillow has read, and crop its centre."""
+    """The result is that of torchvision, which resizes on the shorter side and crops the centre."""
     from torchvision import transforms
 
     write_image_folder(tmp_path)
