@@ -50,7 +50,7 @@ def write_cifar10(root: Path, num_train: int = 50, num_test: int = 20) -> dict[s
 def write_cifar100(
     root: Path, num_train: int = 200, num_test: int = 50, num_classes: int = 100
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """As `write_cifar10`."""
+    """Writes the three files. Returns the same as `write_cifar10`."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     splits = {"train": random_split(num_train, 100, seed=0), "test": random_split(num_test, 100, seed=1)}
@@ -62,7 +62,7 @@ def write_cifar100(
 
 
 def dump(content: Mapping[bytes, Any], path: Path) -> None:
-    """As Python 2 wrote the originals, as nearly as Python 3 can."""
+    """Writes a pickle as similar to the originals of Python 2 as Python 3 can."""
     path.write_bytes(pickle.dumps(dict(content), protocol=2))
 
 

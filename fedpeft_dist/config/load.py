@@ -119,7 +119,7 @@ def config_digest(config: RunConfig) -> str:
 def result_keys(config: RunConfig) -> dict[str, Any]:
     """Dotted key to value for every leaf that can change a run's result."""
     # A folder of images is known by its place alone. The root of other data sets says only where their files lie.
-    kept = {"data.root"} if config.data.name == "image_folder" else set()
+    kept = {"data.root"} if config.data.root_is_identity else set()
     # FedAvg was once the only algorithm. Without its name, the digests of those runs stay valid.
     neutral_keys = (*RESULT_NEUTRAL, "algorithm.name") if config.algorithm.name == "fedavg" else RESULT_NEUTRAL
     return {

@@ -1,7 +1,6 @@
 """Data sets, how they are split over clients, and how batches are made.
 
-SOURCES maps the config classes of data sets that are read from files to their readers, DATASETS all config classes to
-loaders.
+DATASETS maps the config class of each data set to its source. No other list of data sets exists.
 """
 
 from __future__ import annotations
@@ -9,79 +8,65 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedpeft_dist.config import schema
-from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.data import cifar, datasets, huggingface, image_folder, image_store, pcam, resisc45
-from fedpeft_dist.data.source import check_num_classes
+from fedpeft_dist.config.schema import DataConfig, DataSection
+from fedpeft_dist.config.schema import data as sections
+from fedpeft_dist.data.cifar import Cifar10Source, Cifar100Source
+from fedpeft_dist.data.datasets import Dataset
+from fedpeft_dist.data.digits import DigitsSource
+from fedpeft_dist.data.glyphs import GlyphsSource
+from fedpeft_dist.data.glyphs100 import Glyphs100Source
+from fedpeft_dist.data.huggingface import HuggingFaceSource
+from fedpeft_dist.data.image_folder import ImageFolderSource
+from fedpeft_dist.data.pcam import PcamSource
+from fedpeft_dist.data.resisc45 import Resisc45Source
+from fedpeft_dist.data.source import DataSource
+from fedpeft_dist.data.synthetic import SyntheticSource
 
-SOURCES = {
-    schema.Cifar10Config: cifar.cifar_source,
-    schema.Cifar100Config: cifar.cifar_source,
-    schema.Resisc45Config: resisc45.resisc45_source,
-    schema.PcamConfig: pcam.pcam_source,
-    schema.ImageFolderConfig: image_folder.image_folder_source,
-    schema.HuggingFaceConfig: huggingface.huggingface_source,
+DATASETS: dict[type[DataSection], type[DataSource]] = {
+    sections.Cifar10Config: Cifar10Source,
+    sections.Cifar100Config: Cifar100Source,
+    sections.Resisc45Config: Resisc45Source,
+    sections.PcamConfig: PcamSource,
+    sections.ImageFolderConfig: ImageFolderSource,
+    sections.HuggingFaceConfig: HuggingFaceSource,
+    sections.DigitsConfig: DigitsSource,
+    sections.GlyphsConfig: GlyphsSource,
+    sections.Glyphs100Config: Glyphs100Source,
+    sections.SyntheticConfig: SyntheticSource,
 }
 
 
-def load_files(config: schema.DataConfig, seed: int) -> datasets.Dataset:
-    """A data set of files, through its store on disk; the same for every seed."""
-    dataset = image_store.open_store(SOURCES[type(config)](config), config)
-    expected = getattr(config, "classes", None)
-    if expected is not None:  # checked here too, since a store that is there already is not read anew
-        check_num_classes(f"data.classes: {expected}", expected, f"the {config.name} data", dataset.class_names)
-    return dataset
+def make_source(config: DataConfig) -> DataSource:
+    """The data set that a config section names. Nothing is read yet."""
+    return DATASETS[type(config)](config)
 
 
-DATASETS = {
-    **dict.fromkeys(SOURCES, load_files),
-    schema.DigitsConfig: datasets.load_digits,
-    schema.GlyphsConfig: datasets.load_glyphs,
-    schema.Glyphs100Config: datasets.load_glyphs100,
-    schema.SyntheticConfig: datasets.load_synthetic,
-}
-
-# Known without reading a file, for `fedpeft cost`.
-_NUM_CLASSES = {
-    schema.Cifar10Config: 10,
-    schema.Cifar100Config: 100,
-    schema.Resisc45Config: resisc45.NUM_CLASSES,
-    schema.PcamConfig: 2,
-    schema.DigitsConfig: 10,
-}
-
-
-def load_dataset(config: schema.DataConfig, seed: int) -> datasets.Dataset:
-    """Reads or makes the data set of a config; `max_train` is applied here, before any partitioning.
+def load_dataset(config: DataConfig, seed: int) -> Dataset:
+    """Reads or makes a data set, and keeps `max_train` of its training samples.
 
     Raises:
-        ConfigError: files that are missing or cannot be read; more training samples asked for than there are.
+        ConfigError: files are missing or cannot be read, or there are fewer training samples than `max_train`.
     """
-    dataset = DATASETS[type(config)](config, seed)
-    train = datasets.subsample(dataset.train, config.max_train, seed)
-    return replace(dataset, train=train)
+    dataset = make_source(config).load(seed)
+    return replace(dataset, train=dataset.train.subset(config.max_train, seed))
 
 
-def count_classes(config: schema.DataConfig) -> int:
-    """The number of classes, without reading an image.
+def count_classes(config: DataConfig) -> int:
+    """The number of classes, found without reading an image.
 
     Raises:
-        ConfigError: a data set that has to be read, or listed and is not there, to know.
+        ConfigError: the number is neither in the config nor known without the data.
     """
-    if isinstance(config, schema.SyntheticConfig):
-        return config.classes
-    if isinstance(config, schema.ImageFolderConfig):
-        return config.classes or len(image_folder.list_classes(Path(config.root) / config.train_folder))
-    if isinstance(config, schema.HuggingFaceConfig):
-        if config.classes is None:
-            raise ConfigError(f"data.classes: null, and '{config.path}' would have to be read to know; give the number")
-        return config.classes
-    if isinstance(config, schema.Glyphs100Config):
-        from fedpeft_dist.data.glyphs100 import draw_letters
+    return make_source(config).num_classes()
 
-        return len(draw_letters().class_names)
-    if isinstance(config, schema.GlyphsConfig):
-        from fedpeft_dist.data.glyphs import class_names
 
-        return len(class_names(config.alphabet))
-    return _NUM_CLASSES[type(config)]
+def prefetch_data(config: DataConfig) -> Path | None:
+    """Downloads a data set if that is possible and needed, and builds its store of decoded images.
+
+    Returns:
+        The store's folder; None for a data set that is made, not read.
+
+    Raises:
+        ConfigError: the download failed, or files have to be put in place by hand.
+    """
+    return make_source(config).prefetch()

@@ -1,6 +1,6 @@
-"""Resizing and augmentation on the device, a pure function of the images and of each sample's key.
+"""Resizing and augmentation on the device: a pure function of the images and of each sample's key.
 
-Shapes: R rows, C channels, H x W pixels as stored, S the side that the backbone takes.
+Shapes: R rows, C channels, H x W pixels as stored, S the side of the backbone's input.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _RATIO_STEPS = 1024
 
 
 class Transform(Protocol):
-    """What makes the backbone's input, but for normalisation: (images [R, C, H, W] in 0 .. 1, keys) to [R, C, S, S].
+    """Turns images [R, C, H, W] in 0 .. 1 into the backbone's input [R, C, S, S], before normalisation.
 
-    keys are int64 [R], or None for the images as they are: resized only.
+    The keys are int64 [R]. None means no augmentation: the images are only resized.
     """
 
     def __call__(self, images: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor: ...
 
 
 def make_transform(config: DataConfig, interpolation: str) -> Transform:
-    """What the config's `image_size` and `augment` name.
+    """The transform that the config's `image_size` and `augment` name.
 
     Args:
-        interpolation: "bilinear" or "bicubic", for a config that says "auto".
+        interpolation: "bilinear" or "bicubic", used if the config says "auto".
     """
     mode = choose_interpolation(config, interpolation)
     plain = partial(resize, size=config.image_size, mode=mode)
@@ -53,12 +53,12 @@ def make_transform(config: DataConfig, interpolation: str) -> Transform:
 
 
 def choose_interpolation(config: DataConfig, backbone: str) -> str:
-    """The config's choice or, for auto, the backbone's."""
+    """The config's interpolation or, for "auto", the backbone's."""
     return backbone if config.interpolation == "auto" else config.interpolation
 
 
 def resize(images: torch.Tensor, size: int, mode: str) -> torch.Tensor:
-    """Antialiased resizing of [R, C, H, W] in 0 .. 1 to squares; what bicubic overshoots is cut off."""
+    """Resizes [R, C, H, W] in 0 .. 1 to squares, antialiased. Values that bicubic puts outside 0 .. 1 are clamped."""
     if images.shape[-2:] == (size, size):
         return images
     resized = F.interpolate(images, (size, size), mode=mode, antialias=True)
@@ -72,7 +72,7 @@ def random_flip(images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def random_crop(images: torch.Tensor, keys: torch.Tensor, padding: int) -> torch.Tensor:
-    """Shifts each image [R, C, H, W] by up to `padding` pixels each way; what comes in from outside is black."""
+    """Shifts each image [R, C, H, W] by up to `padding` pixels each way. Pixels from outside are black."""
     padded = F.pad(images, (padding,) * 4)
     rows, _, height, width = images.shape
     span = 2 * padding + 1
@@ -89,14 +89,14 @@ def draw_windows(
 ) -> torch.Tensor:
     """A window of random area and aspect inside each image (Inception's crop, Szegedy et al. 2015, arXiv 1409.4842).
 
-    The first of WINDOW_TRIES draws that fits is taken; where none does, the largest central window whose aspect is in
+    The first of WINDOW_TRIES draws that fits is taken. If none fits, it is the largest central window with an aspect in
     the range.
 
     Args:
         shape: (H, W).
         keys: int64 [R].
-        scale: range of the window's area, as a share of the image's, drawn uniformly.
-        ratio: range of its width over its height, drawn uniformly in the logarithm.
+        scale: the range of the window's area as a share of the image's area, drawn uniformly.
+        ratio: the range of the window's width over its height, drawn uniformly in the logarithm.
 
     Returns:
         int64 [R, 4]: top, left, height, width.
@@ -104,8 +104,8 @@ def draw_windows(
     height, width = shape
     tries = fold_in(keys.unsqueeze(1), torch.arange(WINDOW_TRIES, device=keys.device))  # [R, tries]
     areas = (scale[0] + (scale[1] - scale[0]) * uniform(fold_in(tries, _AREA))) * (height * width)
-    # Aspects come from a table: exp could round otherwise in the vectorised body of its kernel than in the tail, and
-    # then a window would depend on the sample's place in the batch. A square root is exact everywhere.
+    # Aspects come from a table. The kernel of exp may round differently in its vectorised body and in its tail, so a
+    # window would depend on the sample's place in the batch. A square root is exact everywhere.
     aspects = torch.logspace(math.log(ratio[0]), math.log(ratio[1]), _RATIO_STEPS, base=math.e, dtype=torch.float64)
     aspects = aspects.float().to(keys.device)[(uniform(fold_in(tries, _RATIO)) * _RATIO_STEPS).long()]
     widths, heights = (areas * aspects).sqrt().round().long(), (areas / aspects).sqrt().round().long()
@@ -127,7 +127,7 @@ def draw_windows(
 def resize_windows(images: torch.Tensor, windows: torch.Tensor, size: int, mode: str) -> torch.Tensor:
     """Crops a window out of each image and resizes it with antialiasing, as `resize` would: [R, C, S, S].
 
-    Every sample has a window of its own size, so the two axes' resampling is written as two batched matrix products.
+    The windows' sizes differ between samples, so each axis is resampled by a batched matrix product.
 
     Args:
         images: [R, C, H, W].
@@ -137,7 +137,7 @@ def resize_windows(images: torch.Tensor, windows: torch.Tensor, size: int, mode:
     top, left, own_height, own_width = windows.unbind(1)
     down = _resampling(top, own_height, height, size, mode)  # [R, S, H]
     across = _resampling(left, own_width, width, size, mode)  # [R, S, W]
-    # The channels go beside the pixels, not into the batch: one product a sample, rounded alike in any batch.
+    # The channels lie beside the pixels, not in the batch: one product a sample is rounded the same in any batch.
     resized = torch.bmm(down, images.transpose(1, 2).reshape(rows, height, channels * width))
     resized = torch.bmm(resized.view(rows, size * channels, width), across.mT)
     resized = resized.view(rows, size, channels, size).transpose(1, 2)
@@ -145,9 +145,9 @@ def resize_windows(images: torch.Tensor, windows: torch.Tensor, size: int, mode:
 
 
 def _resampling(start: torch.Tensor, length: torch.Tensor, full: int, size: int, mode: str) -> torch.Tensor:
-    """The matrices that resample `length` pixels from `start` on to `size` pixels: [R, size, full].
+    """The matrices that resample `length` pixels, beginning at `start`, to `size` pixels: [R, size, full].
 
-    The filter is widened by the reduction, its weights outside the window are dropped and the rest sum to 1.
+    The filter is as wide as the reduction asks for. Weights outside the window are dropped, and the rest sum to 1.
     """
     step = length.float().view(-1, 1, 1) / size
     spread = step.clamp(min=1.0)
@@ -163,7 +163,7 @@ def _triangle(x: torch.Tensor) -> torch.Tensor:
 
 
 def _cubic(x: torch.Tensor) -> torch.Tensor:
-    """Keys's cubic convolution (1981) with a = -1/2."""
+    """The cubic convolution of Keys (1981) with a = -1/2."""
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))

@@ -26,7 +26,7 @@ class BuildProgress(ProgressBar):
         self.count = 0
         self.started = self.told = time.monotonic()
 
-    def add(self, count: int) -> None:
+    def images_done(self, count: int) -> None:
         """Adds images that have been written."""
         self.count += count
         self.advance_to(self.count)
@@ -34,7 +34,7 @@ class BuildProgress(ProgressBar):
             self.told = time.monotonic()
             self.note(f"{self.title} {self.count:,} of {self.total:,} images")
 
-    def done(self, place: Path) -> None:
+    def tell_done(self, place: Path) -> None:
         """Prints where the images are, if decoding them took noticeable time."""
         seconds = time.monotonic() - self.started
         if seconds > SECONDS_WORTH_TELLING:

@@ -7,115 +7,89 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fedpeft_dist.config.schema import Cifar10Config, Cifar100Config
-from fedpeft_dist.data.source import (
-    Contents,
-    Part,
-    Source,
-    check_labels,
-    check_num_classes,
-    require_files,
-    stamp,
-    unreadable,
-)
+from fedpeft_dist.data.datasets import Contents, Part
+from fedpeft_dist.data.download import TorchvisionSource
+from fedpeft_dist.data.source import check_labels, check_num_classes, unreadable
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
 CHUNK = 4096
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a version keeps what."""
+class CifarSource(TorchvisionSource):
+    """Either version. `files` names the training batches, then the test batch, then the classes' names."""
 
-    folder: str
-    train: tuple[str, ...]
-    test: str
-    meta: str
-    labels: bytes
-    names: bytes
-    num_classes: int
+    classes: ClassVar[int]
+    labels_key: ClassVar[bytes]
+    """The key of a batch's labels."""
+    names_key: ClassVar[bytes]
+    """The key of the classes' names."""
 
+    def num_classes(self) -> int:
+        return self.classes
 
-CIFAR10 = Layout(
-    folder="cifar-10-batches-py",
-    train=tuple(f"data_batch_{number}" for number in range(1, 6)),
-    test="test_batch",
-    meta="batches.meta",
-    labels=b"labels",
-    names=b"label_names",
-    num_classes=10,
-)
-CIFAR100 = Layout(
-    folder="cifar-100-python",
-    train=("train",),
-    test="test",
-    meta="meta",
-    labels=b"fine_labels",
-    names=b"fine_label_names",
-    num_classes=100,
-)
-LAYOUTS = {Cifar10Config: CIFAR10, Cifar100Config: CIFAR100}
+    def fetch(self, folder: Path) -> None:
+        from torchvision import datasets
 
+        getattr(datasets, self.config.name.upper())(folder, download=True)  # CIFAR10 or CIFAR100
 
-def cifar_source(config: Cifar10Config | Cifar100Config) -> Source:
-    """
-    Raises:
-        ConfigError: files that are missing.
-    """
-    layout, root = LAYOUTS[type(config)], Path(config.root)
-    folder = root / layout.folder
-    paths = [folder / name for name in (*layout.train, layout.test, layout.meta)]
-    require_files(config, paths)
-    return Source(stamp(paths, root), lambda: _read(config.name, layout, folder))
+    def read(self) -> Contents:
+        *train, test, meta = self.paths
+        try:
+            class_names = tuple(text.decode() for text in load_plain(meta)[self.names_key])
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise unreadable(meta, error) from None
+        check_num_classes(f"data.name: {self.config.name!r}", self.classes, f"'{meta}'", class_names)
+        return Contents(class_names, self._read_part(train), self._read_part([test]))
 
+    def _read_part(self, paths: list[Path]) -> Part:
+        batches = [self._read_batch(path) for path in paths]
+        labels = np.concatenate([labels for _, labels in batches])
 
-def _read(name: str, layout: Layout, folder: Path) -> Contents:
-    meta = folder / layout.meta
-    try:
-        class_names = tuple(text.decode() for text in load_plain(meta)[layout.names])
-    except Exception as error:  # a pickle that is damaged fails in any way there is
-        raise unreadable(meta, error) from None
-    check_num_classes(f"data.name: {name!r}", layout.num_classes, f"'{meta}'", class_names)
-    train = _part([folder / file for file in layout.train], layout)
-    return Contents(class_names, train, _part([folder / layout.test], layout))
+        def chunks() -> Iterator[np.ndarray]:
+            for images, _ in batches:
+                for start in range(0, len(images), CHUNK):
+                    yield images[start : start + CHUNK]
+
+        return Part((len(labels), *SHAPE), labels, chunks)
+
+    def _read_batch(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [S, 3, 32, 32] and int64 [S]."""
+        try:
+            content = load_plain(path)
+            images, labels = content[b"data"], np.asarray(content[self.labels_key], dtype=np.int64)
+            shape = (len(labels), PIXELS)
+            if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape == shape):
+                raise ValueError(f"'data' must be uint8 of shape {list(shape)}, one row a label")
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise unreadable(path, error) from None
+        check_labels(labels, self.classes, f"'{path}'")
+        return images.reshape(-1, *SHAPE), labels
 
 
-def _part(paths: list[Path], layout: Layout) -> Part:
-    files = [_read_batch(path, layout) for path in paths]
-    labels = np.concatenate([labels for _, labels in files])
-
-    def chunks() -> Iterator[np.ndarray]:
-        for images, _ in files:
-            for start in range(0, len(images), CHUNK):
-                yield images[start : start + CHUNK]
-
-    return Part((len(labels), *SHAPE), labels, chunks)
+class Cifar10Source(CifarSource):
+    files = (
+        *(f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)),
+        "cifar-10-batches-py/test_batch",
+        "cifar-10-batches-py/batches.meta",
+    )
+    classes, labels_key, names_key = 10, b"labels", b"label_names"
 
 
-def _read_batch(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [S, 3, 32, 32] and int64 [S]."""
-    try:
-        content = load_plain(path)
-        images, labels = content[b"data"], np.asarray(content[layout.labels], dtype=np.int64)
-        if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape == (len(labels), PIXELS)):
-            raise ValueError(f"'data' must be uint8 of shape [{len(labels)}, {PIXELS}], one row a label")
-    except Exception as error:  # as above
-        raise unreadable(path, error) from None
-    check_labels(labels, layout.num_classes, f"'{path}'")
-    return images.reshape(-1, *SHAPE), labels
+class Cifar100Source(CifarSource):
+    files = ("cifar-100-python/train", "cifar-100-python/test", "cifar-100-python/meta")
+    classes, labels_key, names_key = 100, b"fine_labels", b"fine_label_names"
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Builds numpy arrays and Python's plain types, and nothing else."""
 
-    # `encode` makes bytes of text: what Python 3 writes for bytes where a pickle is to be read by Python 2.
+    # Python 3 writes bytes as a call of `encode` in a pickle that Python 2 should read.
     ALLOWED = frozenset(
         {
             ("multiarray", "_reconstruct"),
@@ -129,15 +103,15 @@ class _PlainUnpickler(pickle.Unpickler):
         own = module.removeprefix("numpy.core.").removeprefix("numpy._core.")
         if (own, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only arrays and plain types are allowed")
-        # numpy 2 has moved its core, and warns about the old place.
+        # numpy 2 has moved its core and warns about the old place.
         return np.ndarray.__reduce__(np.empty(0))[0] if own == "multiarray" else super().find_class(module, name)
 
 
 def load_plain(path: Path) -> Any:
-    """A pickle of arrays and plain types; text of Python 2 is bytes.
+    """Reads a pickle of arrays and plain types; text of Python 2 becomes bytes.
 
     Raises:
-        Exception: of any kind, for a file that is damaged or asks for more.
+        Exception: of any class, for a file that is damaged or asks for other types.
     """
     with open(path, "rb") as file:
         return _PlainUnpickler(file, encoding="bytes").load()

@@ -1,68 +1,77 @@
-"""Images and labels, decoded, as uint8; every data set is a function from its config section to this.
+"""A data set, decoded as uint8 images (`Dataset`) or about to be read from its files (`Contents`).
 
-Shapes: S samples of a set, C channels, H x W pixels.
+Shapes: S samples of a split, C channels, H x W pixels, n samples of a chunk.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.schema import DigitsConfig, Glyphs100Config, GlyphsConfig, SyntheticConfig
-from fedpeft_dist.lanes.random import derive_seed
 
 FINGERPRINT_IMAGES = 256
-"""About how many of a split's images its fingerprint looks at."""
+"""The approximate number of images of a split that its fingerprint looks at."""
 DIGEST_IMAGES = 1024
-"""How many images are read at a time where all of them are."""
+"""Images read at a time for a digest of all of them."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One split of a data set."""
+    """One decoded split."""
 
     images: torch.Tensor
-    """uint8 [S, C, H, W]; more than S images where `rows` picks some of them. As a rule a read-only memory map."""
+    """uint8 [S, C, H, W], usually a read-only memory map. More than S images where `rows` picks some of them."""
     labels: torch.Tensor
     """int64 [S]."""
     groups: torch.Tensor | None = None
-    """int64 [S]: whose sample it is, where the data set knows natural clients."""
+    """int64 [S]: the natural client of each sample, if the data set has natural clients."""
     rows: torch.Tensor | None = None
-    """int64 [S]: which of the images each sample is; None where sample k is image k."""
+    """int64 [S]: the image of each sample. None: sample k is image k."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def subset(self, size: int | None, seed: int) -> ImageSet:
+        """A random subset in the original order, which shares the images; everything if the size is None.
+
+        Raises:
+            ConfigError: the split has fewer samples.
+        """
+        if size is None:
+            return self
+        if size > len(self):
+            raise ConfigError(f"data.max_train: {size} is more than the {len(self)} training samples there are")
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:size].sort().values
+        groups = None if self.groups is None else self.groups[chosen]
+        return ImageSet(self.images, self.labels[chosen], groups, chosen if self.rows is None else self.rows[chosen])
+
     def digest(self) -> bytes:
         """SHA-256 of all labels, groups and images. Reads everything: 0.3 s for CIFAR-100's training split."""
-        digest = self._digest_of_labels()
-        for start in range(0, len(self), DIGEST_IMAGES):
-            digest.update(self._images(torch.arange(start, min(start + DIGEST_IMAGES, len(self)))))
-        return digest.digest()
+        starts = range(0, len(self), DIGEST_IMAGES)
+        return self._digest(torch.arange(start, min(start + DIGEST_IMAGES, len(self))) for start in starts)
 
     def sampled_digest(self) -> bytes:
-        """The same of all labels and groups, but of some images only."""
-        digest = self._digest_of_labels()
-        digest.update(self._images(torch.arange(0, len(self), max(1, len(self) // FINGERPRINT_IMAGES))))
-        return digest.digest()
+        """SHA-256 of all labels and groups, and of a few evenly spaced images."""
+        return self._digest([torch.arange(0, len(self), max(1, len(self) // FINGERPRINT_IMAGES))])
 
-    def _digest_of_labels(self) -> hashlib._Hash:
+    def _digest(self, pieces: Iterator[torch.Tensor] | list[torch.Tensor]) -> bytes:
         digest = hashlib.sha256(str(tuple(self.images.shape[1:])).encode())
         digest.update(self.labels.numpy().tobytes())
         if self.groups is not None:
             digest.update(self.groups.numpy().tobytes())
-        return digest
-
-    def _images(self, samples: torch.Tensor) -> bytes:
-        return self.images[samples if self.rows is None else self.rows[samples]].numpy().tobytes()
+        for samples in pieces:
+            digest.update(self.images[samples if self.rows is None else self.rows[samples]].numpy().tobytes())
+        return digest.digest()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a data set and the names of its classes."""
+    """Both decoded splits and the names of the classes."""
 
     train: ImageSet
     test: ImageSet
@@ -75,79 +84,37 @@ class Dataset:
         return len(self.class_names)
 
     def fingerprint(self) -> str:
-        """A digest of the classes, all labels and some of the images of both splits, by which a run knows its data."""
+        """A digest of the classes, all labels and some images, by which a run recognises its data."""
         digest = hashlib.sha256("\n".join(self.class_names).encode())
         for split in (self.train, self.test):
             digest.update(split.sampled_digest())
         return digest.hexdigest()
 
 
-def load_digits(config: DigitsConfig, seed: int) -> Dataset:
-    """scikit-learn's handwritten digits, 8 x 8 in 17 grey levels: the same stratified split for every seed."""
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
+@dataclass(frozen=True)
+class Part:
+    """One split that is about to be read from its files."""
 
-    digits = load()
-    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(digits.target).long()
-    parts = train_test_split(range(len(labels)), test_size=500, stratify=digits.target, random_state=0)
-    train, test = (ImageSet(images[part], labels[part]) for part in parts)
-    return Dataset(train, test, tuple(str(digit) for digit in range(10)))
-
-
-def load_glyphs(config: GlyphsConfig, seed: int) -> Dataset:
-    """Printed letters; a font is a natural client. The letters' distortions come from the run's seed."""
-    from fedpeft_dist.data.glyphs import render_dataset
-
-    num_test = max(1, config.images_per_letter // 4)
-    train = render_dataset(config.alphabet, config.images_per_letter, config.image_size, seed)
-    test = render_dataset(config.alphabet, num_test, config.image_size, derive_seed(seed, "test"))
-    assert train.class_names == test.class_names
-    return Dataset(
-        ImageSet(train.images, train.labels, train.font_ids),
-        ImageSet(test.images, test.labels, test.font_ids),
-        train.class_names,
-    )
+    shape: tuple[int, int, int, int]
+    """(S, C, H, W)."""
+    labels: np.ndarray
+    """int64 [S]."""
+    chunks: Callable[[], Iterator[np.ndarray]]
+    """Starts reading: yields uint8 [n, C, H, W], all samples in order."""
+    groups: np.ndarray | None = None
+    """int64 [S]: the natural client of each sample, if the data set has natural clients."""
 
 
-def load_glyphs100(config: Glyphs100Config, seed: int) -> Dataset:
-    """Greek and Cyrillic letters, tested on a family of fonts of its own: the same images for every seed."""
-    from fedpeft_dist.data.glyphs100 import render_split
+@dataclass(frozen=True)
+class Contents:
+    """Both splits of a data set that is about to be read from its files."""
 
-    train = render_split(True, config.images_per_letter, config.image_size)
-    test = render_split(False, config.test_images_per_letter, config.image_size)
-    return Dataset(
-        ImageSet(train.images, train.labels, train.font_ids),
-        ImageSet(test.images, test.labels, test.font_ids),
-        train.class_names,
-    )
-
-
-def load_synthetic(config: SyntheticConfig, seed: int) -> Dataset:
-    """Uniform noise with random labels."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random_set(size: int) -> ImageSet:
-        shape = (size, config.channels, config.image_size, config.image_size)
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return ImageSet(images, torch.randint(0, config.classes, (size,), generator=generator))
-
-    return Dataset(
-        random_set(config.num_train), random_set(config.num_test), tuple(str(c) for c in range(config.classes))
-    )
-
-
-def subsample(images: ImageSet, size: int | None, seed: int) -> ImageSet:
-    """A random subset, in the original order, of the same images, not copied; all of it where size is None.
-
-    Raises:
-        ConfigError: fewer samples than asked for.
-    """
-    if size is None:
-        return images
-    if size > len(images):
-        raise ConfigError(f"data.max_train: {size} is more than the {len(images)} training samples there are")
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size].sort().values
-    groups = None if images.groups is None else images.groups[chosen]
-    rows = chosen if images.rows is None else images.rows[chosen]
-    return ImageSet(images.images, images.labels[chosen], groups, rows)
+    class_names: tuple[str, ...]
+    train: Part
+    test: Part
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """File name to text: other files to keep beside the images, such as the lists of a random split."""
+    cropped: bool = False
+    """Whether the images are resized on the shorter side and cropped, because their sizes differ."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user, printed once when the images are decoded."""

@@ -1,107 +1,72 @@
-"""`fedpeft prefetch`: fetches a data set's files where there is internet. Nothing else here downloads data."""
+"""Data sets whose files torchvision can download. Only `fedpeft prefetch` does so."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
 from pathlib import Path
+from typing import Any, ClassVar
 
 from filelock import FileLock
 
-from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.data import SOURCES, cifar, pcam
-from fedpeft_dist.data.huggingface import download_huggingface
-from fedpeft_dist.data.image_store import open_store, store_folder
+from fedpeft_dist.data.source import PREFETCH, FileSource, stamp
 
 
-def prefetch_data(config: schema.DataConfig) -> Path | None:
-    """Downloads a data set where that is possible and needed, and builds its store.
+class TorchvisionSource(FileSource):
+    """A data set of known files below data.root."""
 
-    Returns:
-        The store's folder; None for a data set that is made and not read.
+    files: ClassVar[tuple[str, ...]]
+    """The files' paths below data.root."""
 
-    Raises:
-        ConfigError: a download that failed; files that have to be put there by hand.
-    """
-    if type(config) not in SOURCES:
-        return None
-    if isinstance(config, schema.HuggingFaceConfig):
-        if not Path(config.path).is_dir():
-            download_huggingface(config)
-    elif type(config) in _DOWNLOADS:
-        _download(config)
-    source = SOURCES[type(config)](config)
-    open_store(source, config)
-    return store_folder(source, config)
+    @abstractmethod
+    def fetch(self, folder: Path) -> None:
+        """Downloads the files into a folder. torchvision checks their digests."""
 
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(self.config.root) / file for file in self.files]
 
-def _cifar_files(config: schema.Cifar10Config | schema.Cifar100Config) -> list[str]:
-    layout = cifar.LAYOUTS[type(config)]
-    return [f"{layout.folder}/{name}" for name in (*layout.train, layout.test, layout.meta)]
+    def identity(self) -> Any:
+        missing = self._missing()
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ConfigError(
+                f"data.name: {self.config.name!r} needs the file {missing[0]}{more} below data.root: "
+                f"'{self.config.root}', and there is none; {PREFETCH}"
+            )
+        return stamp(self.paths, Path(self.config.root))
 
+    def download(self) -> None:
+        """Fetches into a folder beside the files' places, then moves all of them."""
+        if not self._missing():
+            return
+        root = Path(self.config.root)
+        lock, created = root / f".{self.config.name}.lock", not root.exists()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                if self._missing():  # no other process has fetched them meanwhile
+                    self._fetch_and_move(root / f".{self.config.name}.incoming")
+        except Exception as error:  # the disk, the network and torchvision's checks raise errors of many classes
+            if created and root.is_dir() and list(root.iterdir()) == [lock]:
+                shutil.rmtree(root)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(
+                f"data.name: {self.config.name!r} cannot be downloaded to data.root: '{root}' ({reason}); try again "
+                f"where there is internet, or put {self.files[0]} and its like there"
+            ) from None
 
-def _pcam_files(config: schema.PcamConfig) -> list[str]:
-    root = Path(config.root)
-    return [
-        pcam.pcam_file(root, split, kind).relative_to(root).as_posix() for split in ("train", "test") for kind in "xy"
-    ]
+    def _fetch_and_move(self, incoming: Path) -> None:
+        shutil.rmtree(incoming, ignore_errors=True)  # left by a download that was killed
+        try:
+            incoming.mkdir()
+            self.fetch(incoming)
+            for file, path in zip(self.files, self.paths):
+                path.parent.mkdir(exist_ok=True)
+                (incoming / file).replace(path)
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
 
-
-def _fetch_cifar10(folder: Path) -> None:
-    from torchvision.datasets import CIFAR10
-
-    CIFAR10(folder, download=True)
-
-
-def _fetch_cifar100(folder: Path) -> None:
-    from torchvision.datasets import CIFAR100
-
-    CIFAR100(folder, download=True)
-
-
-def _fetch_pcam(folder: Path) -> None:
-    from torchvision.datasets import PCAM
-
-    for split in ("train", "test"):
-        PCAM(folder, split, download=True)
-
-
-# Which files are wanted below root, and what fetches them into a folder. torchvision checks their digests.
-_DOWNLOADS: dict[type, tuple[Callable[..., Sequence[str]], Callable[[Path], None]]] = {
-    schema.Cifar10Config: (_cifar_files, _fetch_cifar10),
-    schema.Cifar100Config: (_cifar_files, _fetch_cifar100),
-    schema.PcamConfig: (_pcam_files, _fetch_pcam),
-}
-
-
-def _download(config: schema.DataConfig) -> None:
-    """Fetches into a folder beside, and moves the wanted files into their places when all of them are there."""
-    list_files, fetch = _DOWNLOADS[type(config)]
-    root, files = Path(config.root), list_files(config)
-    incoming, lock = root / f".{config.name}.incoming", root / f".{config.name}.lock"
-    if all((root / file).is_file() for file in files):
-        return
-    created = not root.exists()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            if all((root / file).is_file() for file in files):  # fetched by another process meanwhile
-                return
-            shutil.rmtree(incoming, ignore_errors=True)  # of a download that was killed
-            try:
-                incoming.mkdir()
-                fetch(incoming)
-                for file in files:
-                    (root / file).parent.mkdir(exist_ok=True)
-                    (incoming / file).replace(root / file)
-            finally:
-                shutil.rmtree(incoming, ignore_errors=True)
-    except Exception as error:  # the disk, the network and torchvision's checks fail by classes of their own
-        if created and root.is_dir() and list(root.iterdir()) == [lock]:
-            shutil.rmtree(root)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConfigError(
-            f"data.name: {config.name!r} cannot be downloaded to data.root: '{root}' ({reason}); try again where there "
-            f"is internet, or put {files[0]} and its like there"
-        ) from None
+    def _missing(self) -> list[str]:
+        return [file for file, path in zip(self.files, self.paths) if not path.is_file()]

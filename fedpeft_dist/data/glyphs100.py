@@ -1,90 +1,87 @@
 """The hard offline task: Greek and Cyrillic letters, about a hundred classes, tested on a font family never trained on.
 
-Unlike `glyphs`, a letter keeps its size beside the others of its font, so that o and O are two classes. What looks the
-same in both alphabets (А and Α) is one. Letters are drawn and distorted by `glyphs.py`'s means; the images are the same
-in every run. The embedded backbone was pre-trained on Latin letters, some of which look like letters here:
-`classes_seen_in_latin` tells which.
+Unlike in `glyphs`, a letter keeps its size beside the others of its font, so that o and O are two classes. Letters that
+look the same in both alphabets (А and Α) share a class. The images are the same in every run. The embedded backbone was
+pre-trained on Latin letters, and some of them look like letters here: `classes_seen_in_latin` tells which.
 
-Shapes: C characters, F fonts, N images, S the side of an image.
+Shapes: C characters, F fonts, S the side of an image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from matplotlib.ft2font import FT2Font
-from torch import Generator, Tensor
+from torch import Tensor
 
+from fedpeft_dist.config.schema import Glyphs100Config
+from fedpeft_dist.data.datasets import Dataset
+from fedpeft_dist.data.distortion import blur
 from fedpeft_dist.data.glyphs import (
     ALPHABETS,
     MASTER_SIZE,
-    GlyphImages,
-    blur,
+    Letters,
     crop_letter,
-    distort,
     font_files,
     merge_rows,
+    open_font,
     paste,
 )
+from fedpeft_dist.data.source import DataSource
 from fedpeft_dist.lanes.random import derive_seed
 
 CHARACTERS = ALPHABETS["greek"] + ALPHABETS["cyrillic"]
 TRAIN_FAMILIES = ("DejaVuSans", "DejaVuSansMono", "STIXGeneral")
 TEST_FAMILY = "DejaVuSerif"
 CAPITAL_SHARE, LARGEST_SHARE = 0.8, 0.95
-"""Of the drawing's side: what a capital's height takes, and what the largest letter may."""
+"""The height of a capital and the largest size of any letter, as shares of the drawing's side."""
 SAME_DRAWING = 0.2
-"""Two letters share a class where, in the median font, no pixel of their drawings, blurred by one pixel, differs by as
-much. Any value from 0.05 to 0.3 gives the same classes."""
+"""Two letters share a class if no pixel of their drawings, blurred by one pixel, differs by this much in the median
+font. Any value from 0.05 to 0.3 gives the same classes."""
 _SEED = 100
 
 
-@dataclass(frozen=True)
-class Letters:
-    """Clean drawings [C, F, S, S] uint8 of CHARACTERS, and the class of each."""
+class Glyphs100Source(DataSource):
+    """The images are the same for every seed."""
 
-    drawings: Tensor
-    classes: Tensor
-    """int64 [C]."""
-    class_names: tuple[str, ...]
+    config: Glyphs100Config
+
+    def num_classes(self) -> int:
+        return len(draw_letters().class_names)
+
+    def load(self, seed: int) -> Dataset:
+        config = self.config
+        train = letters_of(*TRAIN_FAMILIES).render(
+            config.images_per_letter, config.image_size, derive_seed(_SEED, "train")
+        )
+        test = letters_of(TEST_FAMILY).render(
+            config.test_images_per_letter, config.image_size, derive_seed(_SEED, "test")
+        )
+        return Dataset(train, test, draw_letters().class_names)
 
 
 @cache
 def draw_letters() -> Letters:
-    """All letters in all fonts of the training families, then of the test family."""
+    """All letters in all fonts of the training families and of the test family."""
     drawings = _draw(CHARACTERS)
-    classes = _merge(drawings)
-    names = tuple("".join(c for c, k in zip(CHARACTERS, classes) if k == label) for label in range(max(classes) + 1))
-    return Letters(drawings, torch.tensor(classes), names)
+    blurred = _blurred(drawings)
+
+    def same_as_before(row: int) -> Tensor:
+        return (blurred[:row] - blurred[row]).abs().amax(-1).median(-1).values < SAME_DRAWING
+
+    classes = torch.tensor(merge_rows(len(CHARACTERS), same_as_before))
+    return Letters(CHARACTERS, tuple(path.stem for path in _fonts()), drawings, classes)
 
 
-def render_split(train: bool, images_per_letter: int, image_size: int) -> GlyphImages:
-    """Distorted images of every letter in every font of the training families, or of the test family.
-
-    Returns:
-        N = 115 letters x fonts x images_per_letter; the font is a natural client.
-    """
-    letters, families = draw_letters(), (TRAIN_FAMILIES if train else (TEST_FAMILY,))
-    fonts = _font_names()
-    columns = [i for i, name in enumerate(fonts) if _family(name) in families]
-    rows = torch.arange(len(CHARACTERS)).repeat(len(columns)).repeat_interleave(images_per_letter)
-    font_ids = torch.arange(len(columns)).repeat_interleave(len(CHARACTERS) * images_per_letter)
-    generator = Generator().manual_seed(derive_seed(_SEED, "train" if train else "test"))
-    images = distort(letters.drawings[rows, torch.tensor(columns)[font_ids], None], image_size, generator)
-    return GlyphImages(
-        images=(images * 255).round().to(torch.uint8),
-        labels=letters.classes[rows],
-        font_ids=font_ids,
-        class_names=letters.class_names,
-        font_names=tuple(fonts[column] for column in columns),
-    )
+def letters_of(*families: str) -> Letters:
+    """All letters in the fonts of some families."""
+    letters = draw_letters()
+    return letters.in_fonts([font for font in letters.fonts if _family(font) in families])
 
 
 def classes_seen_in_latin() -> tuple[str, ...]:
-    """The classes that hold a letter drawn as some Latin letter, which the embedded backbone was pre-trained on."""
+    """The classes with a letter that looks like a Latin letter, which the embedded backbone was pre-trained on."""
     letters, latin = draw_letters(), _blurred(_draw(ALPHABETS["latin"]))
     own = _blurred(letters.drawings)
     seen = {
@@ -96,31 +93,17 @@ def classes_seen_in_latin() -> tuple[str, ...]:
 
 
 def _draw(characters: str) -> Tensor:
-    fonts = [path for path in font_files() if path.stem in _font_names()]
-    drawings = torch.zeros(len(characters), len(fonts), MASTER_SIZE, MASTER_SIZE, dtype=torch.uint8)
-    for column, path in enumerate(fonts):
-        drawings[:, column] = _draw_font(characters, path)
-    return drawings
+    """uint8 [C, F, S, S]."""
+    return torch.stack([_draw_font(characters, path) for path in _fonts()], dim=1)
 
 
 def _draw_font(characters: str, path: Path) -> Tensor:
-    """[C, S, S] uint8: every letter centred, at one scale a font, but for those that would not fit."""
-    font = FT2Font(str(path))
-    font.set_size(150.0, 72.0)
+    """uint8 [C, S, S]: every letter centred, at one scale for the font unless a letter would not fit."""
+    font = open_font(path)
     scale = CAPITAL_SHARE * MASTER_SIZE / crop_letter(font, "H").shape[-2]
     crops = [crop_letter(font, character) for character in characters]
     fitting = [min(scale, LARGEST_SHARE * MASTER_SIZE / max(crop.shape[-2:])) for crop in crops]
     return torch.stack([paste(crop, MASTER_SIZE, own) for crop, own in zip(crops, fitting)])
-
-
-def _merge(drawings: Tensor) -> list[int]:
-    """The class of each character."""
-    blurred = _blurred(drawings)
-
-    def same_as_before(row: int) -> Tensor:
-        return (blurred[:row] - blurred[row]).abs().amax(-1).median(-1).values < SAME_DRAWING
-
-    return merge_rows(len(drawings), same_as_before)
 
 
 def _blurred(drawings: Tensor) -> Tensor:
@@ -129,11 +112,10 @@ def _blurred(drawings: Tensor) -> Tensor:
     return (matrix @ (drawings.float() / 255) @ matrix.T).flatten(2)
 
 
-def _font_names() -> tuple[str, ...]:
-    names = [path.stem for path in font_files() if _family(path.stem) in (*TRAIN_FAMILIES, TEST_FAMILY)]
-    return tuple(names)
+def _fonts() -> list[Path]:
+    return [path for path in font_files() if _family(path.stem) in (*TRAIN_FAMILIES, TEST_FAMILY)]
 
 
 def _family(name: str) -> str:
-    """DejaVuSans-Bold is of DejaVuSans, STIXGeneralBol of STIXGeneral."""
+    """The family of a font: DejaVuSans for DejaVuSans-Bold, STIXGeneral for STIXGeneralBol."""
     return "STIXGeneral" if name.startswith("STIXGeneral") else name.partition("-")[0]

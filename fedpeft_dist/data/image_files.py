@@ -1,4 +1,4 @@
-"""Encoded images (JPEG, PNG, ...) to arrays of one form, decoded by a few threads.
+"""Decodes encoded images (JPEG, PNG, ...) to arrays of one form, with a few threads.
 
 Shapes: C channels, H x W pixels, n images of a chunk.
 """
@@ -23,17 +23,17 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from fedpeft_dist.data.source import printable, unreadable
 
 DECODING = 2
-"""The version of what this file makes of an image. Another number has the stores of encoded images built anew."""
+"""The version of the decoding. A new number makes the stores of encoded images be built again."""
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""Pillow's names of the formats that pictures come in. Other formats hold drawings, icons or measurements."""
+"""Pillow's names of formats for pictures. Other formats hold drawings, icons or measurements."""
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
-"""Pillow's names of the kinds of pixels with 8 bits a channel that it converts to grey or RGB."""
+"""Pillow's names of pixels with at most 8 bits a channel, which it converts to grey or RGB."""
 DEEP_FORMATS = ("PNG", "PPM")
-"""Formats whose pixels of mode I are 16 bits a pixel. Elsewhere they are 32 bits, and no rule says which is white."""
+"""Formats in which mode I means 16 bits a pixel. In others it means 32 bits, and no rule says which value is white."""
 QUARTER_TURNS = (5, 6, 7, 8)
 """The EXIF orientations that exchange width and height."""
 ELONGATED = 8
-"""An image whose sides differ by this factor or more is cropped before it is resized, to save memory."""
+"""The ratio of sides from which an image is cropped before it is resized, to save memory."""
 MAX_THREADS = 8
 CHUNK = 256
 
@@ -42,29 +42,29 @@ T, U = TypeVar("T"), TypeVar("U")
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The endings, in lower case, of the files that are read as images."""
+    """The endings of image files, in lower case."""
     known = Image.registered_extensions().items()
     return frozenset(suffix for suffix, name in known if name in FORMATS) - {".pfm"}  # floating-point pixels
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image file, or its content where it stands in another file."""
+    """An image file, or the content of one that is stored inside another file."""
 
     name: str
-    """For errors."""
+    """The name in errors."""
     content: Path | bytes
     key: str = "data.root"
-    """The config key that errors name."""
+    """The config key in errors."""
     upright: bool = False
-    """Whether the image is turned as its EXIF orientation says."""
+    """Whether to turn the image as its EXIF orientation says."""
 
     def open(self) -> Image.Image:
         return Image.open(BytesIO(self.content) if isinstance(self.content, bytes) else self.content)
 
     @contextmanager
     def errors_told(self) -> Iterator[None]:
-        """Turns what goes wrong with this image into one line that names it."""
+        """Turns every error into one line that names this image."""
         try:
             yield
         except UnsupportedPixelsError as error:
@@ -76,23 +76,23 @@ class EncodedImage:
         except UnidentifiedImageError:
             remedy = "put a whole copy of the file there, or save it as PNG"
             raise unreadable(self.name, "Pillow knows no such image or pixels", remedy, self.key) from None
-        except Exception as error:  # Pillow's decoders fail by classes of their own, SyntaxError among them
+        except Exception as error:  # Pillow's decoders raise errors of many classes, even SyntaxError
             raise unreadable(self.name, error, key=self.key) from None
 
 
 class UnsupportedPixelsError(ValueError):
-    """An image is whole, and its kind of pixels has no right conversion to 8 bits."""
+    """The image is whole, but its kind of pixels has no right conversion to 8 bits."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What every image of a data set is brought to."""
+    """The size and channels that every image of a data set is converted to."""
 
     channels: int
     height: int
     width: int
     notes: tuple[str, ...] = ()
-    """Why images are resized on the shorter side and cropped; empty where all have one size."""
+    """The reason for resizing on the shorter side and cropping. Empty if all images have one size."""
 
     @property
     def cropped(self) -> bool:
@@ -100,10 +100,10 @@ class Form:
 
 
 def choose_form(images: Iterable[EncodedImage], stored_size: int) -> Form:
-    """The images' own size where all have the same, else a square; colour unless all are grey. Reads headers only.
+    """The images' own size if all have the same, else a square; colour unless all are grey. Reads headers only.
 
     Raises:
-        ConfigError: a file that is no image, or one of unsupported pixels; the message names it.
+        ConfigError: a file is not an image or has unsupported pixels; the message names it.
     """
     firsts: dict[tuple[int, int], str] = {}
     counts: dict[tuple[int, int], int] = {}
@@ -129,7 +129,7 @@ def decode_chunks(images: Iterable[EncodedImage], form: Form) -> Iterator[np.nda
     """uint8 [n, C, H, W], in order.
 
     Raises:
-        ConfigError: an image that is damaged; the message names it.
+        ConfigError: an image is damaged; the message names it.
     """
     chunk = []
     for array in _in_threads(lambda image: _decode(image, form), images):
@@ -164,18 +164,18 @@ def _decode(image: EncodedImage, form: Form) -> np.ndarray:
 
 
 def _is_quarter_turned(image: Image.Image) -> bool:
-    if image.format == "TIFF":  # Pillow itself turns it, and its size is the one after that
+    if image.format == "TIFF":  # Pillow turns it by itself and tells the size after turning
         return False
     try:
         return image.getexif().get(ExifTags.Base.Orientation) in QUARTER_TURNS
-    except Exception:  # damaged metadata of a picture that may be whole
+    except Exception:  # the metadata is damaged, but the picture may be whole
         return False
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # as above
+    except Exception:  # the metadata is damaged
         return image
 
 
@@ -192,13 +192,13 @@ def _check_mode(image: Image.Image) -> None:
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits a pixel of an image with more than 8: 16, but for a TIFF that says 12."""
+    """Bits a pixel of an image with more than 8 bits: 16, unless a TIFF file says 12."""
     tags = getattr(image, "tag_v2", {})
     return tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
 
 
 def _to_bytes(image: Image.Image, bits: int) -> Image.Image:
-    """Brings 12 or 16 bits a pixel to 8, which Pillow's own conversion would cut off at 255."""
+    """Scales 12 or 16 bits a pixel to 8. Pillow's own conversion would cut values off at 255."""
     mode = image.mode
     if mode == "I" or mode.startswith("I;16"):
         values, white = np.asarray(image).astype(np.int64), 2**bits - 1
@@ -208,12 +208,12 @@ def _to_bytes(image: Image.Image, bits: int) -> Image.Image:
             raise UnsupportedPixelsError(f"{told}: mode {mode}")
         return Image.fromarray(array)
     if mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA")  # else Pillow warns
+        return image.convert("RGBA")  # Pillow would warn about a direct conversion
     return image
 
 
 def _fit(image: Image.Image, form: Form) -> Image.Image:
-    """Resizes on the shorter side, antialiased, and crops the centre; an image of the form's size stays as it is."""
+    """Resizes on the shorter side, antialiased, and crops the centre. An image of the form's size stays as it is."""
     if image.size == (form.width, form.height):
         return image
     width, height = image.size
@@ -225,11 +225,11 @@ def _fit(image: Image.Image, form: Form) -> Image.Image:
         ratios = (width / scaled[0], height / scaled[1]) * 2
         box = tuple(edge * ratio for edge, ratio in zip(window, ratios))
         return image.resize((side, side), Image.Resampling.BICUBIC, box)
-    return image.resize(scaled, Image.Resampling.BICUBIC).crop(window)  # antialiased, as all of Pillow's filters
+    return image.resize(scaled, Image.Resampling.BICUBIC).crop(window)  # all of Pillow's filters are antialiased
 
 
 def _in_threads(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """The results in order; only a few items are under way, however many there are."""
+    """The results in order. Only a few items are in memory at any time."""
     num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
     pool, pending = ThreadPoolExecutor(num_threads), deque()
     try:
@@ -244,5 +244,5 @@ def _in_threads(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
 
 
 def encoded_files(folder: Path, names: Sequence[str]) -> Iterator[EncodedImage]:
-    """The files of these names below a folder."""
+    """The files with these names below a folder."""
     return (EncodedImage(str(folder / name), folder / name) for name in names)

@@ -1,7 +1,7 @@
-"""Images in class folders, at any depth: `<class>/**/*`. How they are listed, and the data set that is nothing else.
+"""Images in class folders at any depth, `<class>/**/*`: how to list them, and the data set `image_folder`.
 
-They are listed as torchvision does, but for hidden files and folders. As in torchvision and timm, images are not turned
-by their EXIF orientation.
+The listing is torchvision's, without hidden files and folders. As in torchvision and timm, images are not turned by
+their EXIF orientation.
 
 Shapes: S samples, C channels, H x W pixels.
 """
@@ -12,27 +12,30 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import ImageFolderConfig
+from fedpeft_dist.data.datasets import Contents, Part
 from fedpeft_dist.data.image_files import DECODING, Form, choose_form, decode_chunks, encoded_files, image_suffixes
-from fedpeft_dist.data.source import Contents, Part, Source, check_num_classes, printable
+from fedpeft_dist.data.source import FileSource, check_num_classes, printable
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """The image files below a folder, by class, in the order of the classes' names and of the files' folders."""
+    """The image files below a folder, by class. They are sorted by class, then by folder."""
 
     folder: Path
     files: dict[str, list[str]]
-    """Class folder to files, as `<class>/<file>` or `<class>/<folder>/<file>`."""
+    """The files of each class folder, as `<class>/<file>` or `<class>/<folder>/<file>`."""
     identity: list[list[str | int]]
-    """Name, size and time of change of each file."""
+    """The name, size and time of change of each file."""
     passed_over: Counter[str]
-    """Why other files are left out, and how many."""
+    """The reasons for which files were left out, and how many files for each."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -40,10 +43,10 @@ class ClassFolders:
 
 
 def list_classes(folder: Path) -> list[str]:
-    """The names of the class folders, sorted; hidden ones do not count.
+    """The names of the class folders, sorted, without hidden folders.
 
     Raises:
-        ConfigError: no such folder, or none in it.
+        ConfigError: the folder does not exist or holds no class folder.
     """
     try:
         with os.scandir(folder) as entries:
@@ -58,7 +61,7 @@ def list_classes(folder: Path) -> list[str]:
 def list_images(folder: Path) -> ClassFolders:
     """
     Raises:
-        ConfigError: no such folder, one that cannot be listed, or a class without an image.
+        ConfigError: a folder does not exist or cannot be listed, or a class has no image.
     """
     files, identity = {}, []
     names = list_classes(folder)
@@ -82,11 +85,11 @@ def list_images(folder: Path) -> ClassFolders:
 def _walk(
     folder: Path, prefix: str, above: tuple[tuple[int, int], ...], passed_over: Counter[str]
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """The images below a folder, links followed: (`<prefix>/<file>`, its properties).
+    """The images below a folder, as (`<prefix>/<file>`, its properties). Links are followed.
 
     Args:
-        above: device and number of the folders that the walk has come through, so that a link to one does not loop.
-        passed_over: counts what is left out.
+        above: the device and number of each folder above, so that a link to one of them makes no endless loop.
+        passed_over: counts the files that are left out.
     """
     try:
         own = os.stat(folder)
@@ -113,12 +116,12 @@ def _walk(
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether the entry is a folder or a link to one; a link to itself is neither, and is no error."""
+    """Whether the entry is a folder or a link to one. A link to itself is neither, and raises no error."""
     return entry.is_dir(follow_symlinks=False) or os.path.isdir(entry)
 
 
 def passed_over_notes(*folders: ClassFolders) -> tuple[str, ...]:
-    """At most one line: how many files are left out, and why."""
+    """One line that says how many files were left out and why, or nothing."""
     told = [
         f"{folder.passed_over.total():,} in '{printable(folder.folder)}' "
         f"({', '.join(f'{count:,} {reason}' for reason, count in folder.passed_over.most_common())})"
@@ -129,36 +132,44 @@ def passed_over_notes(*folders: ClassFolders) -> tuple[str, ...]:
 
 
 def folder_part(folder: Path, names: Sequence[str], classes: Iterable[str], form: Form) -> Part:
-    """The split that consists of these files, whose names begin with that of a class folder."""
+    """The split of these files. Their names begin with the name of a class folder."""
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[name.partition("/")[0]] for name in names], dtype=np.int64)
     shape = (len(names), form.channels, form.height, form.width)
     return Part(shape, labels, lambda: decode_chunks(encoded_files(folder, names), form))
 
 
-def image_folder_source(config: ImageFolderConfig) -> Source:
-    """
-    Raises:
-        ConfigError: folders that are missing or empty, or whose classes are not the same, or not as many as expected.
-    """
-    train, test = (list_images(Path(config.root) / name) for name in (config.train_folder, config.test_folder))
-    if train.files.keys() != test.files.keys():
-        lone = sorted(train.files.keys() ^ test.files.keys())
-        owner = train.folder if lone[0] in train.files else test.folder
-        raise ConfigError(
-            f"data.train_folder: '{train.folder}' and data.test_folder: '{test.folder}' must have the same class "
-            f"folders; only '{owner}' has '{printable(lone[0])}'"
-        )
-    if config.classes is not None:
-        check_num_classes(f"data.classes: {config.classes}", config.classes, f"'{train.folder}'", train.class_names)
-    identity = [DECODING, config.stored_size, train.identity, test.identity]
-    return Source(identity, lambda: _read(train, test, config.stored_size))
+class ImageFolderSource(FileSource):
+    """Two folders of class folders, one for training and one for testing."""
 
+    config: ImageFolderConfig
 
-def _read(train: ClassFolders, test: ClassFolders, stored_size: int) -> Contents:
-    names = [[name for files in split.files.values() for name in files] for split in (train, test)]
-    everything = [*encoded_files(train.folder, names[0]), *encoded_files(test.folder, names[1])]
-    form = choose_form(everything, stored_size)
-    parts = [folder_part(s.folder, own, train.files, form) for s, own in zip((train, test), names)]
-    notes = passed_over_notes(train, test) + form.notes
-    return Contents(train.class_names, *parts, cropped=form.cropped, notes=notes)
+    def num_classes(self) -> int:
+        return self.config.classes or len(list_classes(Path(self.config.root) / self.config.train_folder))
+
+    def identity(self) -> Any:
+        return [DECODING, self.config.stored_size, *(split.identity for split in self.splits)]
+
+    @cached_property
+    def splits(self) -> tuple[ClassFolders, ClassFolders]:
+        config = self.config
+        train, test = (list_images(Path(config.root) / name) for name in (config.train_folder, config.test_folder))
+        if train.files.keys() != test.files.keys():
+            lone = sorted(train.files.keys() ^ test.files.keys())
+            owner = train.folder if lone[0] in train.files else test.folder
+            raise ConfigError(
+                f"data.train_folder: '{train.folder}' and data.test_folder: '{test.folder}' must have the same class "
+                f"folders; only '{owner}' has '{printable(lone[0])}'"
+            )
+        if config.classes is not None:
+            check_num_classes(f"data.classes: {config.classes}", config.classes, f"'{train.folder}'", train.class_names)
+        return train, test
+
+    def read(self) -> Contents:
+        names = [[name for files in split.files.values() for name in files] for split in self.splits]
+        encoded = [image for split, own in zip(self.splits, names) for image in encoded_files(split.folder, own)]
+        form = choose_form(encoded, self.config.stored_size)
+        classes = self.splits[0].files
+        parts = [folder_part(split.folder, own, classes, form) for split, own in zip(self.splits, names)]
+        notes = passed_over_notes(*self.splits) + form.notes
+        return Contents(self.splits[0].class_names, *parts, cropped=form.cropped, notes=notes)

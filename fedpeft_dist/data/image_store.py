@@ -1,7 +1,7 @@
-"""Decoded data sets on disk: found, or built once by one process while the others wait, and opened as memory maps.
+"""Decoded data sets on disk. One process builds a store while the others wait; then all open it as memory maps.
 
-A store is a folder `<data set>-<hash of what its files are>`, with an .npy file for each tensor. All ranks of a machine
-read the same maps, so the images lie in its memory once, in the page cache, and leave it when memory is short.
+A store is a folder `<data set>-<hash of its identity>` with one .npy file for each tensor. All ranks of a machine map
+the same files. The images are therefore in its memory once, in the page cache, and leave it when memory is short.
 
 Shapes: S samples of a split, C channels, H x W pixels.
 """
@@ -14,168 +14,160 @@ import shutil
 import sys
 import uuid
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.schema import DataConfig
-from fedpeft_dist.data.datasets import Dataset, ImageSet
-from fedpeft_dist.data.source import Source
+from fedpeft_dist.data.datasets import Contents, Dataset, ImageSet
 from fedpeft_dist.data.store_writer import META, write_store
 
 FORMAT = 1
-"""Of the files in a store and of how images are decoded: another number has every store built anew."""
+"""The version of a store's files and of how images are decoded. A new number makes every store be built again."""
 
 
-def store_folder(source: Source, config: DataConfig) -> Path:
-    """Where a data set's decoded images are, or will be."""
-    text = json.dumps([FORMAT, source.identity])
-    root = Path(config.store) if config.store is not None else Path(config.root) / ".store"
-    return root / f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+class ImageStore:
+    """The store of one data set.
 
-
-def open_store(source: Source, config: DataConfig) -> Dataset:
-    """The decoded data set; it is built first where it is not there whole.
-
-    Raises:
-        ConfigError: source files that cannot be read; a store that cannot be written.
+    Args:
+        root: the folder of all stores.
+        name: the data set's name.
+        identity: a JSON value that changes whenever the decoded images would.
     """
-    folder = store_folder(source, config)
-    dataset = _open(folder)
-    if dataset is not None:
+
+    def __init__(self, root: Path, name: str, identity: Any):
+        digest = hashlib.sha256(json.dumps([FORMAT, identity]).encode()).hexdigest()
+        self.name, self.folder = name, root / f"{name}-{digest[:16]}"
+        self.lock_file = root / f".{self.folder.name}.lock"
+        self.building = root / f".{self.folder.name}.building"
+        self.failure_file = root / f".{self.folder.name}.failed"
+
+    def load(self, read: Callable[[], Contents]) -> Dataset:
+        """Opens the store; builds it first from what `read` returns if it is missing or damaged.
+
+        Raises:
+            ConfigError: the files cannot be read, or the store cannot be written.
+        """
+        dataset = self._open()
+        if dataset is not None:
+            return dataset
+        lock = self._take_lock()
+        try:
+            return self._open() or self._build(read)
+        finally:
+            lock.release()
+
+    def _open(self) -> Dataset | None:
+        """None if the store is missing or damaged: a file is missing or has another size than was written.
+
+        Raises:
+            ConfigError: the store may not be read or cannot be mapped. Building it again would not help.
+        """
+        try:
+            meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
+            for name, size in meta["files"].items():
+                if (self.folder / name).stat().st_size != size:
+                    return None
+            train, test = (self._open_split(split, meta["files"]) for split in ("train", "test"))
+            return Dataset(train, test, tuple(meta["class_names"]), meta.get("cropped", False))
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        except OSError as error:
+            raise ConfigError(f"data.store: '{self.folder}' cannot be opened ({error.strerror or error})") from None
+
+    def _open_split(self, split: str, files: dict[str, int]) -> ImageSet:
+        images = np.load(self.folder / f"{split}_images.npy", mmap_mode="r")
+        labels = torch.from_numpy(np.load(self.folder / f"{split}_labels.npy"))
+        groups = None
+        if f"{split}_groups.npy" in files:
+            groups = torch.from_numpy(np.load(self.folder / f"{split}_groups.npy"))
+        return ImageSet(read_only_tensor(images), labels, groups)
+
+    def _take_lock(self) -> FileLock:
+        """Takes the lock for building the store; waits for as long as another process holds it."""
+        lock = FileLock(self.lock_file)
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            before = self._failure()
+            with suppress(Timeout):
+                lock.acquire(blocking=False)
+                return lock
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"data.store: '{self.folder.parent}' cannot be written ({reason}); give data.store a folder that can be"
+            ) from None
+        after = self._failure()
+        if after not in (None, before):
+            # If the builder we waited for failed, raise its error instead of building again.
+            lock.release()
+            raise ConfigError(after.partition("\n")[2])
+        return lock
+
+    def _failure(self) -> str | None:
+        """How the last attempt to build this store failed: a unique line, and the message."""
+        try:
+            return self.failure_file.read_text(encoding="utf-8")
+        except OSError:
+            return None
+
+    def _build(self, read: Callable[[], Contents]) -> Dataset:
+        """Builds the store in a folder beside its place, then flushes and renames that folder. Needs the lock."""
+        _remove_abandoned(self.folder.parent)
+        self._make_room()
+        try:
+            with warnings.catch_warnings():
+                # Pillow warns of odd metadata, and of large pictures although it reads them.
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+                contents = read()
+                write_store(contents, self.building, self.folder, self.name)
+        except BaseException as error:
+            shutil.rmtree(self.building, ignore_errors=True)
+            if isinstance(error, ConfigError):
+                with suppress(OSError):  # the disk may be full
+                    self.failure_file.write_text(f"{uuid.uuid4()}\n{error}", encoding="utf-8")
+            raise
+        self.failure_file.unlink(missing_ok=True)
+        for note in contents.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        dataset = self._open()
+        assert dataset is not None
         return dataset
-    lock = _take_lock(folder)
-    try:
-        return _open(folder) or _build(source, folder, config.name)
-    finally:
-        lock.release()
 
-
-def _take_lock(folder: Path) -> FileLock:
-    """The right to build a store; waits, however long that takes, while another process has it."""
-    lock = FileLock(_lock_file(folder))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        before = _failure(folder)
-        with suppress(Timeout):
-            lock.acquire(blocking=False)
-            return lock
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:  # the second where a file system knows no locks
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"data.store: '{folder.parent}' cannot be written ({reason}); give data.store a folder that can be"
-        ) from None
-    after = _failure(folder)
-    if after not in (None, before):
-        # Who waited for a builder in vain fails with its reason, in place of finding the same after as long again.
-        lock.release()
-        raise ConfigError(after.partition("\n")[2])
-    return lock
-
-
-def _open(folder: Path) -> Dataset | None:
-    """None where there is no store, or none that is whole: files are missing or have other sizes than were written.
-
-    Raises:
-        ConfigError: it is there and may not be read, or the machine cannot map it; no reason to build it anew.
-    """
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        for name, size in meta["files"].items():
-            if (folder / name).stat().st_size != size:
-                return None
-        train, test = (_open_split(folder, split, meta["files"]) for split in ("train", "test"))
-        return Dataset(train, test, tuple(meta["class_names"]), meta.get("cropped", False))
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    except OSError as error:
-        raise ConfigError(f"data.store: '{folder}' cannot be opened ({error.strerror or error})") from None
-
-
-def _open_split(folder: Path, split: str, files: dict[str, int]) -> ImageSet:
-    images = np.load(folder / f"{split}_images.npy", mmap_mode="r")
-    labels = torch.from_numpy(np.load(folder / f"{split}_labels.npy"))
-    groups = None
-    if f"{split}_groups.npy" in files:
-        groups = torch.from_numpy(np.load(folder / f"{split}_groups.npy"))
-    return ImageSet(read_only_tensor(images), labels, groups)
+    def _make_room(self) -> None:
+        """Removes a damaged store and makes an empty folder to build in."""
+        try:
+            if self.folder.exists():
+                print(f"{self.folder}: damaged, it is built anew", file=sys.stderr, flush=True)
+                shutil.rmtree(self.folder)
+            shutil.rmtree(self.building, ignore_errors=True)
+            self.building.mkdir()
+        except OSError as error:
+            raise ConfigError(
+                f"data.store: '{self.folder}' cannot be made anew ({error.strerror or error}); remove it, or give "
+                "data.store another folder"
+            ) from None
 
 
 def read_only_tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor over a read-only memory map; nothing is copied.
+    """A tensor over a read-only memory map, without a copy.
 
-    PyTorch knows no read-only tensors and warns. A private map would be writable, but the kernel may refuse to promise
-    memory for one that is larger than it has.
+    PyTorch has no read-only tensors and warns. A private map would be writable, but the kernel may refuse to promise
+    memory for a map that is larger than its memory.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
-def _build(source: Source, folder: Path, name: str) -> Dataset:
-    """Builds under the lock, in a folder beside, which is flushed and renamed."""
-    _remove_abandoned(folder.parent)
-    building = _building_folder(folder)
-    try:
-        if folder.exists():
-            print(f"{folder}: damaged, it is built anew", file=sys.stderr, flush=True)
-            shutil.rmtree(folder)
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-    except OSError as error:
-        raise ConfigError(
-            f"data.store: '{folder}' cannot be made anew ({error.strerror or error}); remove it, or give data.store "
-            "another folder"
-        ) from None
-    try:
-        with (
-            warnings.catch_warnings()
-        ):  # Pillow warns of odd metadata, and of large pictures that it reads all the same
-            warnings.filterwarnings("ignore", module=r"PIL\b")
-            contents = source.read()
-            write_store(contents, building, folder, name)
-    except BaseException as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if isinstance(error, ConfigError):
-            with suppress(OSError):  # perhaps the disk is full to the last byte
-                _failure_file(folder).write_text(f"{uuid.uuid4()}\n{error}", encoding="utf-8")
-        raise
-    _failure_file(folder).unlink(missing_ok=True)
-    for note in contents.notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
-    dataset = _open(folder)
-    assert dataset is not None
-    return dataset
-
-
 def _remove_abandoned(root: Path) -> None:
-    """Removes what builders left behind that were killed: nobody holds the lock of their stores any more."""
+    """Removes the folders of builders that were killed: nobody holds the lock of their stores any more."""
     for building in root.glob(".*.building"):
-        lock = FileLock(_lock_file(root / building.name.removeprefix(".").removesuffix(".building")))
-        with suppress(Timeout, OSError), lock.acquire(blocking=False):
+        with suppress(Timeout, OSError), FileLock(building.with_suffix(".lock")).acquire(blocking=False):
             shutil.rmtree(building, ignore_errors=True)
-
-
-def _failure(folder: Path) -> str | None:
-    """How the last attempt to build this store failed: a unique line, and the message."""
-    try:
-        return _failure_file(folder).read_text(encoding="utf-8")
-    except OSError:
-        return None
-
-
-def _failure_file(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.failed")
-
-
-def _building_folder(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.building")
-
-
-def _lock_file(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")

@@ -1,4 +1,4 @@
-"""Which client holds which training samples.
+"""Partitions: which client holds which training samples.
 
 Shapes: N clients, S training samples, K classes.
 """
@@ -20,34 +20,34 @@ from fedpeft_dist.lanes.random import derive_seed, permutation
 
 
 class Partition(Protocol):
-    """What a run needs to know of it; no method costs O(N) but `largest_total`, `sizes` and `holders`."""
+    """The samples of every client. Only `largest_total`, `sizes` and `holders` cost O(N)."""
 
     num_clients: int
 
     def size(self, client: int) -> int:
-        """Samples that a client trains on."""
+        """The number of samples of a client."""
 
     def indices(self, client: int) -> torch.Tensor:
-        """They themselves: int64 [size]."""
+        """The samples of a client: int64 [size]."""
 
     def largest_total(self, num_clients: int) -> int:
-        """The samples of that many clients, the largest ones."""
+        """The number of samples that the largest clients have together."""
 
     def sizes(self) -> np.ndarray:
-        """Every client's size: int64 [N]."""
+        """The size of every client: int64 [N]."""
 
     def holders(self) -> np.ndarray | None:
-        """The clients that have samples, ascending, int64; None where all have."""
+        """The clients that have samples, ascending, int64; None if all clients have some."""
 
 
 @dataclass(frozen=True)
 class IndexPartition:
-    """Every client has samples of its own, listed one client after another."""
+    """Every client has its own samples. They are listed one client after another."""
 
     offsets: np.ndarray
     """int64 [N + 1]."""
     samples: torch.Tensor
-    """int64 [sum of the sizes]."""
+    """int64, the sum of all sizes."""
 
     @classmethod
     def from_lists(cls, lists: Sequence[np.ndarray]) -> IndexPartition:
@@ -77,12 +77,12 @@ class IndexPartition:
 
 @dataclass(frozen=True)
 class SharedPoolPartition:
-    """Client k reads a window of a shared pool, at an offset computed from k: any number of clients cost nothing."""
+    """Client k reads a window of a shared pool, at an offset computed from k. Clients need no memory."""
 
     num_clients: int
     samples_per_client: int
     pool: int
-    """Samples in the pool."""
+    """The number of samples in the pool."""
 
     def size(self, client: int) -> int:
         return self.samples_per_client
@@ -105,7 +105,7 @@ def make_partition(config: schema.DataConfig, train: ImageSet, seed: int) -> Par
     """Splits the training samples as the config's partition says.
 
     Raises:
-        ConfigError: a partition that cannot be: more clients than samples, a minimum that no draw meets, ...
+        ConfigError: the partition is impossible: more clients than samples, a minimum that no draw meets, ...
     """
     if isinstance(config.partition, schema.PoolPartition):
         return SharedPoolPartition(config.clients, config.partition.samples, len(train))
@@ -117,7 +117,7 @@ def make_partition(config: schema.DataConfig, train: ImageSet, seed: int) -> Par
 
 
 def hold_out(partition: IndexPartition, share: float, seed: int) -> tuple[IndexPartition, IndexPartition]:
-    """Sets a share of every client's samples aside, chosen at random: (what is left, what is held out).
+    """Sets a random share of every client's samples aside, and returns (the rest, the held-out samples).
 
     A client keeps at least one sample.
     """
@@ -132,7 +132,7 @@ def hold_out(partition: IndexPartition, share: float, seed: int) -> tuple[IndexP
 
 
 def class_counts(partition: Partition, labels: torch.Tensor, num_classes: int, max_clients: int) -> np.ndarray:
-    """How many samples of each class the first clients have: int64 [min(N, max_clients), K]."""
+    """The number of samples of each class that the first clients have: int64 [min(N, max_clients), K]."""
     rows = [
         torch.bincount(labels[partition.indices(client)], minlength=num_classes)
         for client in range(min(partition.num_clients, max_clients))

@@ -1,6 +1,6 @@
-"""PatchCamelyon from its HDF5 files, a few images at a time.
+"""PatchCamelyon from its HDF5 files, read a few images at a time.
 
-Shapes: S samples of a split; images are stored there as [96, 96, 3].
+Shapes: S samples of a split; the files hold images as [96, 96, 3].
 """
 
 from __future__ import annotations
@@ -10,36 +10,37 @@ from pathlib import Path
 
 import numpy as np
 
-from fedpeft_dist.config.schema import PcamConfig
-from fedpeft_dist.data.source import Contents, Part, Source, check_labels, require_files, stamp, unreadable
+from fedpeft_dist.data.datasets import Contents, Part
+from fedpeft_dist.data.download import TorchvisionSource
+from fedpeft_dist.data.source import check_labels, unreadable
 
-FOLDER = "pcam"
-FILE = "camelyonpatch_level_2_split_{split}_{kind}.h5"
 CLASS_NAMES = ("normal", "tumor")
 SIDE = 96
 CHUNK = 512
 
 
-def pcam_source(config: PcamConfig) -> Source:
-    """
-    Raises:
-        ConfigError: files that are missing.
-    """
-    root = Path(config.root)
-    paths = [pcam_file(root, split, kind) for split in ("train", "test") for kind in "xy"]
-    require_files(config, paths)
-    return Source(stamp(paths, root), lambda: Contents(CLASS_NAMES, _part(root, "train"), _part(root, "test")))
+class PcamSource(TorchvisionSource):
+    """Each split has a file of images (x) and a file of labels (y)."""
+
+    files = tuple(f"pcam/camelyonpatch_level_2_split_{split}_{kind}.h5" for split in ("train", "test") for kind in "xy")
+
+    def num_classes(self) -> int:
+        return len(CLASS_NAMES)
+
+    def fetch(self, folder: Path) -> None:
+        from torchvision.datasets import PCAM
+
+        for split in ("train", "test"):
+            PCAM(folder, split, download=True)
+
+    def read(self) -> Contents:
+        train_images, train_labels, test_images, test_labels = self.paths
+        return Contents(CLASS_NAMES, _read_part(train_images, train_labels), _read_part(test_images, test_labels))
 
 
-def pcam_file(root: Path, split: str, kind: str) -> Path:
-    """Where the images ("x") or the labels ("y") of a split lie."""
-    return root / FOLDER / FILE.format(split=split, kind=kind)
-
-
-def _part(root: Path, split: str) -> Part:
+def _read_part(images_file: Path, labels_file: Path) -> Part:
     import h5py
 
-    images_file, labels_file = (pcam_file(root, split, kind) for kind in "xy")
     try:
         with h5py.File(labels_file) as file:
             labels = np.asarray(file["y"]).astype(np.int64)
@@ -61,7 +62,7 @@ def _part(root: Path, split: str) -> Part:
             with h5py.File(images_file) as file:
                 for start in range(0, len(labels), CHUNK):
                     yield file["x"][start : start + CHUNK].transpose(0, 3, 1, 2)
-        except OSError as error:  # a damaged chunk in the middle
+        except OSError as error:  # a damaged chunk in the middle of the file
             raise unreadable(images_file, error) from None
 
     return Part((len(labels), 3, SIDE, SIDE), labels, chunks)

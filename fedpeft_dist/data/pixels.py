@@ -1,7 +1,7 @@
-"""The uint8 images of a split, by sample number, on the device: kept there, or brought there batch by batch.
+"""Serves the uint8 images of a split on the device: all are kept there, or they are brought there batch by batch.
 
-On the CPU they stay where they are, as a rule in a memory map, and rows are copied out of it. On a GPU they are moved
-there once where they fit; else a background thread gathers the next batch on the host while this one computes.
+On the CPU, images stay where they are, usually in a memory map, and rows are copied out. A GPU gets all images at once
+if they fit. Otherwise a background thread gathers the next batch on the host while the GPU computes.
 
 Shapes: S samples, R rows of a batch, C channels, H x W pixels.
 """
@@ -17,21 +17,21 @@ from fedpeft_dist.data.datasets import ImageSet
 
 UPLOAD_ROWS = 4096
 DEVICE_SHARE = 0.5
-"""Of the device's free memory, for all splits together; the rest is for the clients' training."""
+"""The share of the device's free memory for the images of all splits. The rest is for training."""
 
 
 class Pixels(Protocol):
-    """Where a store's images come from."""
+    """A split's images by sample number."""
 
     def gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """uint8 [R, C, H, W] on the device, of these samples: int64 [R] on the host."""
+        """The images of these samples (int64 [R], on the host): uint8 [R, C, H, W] on the device."""
 
     def prefetch(self, indices: torch.Tensor) -> None:
-        """Announces the samples that `gather` will be asked for next."""
+        """Announces the samples of the next call of `gather`."""
 
 
 class ResidentPixels:
-    """Images that the device reads by itself: in its own memory or, on the CPU, wherever they are."""
+    """Images that the device can read: in its own memory or, on the CPU, wherever they are."""
 
     def __init__(self, images: ImageSet, device: torch.device):
         self.device = device
@@ -48,9 +48,9 @@ class ResidentPixels:
 
 
 class StreamedPixels:
-    """Images that stay on the host; a batch is gathered into a page-locked buffer and copied from there.
+    """Images that stay on the host. Each batch is gathered into a page-locked buffer and copied from there.
 
-    Two buffers take turns, so that one is filled while the other is still being copied.
+    Two buffers take turns: one is filled while the other is still being copied.
     """
 
     def __init__(self, images: ImageSet, device: torch.device):
@@ -66,19 +66,19 @@ class StreamedPixels:
     def gather(self, indices: torch.Tensor) -> torch.Tensor:
         pending, self.pending = self.pending, None
         if pending is None or not torch.equal(pending[0], indices):
-            pending = indices, self.worker.submit(self._bring, indices)  # in turn behind one that nobody wants
+            pending = indices, self.worker.submit(self._bring, indices)  # runs after an unwanted one
         pixels, ready = pending[1].result()
         if ready is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(ready)
-            pixels.record_stream(current)  # it was allocated for the other stream, which must not reuse it too early
+            pixels.record_stream(current)  # allocated on the other stream, which must not reuse it too early
         return pixels
 
     def prefetch(self, indices: torch.Tensor) -> None:
         self.pending = indices, self.worker.submit(self._bring, indices)
 
     def _bring(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Runs in the background thread. The images on the device, and the event after which they are there."""
+        """Returns the images on the device and the event that tells their arrival. Runs in the background thread."""
         if not self.on_cuda:
             return self._fill_buffer(indices).clone(), None
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
@@ -89,14 +89,14 @@ class StreamedPixels:
         return pixels, ready
 
     def _fill_buffer(self, indices: torch.Tensor) -> torch.Tensor:
-        """These samples in the buffer whose turn it is: uint8 [R, C, H, W] on the host."""
+        """Fills the next buffer with these samples: uint8 [R, C, H, W] on the host."""
         self.turn = 1 - self.turn
         buffer = self._free_buffer(len(indices))
         rows = indices if self.rows is None else self.rows[indices]
         return torch.index_select(self.images, 0, rows, out=buffer)
 
     def _free_buffer(self, num_rows: int) -> torch.Tensor:
-        """uint8 [R, C, H, W] on the host, which no copy reads any more."""
+        """A buffer that no copy reads any more: uint8 [R, C, H, W] on the host."""
         copied, buffer = self.copied[self.turn], self.buffers[self.turn]
         if copied is not None:
             copied.synchronize()
@@ -107,10 +107,10 @@ class StreamedPixels:
 
 
 def choose_resident(splits: list[ImageSet], device: torch.device) -> list[bool]:
-    """Which splits are kept on the device: the first ones that fit into DEVICE_SHARE of its free memory together."""
+    """Tells for each split whether it is kept on the device: the first ones that fit into DEVICE_SHARE together."""
     if device.type == "cpu":
         return [True] * len(splits)
-    torch.cuda.empty_cache()  # what earlier runs of this process have left in PyTorch's own pool
+    torch.cuda.empty_cache()  # returns memory that PyTorch kept from earlier runs of this process
     budget, chosen = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0], []
     for split in splits:
         size = len(split) * split.images[0].nbytes
@@ -120,7 +120,7 @@ def choose_resident(splits: list[ImageSet], device: torch.device) -> list[bool]:
 
 
 def upload(images: ImageSet, device: torch.device) -> torch.Tensor:
-    """All samples on the device, uint8 [S, C, H, W]; a piece at a time, so that the host need not hold them."""
+    """Copies all samples to the device, piece by piece: uint8 [S, C, H, W]. The host need not hold all of them."""
     there = torch.empty((len(images), *images.images.shape[1:]), dtype=torch.uint8, device=device)
     for start in range(0, len(images), UPLOAD_ROWS):
         piece = slice(start, start + UPLOAD_ROWS)
@@ -129,5 +129,5 @@ def upload(images: ImageSet, device: torch.device) -> torch.Tensor:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without making the host wait for it."""
+    """Copies a tensor to the device. The host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,6 +1,6 @@
-"""How a run makes the backbone's input of a picture: written beside its parameters, and told by an export.
+"""The steps from a picture to the backbone's input. A run writes them beside its parameters; an export tells them.
 
-timm says the same by the arguments of `timm.data.create_transform`.
+timm describes such steps by the arguments of `timm.data.create_transform`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft_dist.config.schema import DataConfig, HuggingFaceConfig
+from fedpeft_dist.config.schema import DataConfig
 from fedpeft_dist.data.augment import choose_interpolation
 
 SQUASH, CENTER = "squash", "center"
@@ -19,7 +19,7 @@ SQUASH, CENTER = "squash", "center"
 
 @dataclass(frozen=True)
 class ImageRecipe:
-    """From a picture to the backbone's input, without augmentation."""
+    """The steps from a picture to the backbone's input, without augmentation."""
 
     size: int
     channels: int
@@ -28,7 +28,7 @@ class ImageRecipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     upright: bool
-    """Whether a picture is turned by its EXIF orientation first, which timm leaves to its caller."""
+    """Whether a picture is turned by its EXIF orientation first. timm leaves this to its caller."""
 
     @classmethod
     def of(
@@ -39,19 +39,19 @@ class ImageRecipe:
             interpolation, mean, std: the backbone's own.
             cropped: whether the stored images were cropped.
         """
-        mode, upright = CENTER if cropped else SQUASH, isinstance(config, HuggingFaceConfig)
-        return cls(config.image_size, len(mean), choose_interpolation(config, interpolation), mode, mean, std, upright)
+        mode, interpolation = CENTER if cropped else SQUASH, choose_interpolation(config, interpolation)
+        return cls(config.image_size, len(mean), interpolation, mode, mean, std, config.upright)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> ImageRecipe | None:
-        """None where nothing of it was written: by a run of an older version."""
+        """None if the run is of an older version, which wrote no recipe."""
         if "crop_mode" not in metadata:
             return None
         size, mean, std, upright = (json.loads(metadata[key]) for key in ("image_size", "mean", "std", "upright"))
         return cls(size, len(mean), metadata["interpolation"], metadata["crop_mode"], tuple(mean), tuple(std), upright)
 
     def metadata(self) -> dict[str, str]:
-        """For a safetensors file."""
+        """The recipe as text, for a safetensors file."""
         return {
             "image_size": json.dumps(self.size),
             "interpolation": self.interpolation,
@@ -62,7 +62,7 @@ class ImageRecipe:
         }
 
     def timm_arguments(self) -> dict[str, Any]:
-        """What `timm.data.create_transform` takes."""
+        """The arguments of `timm.data.create_transform`."""
         return {
             "input_size": (self.channels, self.size, self.size),
             "interpolation": self.interpolation,
@@ -73,7 +73,7 @@ class ImageRecipe:
         }
 
     def describe(self) -> str:
-        """Plain English."""
+        """The recipe in sentences, for a README."""
         side = f"{self.size} x {self.size}"
         turned = "turned by their EXIF orientation, " if self.upright else ""
         fitted = {

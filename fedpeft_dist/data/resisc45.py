@@ -1,50 +1,71 @@
-"""NWPU-RESISC45 (Cheng et al. 2017): class folders without a split of their own; it is drawn, or given as lists."""
+"""NWPU-RESISC45 (Cheng et al. 2017): class folders without a published split. The split is drawn or given as lists."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import Resisc45Config
+from fedpeft_dist.data.datasets import Contents
 from fedpeft_dist.data.image_files import DECODING, choose_form, encoded_files
 from fedpeft_dist.data.image_folder import ClassFolders, folder_part, list_images, passed_over_notes
-from fedpeft_dist.data.source import Contents, Source, check_num_classes, printable
+from fedpeft_dist.data.source import FileSource, check_num_classes, printable
 from fedpeft_dist.lanes.random import derive_seed, permutation
 
 FOLDER = "NWPU-RESISC45"
 NUM_CLASSES = 45
 SIDE = 256
-"""What all of its images have; one that has not is brought to it."""
+"""The images' width and height in pixels. An image of another size is resized and cropped."""
 
 
-def resisc45_source(config: Resisc45Config) -> Source:
-    """
-    Raises:
-        ConfigError: folders that are missing, a share that splits nothing off, lists that do not fit the files.
-    """
-    folder = Path(config.root) / FOLDER
-    if not folder.is_dir():
-        raise ConfigError(
-            f"data.name: 'resisc45' needs its {NUM_CLASSES} class folders in '{folder}' (data.root: '{config.root}'), "
-            "and there is no such folder; the archive has to be downloaded by hand"
-        )
-    images = list_images(folder)
-    check_num_classes("data.name: 'resisc45'", NUM_CLASSES, f"'{folder}'", images.class_names)
-    if config.train_list is not None:
-        train, test = read_lists(images, config)
-    else:
-        train, test = draw_split(images.files, config.test_share, config.split_seed)
-    return Source([DECODING, images.identity, train, test], lambda: _read(images, train, test))
+class Resisc45Source(FileSource):
+    config: Resisc45Config
+
+    def num_classes(self) -> int:
+        return NUM_CLASSES
+
+    def identity(self) -> Any:
+        return [DECODING, self.images.identity, *self.split]
+
+    @cached_property
+    def images(self) -> ClassFolders:
+        folder = Path(self.config.root) / FOLDER
+        if not folder.is_dir():
+            raise ConfigError(
+                f"data.name: 'resisc45' needs its {NUM_CLASSES} class folders in '{folder}' "
+                f"(data.root: '{self.config.root}'), and there is no such folder; the archive has to be downloaded by "
+                "hand"
+            )
+        images = list_images(folder)
+        check_num_classes("data.name: 'resisc45'", NUM_CLASSES, f"'{folder}'", images.class_names)
+        return images
+
+    @cached_property
+    def split(self) -> tuple[list[str], list[str]]:
+        """The training images and the test images, as `<class>/<file>`."""
+        if self.config.train_list is not None:
+            return read_lists(self.images, self.config)
+        return draw_split(self.images.files, self.config.test_share, self.config.split_seed)
+
+    def read(self) -> Contents:
+        images, (train, test) = self.images, self.split
+        form = choose_form(encoded_files(images.folder, [*train, *test]), SIDE)
+        parts = [folder_part(images.folder, names, images.files, form) for names in (train, test)]
+        texts = {"train.txt": "\n".join(train) + "\n", "test.txt": "\n".join(test) + "\n"}
+        notes = passed_over_notes(images) + form.notes
+        return Contents(images.class_names, *parts, texts, form.cropped, notes)
 
 
 def draw_split(files: Mapping[str, Sequence[str]], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """(train, test): of every class, the same share for testing, at least one image and never all.
+    """(train, test): the same share of every class goes to testing, at least one image and never all.
 
-    A class's draw depends on the seed, its name and its number of images alone.
+    The draw of a class depends only on the seed, the class's name and its number of images.
 
     Raises:
-        ConfigError: a class too small to be split, a share of 0.
+        ConfigError: a class is too small to be split, or the share is 0.
     """
     train, test = [], []
     for name, own in files.items():
@@ -62,7 +83,7 @@ def read_lists(images: ClassFolders, config: Resisc45Config) -> tuple[list[str],
     """(train, test), as the config's text files name them.
 
     Raises:
-        ConfigError: a file that cannot be read, an image that is missing or named twice, a class without an image.
+        ConfigError: a file cannot be read, an image is missing or named twice, or a class has no image.
     """
     train, test = (_read_list(images, key, getattr(config, key)) for key in ("train_list", "test_list"))
     both = set(train) & set(test)
@@ -76,7 +97,7 @@ def read_lists(images: ClassFolders, config: Resisc45Config) -> tuple[list[str],
 
 def _read_list(images: ClassFolders, key: str, path: str) -> list[str]:
     try:
-        # A byte order mark is left out; names that are no UTF-8 stay what they are on the disk.
+        # A byte order mark is dropped. Names that are not UTF-8 stay the same bytes as on the disk.
         text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise ConfigError(f"data.{key}: '{path}' cannot be read ({error})") from None
@@ -100,9 +121,9 @@ def _read_list(images: ClassFolders, key: str, path: str) -> list[str]:
 
 
 def _names_in_lists(images: ClassFolders) -> dict[str, list[str]]:
-    """What a list may call the images, each with the files of that name.
+    """The files behind each name that a list may use.
 
-    An image's own name tells its class in this data set, so lists without folders are in use too.
+    In this data set an image's own name tells its class. Lists without folders are therefore in use too.
     """
     known: dict[str, list[str]] = {}
     for files in images.files.values():
@@ -110,11 +131,3 @@ def _names_in_lists(images: ClassFolders) -> dict[str, list[str]]:
             for name in {file, file.partition("/")[2], file.rpartition("/")[2]}:
                 known.setdefault(name, []).append(file)
     return known | {file: [file] for files in images.files.values() for file in files}
-
-
-def _read(images: ClassFolders, train: Sequence[str], test: Sequence[str]) -> Contents:
-    form = choose_form(encoded_files(images.folder, [*train, *test]), SIDE)
-    parts = [folder_part(images.folder, names, images.files, form) for names in (train, test)]
-    texts = {"train.txt": "\n".join(train) + "\n", "test.txt": "\n".join(test) + "\n"}
-    notes = passed_over_notes(images) + form.notes
-    return Contents(images.class_names, *parts, texts, form.cropped, notes)

@@ -1,91 +1,94 @@
-"""What a reader of files tells the store: how a data set is recognised, and how its images come, chunk by chunk.
+"""A data set of a config: its number of classes, how it is loaded, and how its files are fetched.
 
-A reader is a function from a config section to a `Source`. Making one only lists files; `read` opens them.
-
-Shapes: S samples, C channels, H x W pixels, n samples of a chunk.
+A data set is one class in a file of its own, one line in DATASETS (`data/__init__.py`) and one section in
+`config/schema/data.py`. Everything else asks the class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.schema import DataConfig
+from fedpeft_dist.config.schema import DataSection
+from fedpeft_dist.data.datasets import Contents, Dataset
+from fedpeft_dist.data.image_store import ImageStore
 
 PREFETCH = "run `fedpeft prefetch CONFIG` on a machine with internet"
 
 
-@dataclass(frozen=True)
-class Part:
-    """One split, as it is read."""
+class DataSource(ABC):
+    """A data set as one config section describes it. Making a source reads nothing.
 
-    shape: tuple[int, int, int, int]
-    """(S, C, H, W)."""
-    labels: np.ndarray
-    """int64 [S]."""
-    chunks: Callable[[], Iterator[np.ndarray]]
-    """Starts reading: uint8 [n, C, H, W] each, all samples in order."""
-    groups: np.ndarray | None = None
-    """int64 [S]: whose sample it is, where that is known."""
+    Every method may raise ConfigError, if the config does not fit the data or files are missing or damaged.
+    """
 
+    def __init__(self, config: DataSection):
+        self.config = config
 
-@dataclass(frozen=True)
-class Contents:
-    """Both splits, ready to be read."""
+    @abstractmethod
+    def num_classes(self) -> int:
+        """The number of classes, found without reading an image."""
 
-    class_names: tuple[str, ...]
-    train: Part
-    test: Part
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """File name to text: what else belongs beside the images, such as the lists of a random split."""
-    cropped: bool = False
-    """Whether images were resized on the shorter side and cropped, since their sizes differ."""
-    notes: tuple[str, ...] = ()
-    """Lines that a user should read once, when the store is built."""
+    @abstractmethod
+    def load(self, seed: int) -> Dataset:
+        """Both splits, decoded. Only data that is made at random depends on the seed."""
+
+    def prefetch(self) -> Path | None:
+        """Fetches and decodes the data set.
+
+        Returns:
+            The folder of the decoded images; None if there are no files to fetch.
+        """
+        return None
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set on this machine's disk."""
+class FileSource(DataSource):
+    """A data set of files. They are decoded once, into a store on disk."""
 
-    identity: Any
-    """What JSON can hold; it changes whenever the decoded images would."""
-    read: Callable[[], Contents]
-    """Raises ConfigError for a file that is not what it should be."""
+    @abstractmethod
+    def identity(self) -> Any:
+        """A JSON value that changes whenever the decoded images would. Lists the files and opens none."""
+
+    @abstractmethod
+    def read(self) -> Contents:
+        """Opens the files."""
+
+    def download(self) -> None:
+        """Fetches the files that are missing. Does nothing for files that users must put in place by hand."""
+
+    @cached_property
+    def store(self) -> ImageStore:
+        root = Path(self.config.store) if self.config.store is not None else Path(self.config.root) / ".store"
+        return ImageStore(root, self.config.name, self.identity())
+
+    def load(self, seed: int) -> Dataset:
+        return self.store.load(self.read)
+
+    def prefetch(self) -> Path:
+        self.download()
+        self.load(seed=0)
+        return self.store.folder
 
 
 def stamp(paths: Iterable[Path], root: Path) -> list[list[Any]]:
-    """Names, sizes and times of change, by which files are recognised wherever they are moved to."""
+    """The name below root, the size and the time of change of each file. Moving the files changes none of them."""
     stats = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-def require_files(config: DataConfig, paths: Iterable[Path]) -> None:
-    """
-    Raises:
-        ConfigError: some of these are not there.
-    """
-    missing = [path.relative_to(config.root).as_posix() for path in paths if not path.is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(
-            f"data.name: {config.name!r} needs the file {missing[0]}{more} below data.root: '{config.root}', "
-            f"and there is none; {PREFETCH}"
-        )
 
 
 def check_num_classes(key: str, expected: int, where: str, names: Iterable[str]) -> None:
     """
     Args:
-        key: what says how many there should be, such as "data.classes: 10".
+        key: the key and value that say how many classes to expect, such as "data.classes: 10".
 
     Raises:
-        ConfigError: another number of classes than expected.
+        ConfigError: the number of classes is another one.
     """
     names = list(names)
     if len(names) != expected:
@@ -96,7 +99,7 @@ def check_num_classes(key: str, expected: int, where: str, names: Iterable[str])
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
     """
     Raises:
-        ConfigError: no sample at all, or a label that is no class.
+        ConfigError: there is no sample, or a label outside 0 .. num_classes - 1.
     """
     if not len(labels):
         raise ConfigError(f"data.root: {where} holds no sample")
@@ -112,11 +115,11 @@ def unreadable(
     remedy: str = "put a whole copy of the file there",
     key: str = "data.root",
 ) -> ConfigError:
-    """The error for a file that is damaged, or something else than it should be."""
+    """The error for a file that is damaged or has other contents than expected."""
     text = " ".join(str(reason).split()) or type(reason).__name__
     return ConfigError(f"{key}: '{printable(path)}' cannot be read ({text[:200]}); {remedy}")
 
 
 def printable(name: Path | str) -> str:
-    """A file's name as text that can be encoded: bytes that are no UTF-8 stand as `\\x..`."""
+    """A file's name as text that can be encoded: bytes that are not UTF-8 become `\\x..`."""
     return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,7 +1,7 @@
-"""The ways to deal training samples out to clients. SPLITS maps a partition's config class to one of them.
+"""The ways to deal training samples out to clients. SPLITS maps a partition's config class to its function.
 
-Each is a function of (config, training set, numpy generator) to one int64 array of sample indices per client. No rule
-prefers a client for its number: what rounding leaves over is dealt out by chance.
+A function takes (config, training set, numpy generator) and returns one int64 array of sample indices per client. No
+function prefers a client for its number: the samples that rounding leaves over are dealt out by chance.
 
 Shapes: N clients, K classes.
 """
@@ -9,6 +9,7 @@ Shapes: N clients, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 
@@ -25,14 +26,14 @@ def _split_iid(config: schema.DataConfig, train: ImageSet, rng: np.random.Genera
 
 
 def _split_dirichlet(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
-    """Each class is dealt out by its own draw of shares from Dir(alpha, ..., alpha) over the clients (Yurochkin et al.
-    2019, arXiv 1905.12022)."""
+    """Each class has its own draw of shares from Dir(alpha, ..., alpha) over the clients (Yurochkin et al. 2019, arXiv
+    1905.12022)."""
     partition, clients = config.partition, config.clients
     labels = train.labels.numpy()
     sizes = np.bincount(labels)
 
     def draw() -> tuple[np.ndarray, np.ndarray]:
-        """Where each class is cut, [K, N - 1], and how many samples each client gets, [N]."""
+        """The places where each class is cut, [K, N - 1], and the number of samples of each client, [N]."""
         shares = rng.dirichlet(np.full(clients, partition.alpha), size=len(sizes))
         cuts = _cut(shares, sizes[:, None], rng)
         return cuts, np.diff(cuts, axis=1, prepend=0, append=sizes[:, None]).sum(axis=0)
@@ -48,10 +49,10 @@ def _split_dirichlet_mix(config: schema.DataConfig, train: ImageSet, rng: np.ran
     """Clients of equal size, each with a mix of classes drawn from Dir(alpha * p), where p are the classes' shares of
     the training samples (Hsu et al. 2019, arXiv 1909.06335).
 
-    Every sample has one client. Each client draws the classes of its samples from its mix, all clients at once. Where
-    more are drawn of a class than there are, random ones of these draws are taken back; they are drawn anew from the
-    client's mix without the exhausted classes, renormalised. A client whose classes are all exhausted draws in
-    proportion to what is left.
+    Every sample has one client. Each client draws the classes of its samples from its mix, all clients at once. If a
+    class is drawn more often than it has samples, random draws of it are taken back. The client draws them again from
+    its mix without the exhausted classes, renormalised. A client whose classes are all exhausted draws in proportion to
+    the samples that are left.
     """
     labels = train.labels.numpy()
     left = np.bincount(labels)
@@ -75,8 +76,8 @@ def _split_dirichlet_mix(config: schema.DataConfig, train: ImageSet, rng: np.ran
 
 
 def _split_quantity(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
-    """Sizes are one draw from Dir(alpha, ..., alpha), the samples of each client a random set (Li et al. 2022,
-    arXiv 2102.02079, quantity skew)."""
+    """The sizes are one draw from Dir(alpha, ..., alpha). Each client's samples are a random set (Li et al. 2022, arXiv
+    2102.02079, quantity skew)."""
 
     def draw() -> tuple[np.ndarray, np.ndarray]:
         cuts = _cut(rng.dirichlet(np.full(config.clients, config.partition.alpha)), len(train), rng)
@@ -87,14 +88,14 @@ def _split_quantity(config: schema.DataConfig, train: ImageSet, rng: np.random.G
 
 
 def _cut(shares: np.ndarray, total: int | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Where a row of samples is cut, so that each client gets its share of the total: int64 [..., N - 1].
+    """The places where a row of samples is cut to give each client its share of the total: int64 [..., N - 1].
 
-    Rounding starts at a random place of every row (systematic sampling). So a client's count differs from its share
-    times the total by less than one, equals it on average, and does not depend on the client's number.
+    Rounding starts at a random place of every row (systematic sampling). A client's count therefore differs from its
+    share times the total by less than one, equals it on average, and does not depend on the client's number.
 
     Args:
-        shares: [..., N], which add up to 1.
-        total: samples of each row, [..., 1].
+        shares: [..., N]; each row adds up to 1.
+        total: the samples of each row, [..., 1].
     """
     ends = np.cumsum(shares, axis=-1)[..., :-1] * total + rng.random((*shares.shape[:-1], 1))
     return np.minimum(np.floor(ends).astype(np.int64), total)
@@ -105,7 +106,7 @@ def _even(clients: int) -> np.ndarray:
 
 
 def _deal_classes(labels: np.ndarray, cuts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Each class in random order, cut at its row of `cuts` [K, N - 1]: the samples of every client."""
+    """The samples of every client: each class in random order, cut at its row of `cuts` [K, N - 1]."""
     parts = [
         np.split(rng.permutation(np.flatnonzero(labels == label)), own_cuts) for label, own_cuts in enumerate(cuts)
     ]
@@ -115,10 +116,13 @@ def _deal_classes(labels: np.ndarray, cuts: np.ndarray, rng: np.random.Generator
 def _draw_until_enough(
     draw: Callable[[], tuple[np.ndarray, np.ndarray]], config: schema.DataConfig, num_train: int, redraw: bool = True
 ) -> np.ndarray:
-    """The first draw (cuts, sizes [N]) whose sizes all reach `min_samples`: its cuts; just the first without `redraw`.
+    """The cuts of the first draw (cuts, sizes [N]) whose sizes all reach `min_samples`.
+
+    Args:
+        redraw: False takes the very first draw.
 
     Raises:
-        ConfigError: no draw can reach it, or none of MAX_DRAWS has.
+        ConfigError: no draw can reach the sizes, or none of MAX_DRAWS has reached them.
     """
     partition, clients = config.partition, config.clients
     where = f"data.partition.min_samples: {partition.min_samples}"
@@ -131,14 +135,14 @@ def _draw_until_enough(
     raise ConfigError(
         f"{where} is not met by any of {MAX_DRAWS} draws for {clients} clients with data.partition.alpha: "
         f"{partition.alpha}; lower it, take fewer clients or a larger alpha"
-        + (", or set data.partition.top_up: true" if isinstance(partition, schema.DirichletPartition) else "")
+        + (", or set data.partition.top_up: true" if hasattr(partition, "top_up") else "")
     )
 
 
 def _top_up(lists: list[np.ndarray], min_samples: int, rng: np.random.Generator) -> None:
-    """Gives every client below `min_samples` samples of the client that is the largest at that moment, one by one.
+    """Moves samples one by one from the largest client of the moment to each client below `min_samples`.
 
-    Clients come in random order, and chance decides between the largest ones.
+    The clients come in random order, and chance decides between equally large clients.
     """
     sizes = np.array([len(part) for part in lists])
     for client in rng.permutation(np.flatnonzero(sizes < min_samples)):
@@ -152,7 +156,7 @@ def _top_up(lists: list[np.ndarray], min_samples: int, rng: np.random.Generator)
 
 
 def _split_shards(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
-    """Samples sorted by class, cut into equal shards, k of them to each client (McMahan et al. 2017)."""
+    """Samples sorted by class and cut into equal shards; each client gets a few shards (McMahan et al. 2017)."""
     clients, per_client = config.clients, config.partition.classes_per_client
     num_classes = len(np.unique(train.labels.numpy()))
     if per_client > num_classes:
@@ -173,10 +177,9 @@ def _split_shards(config: schema.DataConfig, train: ImageSet, rng: np.random.Gen
 
 def _split_natural(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
     if train.groups is None:
-        # A data set that may know them has a key for it.
         lacks = "data.client_column: null names no column that says whose a sample is; give one"
-        if not hasattr(config, "client_column"):
-            lacks = f"{config.name!r} knows no natural clients; glyphs, glyphs100 and huggingface do"
+        if not config.natural_clients:
+            lacks = f"{config.name!r} knows no natural clients; data sets that do: {_data_sets_with_natural_clients()}"
         raise ConfigError(f"data.partition.name: 'natural', but {lacks}")
     groups = train.groups.numpy()
     names = np.unique(groups)
@@ -186,6 +189,11 @@ def _split_natural(config: schema.DataConfig, train: ImageSet, rng: np.random.Ge
             f"give null or {len(names)}"
         )
     return [np.flatnonzero(groups == name) for name in names]
+
+
+def _data_sets_with_natural_clients() -> str:
+    sections = [section for section in schema.DataSection.__subclasses__() if section.natural_clients]
+    return ", ".join(get_args(section.model_fields["name"].annotation)[0] for section in sections)
 
 
 SPLITS = {

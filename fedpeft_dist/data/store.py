@@ -1,4 +1,4 @@
-"""A split of a data set, served on the device in batches by sample number: gather, resize and augment, normalise.
+"""Serves a split's batches on the device, by sample number: gather, resize and augment, normalise.
 
 Shapes: L lanes, B batch, C channels, H x W pixels.
 """
@@ -14,16 +14,16 @@ from fedpeft_dist.data.pixels import Pixels, ResidentPixels, StreamedPixels, sen
 
 
 class DeviceStore:
-    """Nothing is decoded during a round; what comes out does not depend on where the images are kept.
+    """Batches of a split. Nothing is decoded here, and a batch does not depend on where the images are kept.
 
     Args:
-        transform: resizes the images to what the backbone takes and, where keys are given, augments them.
-        channels: what the backbone takes; grey images are repeated to fill it.
+        transform: resizes images to the backbone's size and, if keys are given, augments them.
+        channels: the backbone's channels. Grey images are repeated to fill them.
         mean, std: the backbone's own, per channel, for images scaled to 0 .. 1.
-        resident: whether the images are moved to the device now (nothing is moved on the CPU), or batch by batch.
+        resident: whether all images are moved to the device now. False moves them batch by batch.
 
     Raises:
-        ConfigError: colour images for a backbone that takes grey ones.
+        ConfigError: the images are in colour and the backbone takes grey ones.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DeviceStore:
         return len(self.labels)
 
     def prefetch(self, indices: torch.Tensor) -> None:
-        """Announces the indices, int64 [L, B] on the host, that `batch` will be asked for next."""
+        """Announces the indices, int64 [L, B] on the host, of the next call of `batch`."""
         self.pixels.prefetch(indices.flatten())
 
     def batch(self, indices: torch.Tensor, keys: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,7 @@ class DeviceStore:
 
         Args:
             indices: int64 [L, B], on the host.
-            keys: int64 [L, B] on the device, one per sample, for augmentation; None serves the images as they are.
+            keys: int64 [L, B] on the device, one per sample, for augmentation; None augments nothing.
 
         Returns:
             float32 [L, B, C, H, W] and int64 [L, B].

@@ -1,6 +1,6 @@
-"""Writes a store's files one after another, from the first byte to the last, and renames the whole into place.
+"""Writes a store's files one after another, from the first byte to the last, and renames their folder into place.
 
-Nothing is written through a memory map: a full disk would be a signal then, and here it is an error with a message.
+Nothing is written through a memory map. There, a full disk would be a signal; here it is an error with a message.
 
 Shapes: S samples of a split, C channels, H x W pixels.
 """
@@ -19,17 +19,17 @@ import numpy as np
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.build_progress import BuildProgress
-from fedpeft_dist.data.source import Contents, Part
+from fedpeft_dist.data.datasets import Contents, Part
+from fedpeft_dist.runtime.files import DISK_FULL
 
 META = "meta.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_store(contents: Contents, building: Path, folder: Path, name: str) -> None:
     """Writes a data set's files below `building`, an empty folder, and renames it to `folder`.
 
     Raises:
-        ConfigError: source files that are damaged; a disk that is full or cannot be written.
+        ConfigError: a source file is damaged, or the disk is full or cannot be written.
     """
     parts = {"train": contents.train, "test": contents.test}
     needed = sum(int(np.prod(part.shape)) + part.labels.nbytes for part in parts.values())
@@ -40,8 +40,8 @@ def write_store(contents: Contents, building: Path, folder: Path, name: str) -> 
     num_images = sum(part.shape[0] for part in parts.values())
     with BuildProgress(f"{folder.name}: decoding", num_images) as progress:
         for split, part in parts.items():
-            # Reading and writing take turns in the loop; an error of the reader's is not taken for a full disk, since
-            # readers turn their own into ConfigError.
+            # Reading and writing take turns here. An error of a reader is never taken for a full disk, because readers
+            # turn their own errors into ConfigError.
             with _told_of_full_disk(folder.parent, name, needed, free):
                 _write_images(part, building / f"{split}_images.npy", progress)
                 _write_array(part.labels, building / f"{split}_labels.npy")
@@ -56,7 +56,7 @@ def write_store(contents: Contents, building: Path, folder: Path, name: str) -> 
         _flush_folder(building)
         os.rename(building, folder)
         _flush_folder(folder.parent)
-    progress.done(folder)
+    progress.tell_done(folder)
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _told_of_full_disk(root: Path, name: str, needed: int, free: int) -> Iterato
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in DISK_FULL:
             raise ConfigError(f"data.store: '{root}' cannot be written ({error.strerror or error})") from None
         raise ConfigError(
             f"data.store: '{root}' has no room for {name}: {needed:,} bytes are needed and {free:,} were free "
@@ -82,7 +82,7 @@ def _write_images(part: Part, path: Path, progress: BuildProgress) -> None:
             assert chunk.shape[1:] == part.shape[1:]
             file.write(np.ascontiguousarray(chunk).data)
             written += len(chunk)
-            progress.add(len(chunk))
+            progress.images_done(len(chunk))
         assert written == part.shape[0]
         _flush(file)
 
@@ -94,7 +94,7 @@ def _write_array(array: np.ndarray, path: Path) -> None:
 
 
 def _write_text(text: str, path: Path) -> None:
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # names may be no UTF-8
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # names may not be UTF-8
         file.write(text)
         _flush(file)
 
@@ -105,7 +105,7 @@ def _flush(file) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """So that the names in it survive a crash, too."""
+    """Makes the names in a folder survive a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""An export's folder, which appears whole or not at all, and never in the place of anything but an older export."""
+"""An export's folder. It appears whole or not at all, and replaces nothing but an older export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedpeft_dist.runtime.files import give_usual_mode
 
 README = "README.md"
 SIGNATURE = "Written by `fedpeft export`."
-"""A line of every export's README, by which it is known again."""
+"""A line of every export's README, by which an older export is recognised."""
 FILES = {
     README,
     "adapter_config.json",
@@ -29,7 +29,7 @@ FILES = {
 def check_output(output: Path) -> None:
     """
     Raises:
-        ConfigError: a place that cannot be written, or that holds something else than an export.
+        ConfigError: the place cannot be written, or holds something else than an export.
     """
     output = output.absolute()
     try:
@@ -37,7 +37,7 @@ def check_output(output: Path) -> None:
             raise ConfigError(f"--output {output}: holds other things than an export, which stay; give a new folder")
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be read ({error})") from None
-    existing = next(path for path in output.parents if path.exists())  # the folder is made beside its place
+    existing = next(path for path in output.parents if path.exists())  # the new folder is first made beside its place
     if output.exists() and not output.is_dir():
         existing = output
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -49,7 +49,7 @@ def write_folder(output: Path, fill: Callable[[Path], None]) -> None:
     """Fills a temporary folder beside the place, flushes it to disk and moves it there.
 
     Raises:
-        ConfigError: it cannot be written; what was there before stays.
+        ConfigError: the folder cannot be written; an older export stays.
     """
     output = output.resolve()
     new, old = (output.with_name(f".{output.name[:40]}.{os.getpid()}.{kind}") for kind in ("new", "old"))
@@ -78,7 +78,7 @@ def write_folder(output: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether the folder is empty or holds an export and nothing beside it."""
+    """Whether the folder is empty or holds an export and nothing else."""
     names = {path.name for path in folder.iterdir()}
     if not names:
         return True

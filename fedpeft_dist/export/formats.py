@@ -1,4 +1,4 @@
-"""The formats of an export: which methods go into each, what stands in its folder, and what loads it."""
+"""The formats of an export: which methods fit each one, which files it writes, and the Python that loads them."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ import torch
 from safetensors.torch import save_file
 
 from fedpeft_dist.backbones.timm_backbone import classifier_names
-from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.schema import AdapterConfig, LoraConfig, MethodConfig, PromptConfig
 from fedpeft_dist.export.folder import README, SIGNATURE
-from fedpeft_dist.export.trained_run import LORA_A, TrainedRun, merge
+from fedpeft_dist.export.trained_run import TrainedRun
+from fedpeft_dist.methods.method import Method
 
 HERE = "PATH/TO/THIS/FOLDER"
 
 
 class Format(Protocol):
     limits: str
-    """Why a method may not go into it."""
+    """The reason why a method may not fit, after "does not fit method 'prompt', "."""
 
-    def fits(self, method: MethodConfig) -> bool: ...
+    def fits(self, method: Method) -> bool: ...
 
     def write(self, run: TrainedRun, folder: Path) -> None:
         """Fills an empty folder."""
 
     def expression(self, run: TrainedRun, folder: str) -> str:
-        """Python that loads what lies in the folder."""
+        """Python that loads the folder's contents."""
 
 
 class TimmFormat:
-    """The whole trained model, as timm's `local-dir:` source takes it."""
+    """The whole trained model, for timm's `local-dir:` source."""
 
-    limits = "the modules that it adds are none of timm's"
+    limits = "whose modules timm does not have"
 
-    def fits(self, method: MethodConfig) -> bool:
-        return not isinstance(method, PromptConfig | AdapterConfig)
+    def fits(self, method: Method) -> bool:
+        return method.merge is not None
 
     def write(self, run: TrainedRun, folder: Path) -> None:
-        write_model(run, merge(run), folder)
+        write_model(run, run.method.merge(run.frozen, run.trained), folder)
         lines = [
             "import timm",
             f"model = {self.expression(run, HERE)}",
@@ -54,38 +53,23 @@ class TimmFormat:
 
 
 class PeftFormat:
-    """LoRA's matrices and the classifier, and the backbone too where timm cannot make it by name (`base`)."""
+    """The method's tensors and the classifier. If timm cannot make the backbone by name, it lies in `base`."""
 
-    limits = "it takes LoRA only"
+    limits = "which Hugging Face peft does not know"
 
-    def fits(self, method: MethodConfig) -> bool:
-        return isinstance(method, LoraConfig)
+    def fits(self, method: Method) -> bool:
+        return method.to_peft is not None
 
     def write(self, run: TrainedRun, folder: Path) -> None:
-        method = run.config.method
-        assert isinstance(method, LoraConfig)
-        modules = run.backbone.model.modules()
-        if "qkv" in method.targets and any(getattr(m, "q_bias", None) is not None for m in modules):
-            raise ConfigError(
-                f"--format peft: {type(run.backbone.model).__name__} reads the weight of qkv itself and would pass "
-                "peft's layer by; give --format timm or safetensors"
-            )
+        keys, tensors = run.method.to_peft(run.backbone.model, run.trained)
         adapter = {
-            "peft_type": "LORA",
+            **keys,
             "task_type": None,
-            "base_model_name_or_path": None,  # a name would have peft ask the hub for it; README.md tells the base
+            "base_model_name_or_path": None,  # peft would ask the hub for a name; README.md tells the base
             "inference_mode": True,
-            "r": method.rank,
-            "lora_alpha": int(method.alpha) if method.alpha.is_integer() else method.alpha,
-            "lora_dropout": method.dropout,
-            "target_modules": [name.removesuffix(LORA_A) for name in run.trained if name.endswith(LORA_A)],
-            "modules_to_save": list(classifier_names(run.backbone.model)),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-            "use_rslora": False,
+            "modules_to_save": [name for name in classifier_names(run.backbone.model) if f"{name}.weight" in tensors],
         }
-        tensors = {f"base_model.model.{name}": tensor for name, tensor in run.trained.items()}
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
         _write_tensors(folder / "adapter_model.safetensors", tensors, run.recipe.metadata())
         _write_json(folder / "adapter_config.json", adapter)
         if not run.timm_has_weights:
@@ -95,9 +79,10 @@ class PeftFormat:
             "import timm",
             "from peft import PeftModel",
             f"model = {self.expression(run, HERE)}",
-            *_transform_lines(run),
+            _transform_line(run),
         ]
-        _write_readme(run, folder, "A LoRA adapter with the trained classifier, for Hugging Face peft:", lines)
+        title = f"An adapter ({keys['peft_type']}) with the trained classifier, for Hugging Face peft:"
+        _write_readme(run, folder, title, lines)
 
     def expression(self, run: TrainedRun, folder: str) -> str:
         base = _timm_model(f"{folder}/base")
@@ -109,11 +94,11 @@ class PeftFormat:
 
 
 class SafetensorsFormat:
-    """The trained parameters by name, and what they are in the file's metadata: strings, each of them JSON or plain."""
+    """The trained parameters by name. The file's metadata describes them in strings, some of which hold JSON."""
 
     limits = ""
 
-    def fits(self, method: MethodConfig) -> bool:
+    def fits(self, method: Method) -> bool:
         return True
 
     def write(self, run: TrainedRun, folder: Path) -> None:
@@ -133,7 +118,7 @@ class SafetensorsFormat:
             f'with safe_open("{HERE}/trainable.safetensors", framework="pt") as file:',
             "    metadata = file.metadata()  # backbone, method, classes, image_size, crop_mode, mean, std, ...",
             "    tensors = {name: file.get_tensor(name) for name in file.keys()}",
-            *_transform_lines(run),
+            _transform_line(run),
         ]
         _write_readme(run, folder, "The trained parameters by name:", lines)
 
@@ -146,7 +131,7 @@ def _timm_model(folder: str) -> str:
 
 
 def write_model(run: TrainedRun, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """A timm model with these tensors: model.safetensors, and the config.json that timm rebuilds it from."""
+    """Writes a timm model with these tensors: model.safetensors, and the config.json from which timm rebuilds it."""
     name, arguments = run.architecture
     own = run.backbone.model.pretrained_cfg
     source = {
@@ -170,7 +155,7 @@ def write_model(run: TrainedRun, state: Mapping[str, torch.Tensor], folder: Path
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    # Copied: safetensors refuses tensors that share memory, as tied ones do.
+    # Copies, because safetensors refuses tensors that share memory, such as tied ones.
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(copies, path, metadata={"format": "pt", **(metadata or {})})
 
@@ -179,10 +164,10 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _transform_lines(run: TrainedRun) -> list[str]:
+def _transform_line(run: TrainedRun) -> str:
     """Python that prepares a picture as the run did."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in run.recipe.timm_arguments().items())
-    return [f"transform = timm.data.create_transform({arguments})"]
+    return f"transform = timm.data.create_transform({arguments})"
 
 
 def _write_readme(run: TrainedRun, folder: Path, title: str, lines: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a run has trained, read back onto the plain backbone that it was trained on."""
+"""A finished run: its trained parameters, and the backbone before training."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fedpeft_dist.backbones.glyph_vit import ARCHITECTURE, TIMM_NAME
 from fedpeft_dist.backbones.names import GLYPH_VIT
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone, classifiers_of, model_arguments
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.schema import LoraConfig, RunConfig
+from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data import count_classes
 from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.methods import attach_method
+from fedpeft_dist.methods import attach_method, make_method
+from fedpeft_dist.methods.method import Method
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 from fedpeft_dist.tracking.same_run import check_same
 
-# Where timm is told what to load; an export brings its own weights.
 SOURCE_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path")
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+"""The arguments that tell timm which weights to load. An export brings its own weights."""
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run has trained, and the plain backbone that it was trained on."""
+    """The trained parameters of a run, and the backbone before training."""
 
     config: RunConfig
     trained: Mapping[str, torch.Tensor]
@@ -39,11 +39,15 @@ class TrainedRun:
     """The backbone's tensors before training, buffers included, by timm's names."""
     num_classes: int
     recipe: ImageRecipe
-    """How the run has prepared its images."""
+    """The way in which the run has prepared its images."""
+
+    @property
+    def method(self) -> Method:
+        return make_method(self.config.method)
 
     @property
     def architecture(self) -> tuple[str, dict[str, Any]]:
-        """The name of a registered timm model, without a tag, and the arguments that make it this one."""
+        """The name of a registered timm model, without a tag, and the arguments that make it this backbone."""
         backbone = self.config.backbone
         arguments = model_arguments(backbone, self.config.data.image_size)
         arguments = {key: value for key, value in arguments.items() if key not in SOURCE_ARGUMENTS}
@@ -53,32 +57,32 @@ class TrainedRun:
 
     @property
     def timm_has_weights(self) -> bool:
-        """Whether timm itself can make the backbone as it was before training, by name."""
+        """Whether timm itself can make the backbone before training, by name."""
         backbone = self.config.backbone
         told = any(key in backbone.model_args for key in SOURCE_ARGUMENTS)
         return backbone.pretrained and backbone.checkpoint is None and backbone.name != GLYPH_VIT and not told
 
 
 def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
-    """Reads what a run has trained and rebuilds its backbone; the data set's files are not needed.
+    """Reads a run's trained parameters and rebuilds its backbone. The data set's files are not needed.
 
     Raises:
-        ConfigError: the run has not finished, or its parameters are not those of the config's method and backbone.
+        ConfigError: the run has not finished, or its parameters do not fit the config's method and backbone.
     """
     file, state = directory.trainable_file, directory.read_state()
     if state is None or state["state"] != COMPLETE:
-        # A run that is being made longer has the parameters of its first end still, and newer ones in its checkpoints.
+        # A run that is being made longer still has the parameters of its first end. Its checkpoints have newer ones.
         found = "has not begun" if state is None else f"is {state['state']}"
         raise ConfigError(
             f"{directory.path}: the run {found}, only a complete one can be exported; "
             f"`fedpeft train {directory.config_file}` finishes it"
         )
     trained, metadata = directory.read_trainable()
-    num_classes = _count_classes(config, trained, file)
+    num_classes = _count_classes(config, trained)
     seed = derive_seed(config.seed, "backbone")
     backbone = build_backbone(config.backbone, num_classes, config.data.image_size, seed)
     check_same(metadata["backbone_sha256"], backbone.sha256, file, "backbone")
-    frozen = dict(backbone.model.state_dict())  # the method takes modules apart, but no tensor changes
+    frozen = dict(backbone.model.state_dict())  # the method takes modules apart, but changes no tensor
     try:
         attach_method(backbone, config.method, seed=0).layout.join(trained)
     except ValueError as error:
@@ -87,25 +91,8 @@ def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
     return TrainedRun(config, trained, metadata, backbone, frozen, num_classes, recipe)
 
 
-def merge(run: TrainedRun) -> dict[str, torch.Tensor]:
-    """The trained model as one state dict with timm's names; LoRA's products are added to the weights, in float64."""
-    merged = dict(run.frozen)
-    for name, tensor in run.trained.items():
-        if name.endswith(LORA_A):
-            layer = name.removesuffix(LORA_A)
-            assert isinstance(run.config.method, LoraConfig)
-            scale = run.config.method.alpha / run.config.method.rank
-            product = run.trained[layer + LORA_B].double() @ tensor.double()
-            weight = run.frozen[f"{layer}.weight"]
-            merged[f"{layer}.weight"] = (weight.double() + scale * product).to(weight.dtype)
-        elif not name.endswith(LORA_B):
-            assert name in merged
-            merged[name] = tensor
-    return merged
-
-
 def _likely_recipe(config: RunConfig, backbone: Backbone, file: Path) -> ImageRecipe:
-    """The recipe of a run that has not written its own: right unless its images were of differing sizes."""
+    """The recipe of a run that has not written its own. It is wrong only if the images' sizes differed."""
     if hasattr(config.data, "stored_size"):
         print(
             f"warning: {file}: does not say how images were prepared, since an older version wrote it; the export says "
@@ -116,12 +103,9 @@ def _likely_recipe(config: RunConfig, backbone: Backbone, file: Path) -> ImageRe
     return replace(recipe, upright=False)
 
 
-def _count_classes(config: RunConfig, trained: Mapping[str, torch.Tensor], file: Path) -> int:
-    """As many as the trained classifier tells apart; where the backbone names none, as the data has."""
-    classifiers = classifiers_of(config.backbone)
-    if not classifiers:
-        return count_classes(config.data)
-    name = f"{classifiers[0]}.weight"
-    if name not in trained:
-        raise ConfigError(f"{file}: the classifier's {name} is missing")
-    return len(trained[name])
+def _count_classes(config: RunConfig, trained: Mapping[str, torch.Tensor]) -> int:
+    """The number of classes of the trained classifier or, if the method trains none that has a name, of the data."""
+    for name in classifiers_of(config.backbone):
+        if f"{name}.weight" in trained:
+            return len(trained[f"{name}.weight"])
+    return count_classes(config.data)

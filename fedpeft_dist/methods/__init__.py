@@ -1,4 +1,4 @@
-"""PEFT methods: one file each. METHODS maps each method's config class to what builds it."""
+"""PEFT methods: one file each. METHODS maps a method's config class to the method. No other list of methods exists."""
 
 from __future__ import annotations
 
@@ -7,34 +7,41 @@ from dataclasses import replace
 import torch
 
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
-from fedpeft_dist.config import schema
+from fedpeft_dist.config.schema import MethodConfig, RunConfig, Section
+from fedpeft_dist.config.schema import method as sections
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.methods.adapter import build_adapter
-from fedpeft_dist.methods.bias import build_bias
-from fedpeft_dist.methods.full import build_full
-from fedpeft_dist.methods.head import build_head
+from fedpeft_dist.methods.adapter import Adapter
+from fedpeft_dist.methods.bias import Bias
+from fedpeft_dist.methods.full import Full
+from fedpeft_dist.methods.head import Head
 from fedpeft_dist.methods.lane_model import LaneModel
-from fedpeft_dist.methods.lora import build_lora
-from fedpeft_dist.methods.norm import build_norm
-from fedpeft_dist.methods.prompt import build_prompt
+from fedpeft_dist.methods.lora import Lora
+from fedpeft_dist.methods.method import Method
+from fedpeft_dist.methods.norm import Norm
+from fedpeft_dist.methods.prompt import Prompt
 from fedpeft_dist.methods.structure import check_backbone, check_structure, find_shared_layers, twin
 
-METHODS = {
-    schema.FullConfig: build_full,
-    schema.HeadConfig: build_head,
-    schema.BiasConfig: build_bias,
-    schema.NormConfig: build_norm,
-    schema.PromptConfig: build_prompt,
-    schema.AdapterConfig: build_adapter,
-    schema.LoraConfig: build_lora,
+METHODS: dict[type[Section], type[Method]] = {
+    sections.FullConfig: Full,
+    sections.HeadConfig: Head,
+    sections.BiasConfig: Bias,
+    sections.NormConfig: Norm,
+    sections.PromptConfig: Prompt,
+    sections.AdapterConfig: Adapter,
+    sections.LoraConfig: Lora,
 }
 
 
-def attach_method(backbone: Backbone, config: schema.MethodConfig, seed: int) -> LaneModel:
+def make_method(config: MethodConfig) -> Method:
+    """The method that a config section names."""
+    return METHODS[type(config)](config)
+
+
+def attach_method(backbone: Backbone, config: MethodConfig, seed: int) -> LaneModel:
     """Changes the backbone in place into one that the method trains.
 
     Args:
-        seed: for the method's own initial values, which do not touch the global generator.
+        seed: for the method's own initial values. The global generator is not touched.
 
     Raises:
         ConfigError: the method does not fit the backbone.
@@ -42,11 +49,11 @@ def attach_method(backbone: Backbone, config: schema.MethodConfig, seed: int) ->
     backbone = replace(backbone, plain=twin(backbone.model), shared_layers=find_shared_layers(backbone))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return METHODS[type(config)](backbone, config)
+        return make_method(config).build(backbone)
 
 
-def build_lane_model(config: schema.RunConfig, num_classes: int, device: str = "cpu") -> LaneModel:
-    """The run's backbone with its method on it, on the CPU (or, for shapes alone, on "meta"), in float32.
+def build_lane_model(config: RunConfig, num_classes: int, device: str = "cpu") -> LaneModel:
+    """The run's backbone with its method, on the CPU (or, for shapes alone, on "meta"), in float32.
 
     Raises:
         ConfigError: the backbone cannot be made, or the method does not fit it.

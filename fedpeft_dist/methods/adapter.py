@@ -2,7 +2,7 @@
 
     y = mlp(x);  y + up(gelu(down(y)))
 
-The paper shares one adapter between all blocks. The up-projection, and it alone, starts at zero: the model starts as
+The paper shares one adapter between all blocks. Only the up-projection starts at zero. The model therefore starts as
 the backbone, and every matrix has a gradient from the second step on.
 
 Shapes: R rows, T tokens, D width, H bottleneck.
@@ -19,14 +19,15 @@ from fedpeft_dist.config.schema import AdapterConfig
 from fedpeft_dist.lanes.ops import lane_aligned, lane_linear
 from fedpeft_dist.methods.head import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+from fedpeft_dist.methods.method import Method
 
-# Names of the part that mixes tokens in front of a block's MLP: in most transformers, ConvNeXt, CoaT, EfficientFormer
-# and EdgeNeXt.
 MIXERS = ("attn", "conv_dw", "factoratt_crpe", "token_mixer", "xca")
+"""The names of the part that mixes tokens in front of a block's MLP: in most transformers, ConvNeXt, CoaT,
+EfficientFormer and EdgeNeXt."""
 
 
 class LaneAdapter(LaneModule):
-    """down D -> H, GELU, up H -> D, each lane its own; [R, T, D] to [R, T, D]."""
+    """down D -> H, GELU, up H -> D, with each lane's own matrices; [R, T, D] to [R, T, D]."""
 
     def __init__(self, name: str, width: int, bottleneck: int, device: torch.device):
         super().__init__()
@@ -43,7 +44,7 @@ class LaneAdapter(LaneModule):
 
 
 class AdaptedMlp(nn.Module):
-    """A block's MLP with an adapter in residual on its output."""
+    """A block's MLP with a residual adapter on its output."""
 
     def __init__(self, mlp: nn.Module, adapter: LaneAdapter):
         super().__init__()
@@ -54,34 +55,34 @@ class AdaptedMlp(nn.Module):
         return y + self.adapter(y)
 
 
-def build_adapter(backbone: Backbone, config: AdapterConfig) -> FoldedLaneModel:
-    """
-    Raises:
-        ConfigError: no transformer blocks, or widths that one shared adapter cannot serve.
-    """
-    model = backbone.model
-    mlps = find_block_mlps(backbone)
-    if not mlps:
-        raise ConfigError(
-            f"method.name: 'adapter' finds no blocks with an mlp beside {' or '.join(MIXERS)} in {type(model).__name__}"
-        )
-    widths = [mlp.fc2.out_features for _, mlp in mlps]
-    if config.shared and len(set(widths)) > 1:
-        raise ConfigError(
-            f"method.shared: true needs blocks of one width, {type(model).__name__} has {sorted(set(widths))}; "
-            "give shared: false"
-        )
-    device = next(model.parameters()).device
-    shared = LaneAdapter("adapter", widths[0], config.bottleneck, device) if config.shared else None
-    for (name, mlp), width in zip(mlps, widths):
-        own = shared or LaneAdapter(f"{name}.adapter", width, config.bottleneck, device)
-        replace_module(model, name, AdaptedMlp(mlp, own))
-    train_head(backbone)
-    return FoldedLaneModel(backbone)
+class Adapter(Method):
+    config: AdapterConfig
+
+    def build(self, backbone: Backbone) -> FoldedLaneModel:
+        model, config = backbone.model, self.config
+        mlps = find_block_mlps(backbone)
+        if not mlps:
+            raise ConfigError(
+                f"method.name: 'adapter' finds no blocks with an mlp beside {' or '.join(MIXERS)} in "
+                f"{type(model).__name__}"
+            )
+        widths = [mlp.fc2.out_features for _, mlp in mlps]
+        if config.shared and len(set(widths)) > 1:
+            raise ConfigError(
+                f"method.shared: true needs blocks of one width, {type(model).__name__} has {sorted(set(widths))}; "
+                "give shared: false"
+            )
+        device = next(model.parameters()).device
+        shared = LaneAdapter("adapter", widths[0], config.bottleneck, device) if config.shared else None
+        for (name, mlp), width in zip(mlps, widths):
+            own = shared or LaneAdapter(f"{name}.adapter", width, config.bottleneck, device)
+            replace_module(model, name, AdaptedMlp(mlp, own))
+        train_head(backbone)
+        return FoldedLaneModel(backbone)
 
 
 def find_block_mlps(backbone: Backbone) -> list[tuple[str, nn.Module]]:
-    """The MLPs of blocks that also mix tokens, in order: (name, module with a linear fc2)."""
+    """The MLPs of blocks that also mix tokens, in order, as (name, module with a linear fc2)."""
     found = []
     for name, module in backbone.model.named_modules():
         mlp = getattr(module, "mlp", None)

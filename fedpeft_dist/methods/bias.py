@@ -1,7 +1,7 @@
 """Bias-tuning (BitFit, Zaken et al. 2022, arXiv 2106.10199): every parameter called `bias`, and the head.
 
-A layer that ends in adding its bias is the layer without it, followed by each lane's own addition; so the large product
-stays one product over all lanes.
+A layer that ends with the addition of its bias becomes the layer without a bias, followed by each lane's own addition.
+The large product stays one product over all lanes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import nn
 
 from fedpeft_dist.backbones.timm_backbone import Backbone, classifier_names
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.schema import BiasConfig
 from fedpeft_dist.lanes.ops import lane_bias
 from fedpeft_dist.methods.head import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+from fedpeft_dist.methods.method import InPlaceMethod
 
-# Where a norm layer's output has its channels. Exact types: a subclass may do more after the addition.
+# The dimension of the channels in a norm layer's output. Only exact types: a subclass may do more after the addition.
 NORM_CHANNEL_DIM = {
     nn.LayerNorm: -1,
     LayerNorm: -1,
@@ -31,7 +31,7 @@ CHANNEL_DIM = {nn.Linear: -1, nn.Conv2d: 1, **NORM_CHANNEL_DIM}
 
 
 class LaneBias(LaneModule):
-    """A frozen layer whose bias is each lane's own."""
+    """A frozen layer with each lane's own bias."""
 
     def __init__(self, name: str, layer: nn.Module):
         super().__init__()
@@ -41,7 +41,7 @@ class LaneBias(LaneModule):
         self.layer = layer
 
     def __getattr__(self, name: str) -> Any:
-        """Gives a model what else it reads from the layer, such as a convolution's kernel size."""
+        """Gives the model other attributes of the layer, such as a convolution's kernel size."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -53,21 +53,18 @@ class LaneBias(LaneModule):
         return lane_bias(self.layer(x), self.bias, self.channel_dim)
 
 
-def build_bias(backbone: Backbone, config: BiasConfig) -> FoldedLaneModel:
-    """
-    Raises:
-        ConfigError: a bias belongs to a kind of layer that does not simply add it, or there is none.
-    """
-    model = backbone.model
-    biased = [(name, m) for name, m in model.named_modules() if getattr(m, "bias", None) is not None]
-    biased = [(name, m) for name, m in biased if name not in classifier_names(model)]
-    if not biased:
-        raise ConfigError(f"method.name: 'bias' finds no bias outside the head of {type(model).__name__}")
-    for name, layer in biased:
-        if type(layer) not in CHANNEL_DIM:
-            raise ConfigError(
-                f"method.name: 'bias' does not fit {type(model).__name__}: {name} is a {type(layer).__name__}"
-            )
-        replace_module(model, name, LaneBias(name, layer))
-    train_head(backbone)
-    return FoldedLaneModel(backbone)
+class Bias(InPlaceMethod):
+    def build(self, backbone: Backbone) -> FoldedLaneModel:
+        model = backbone.model
+        biased = [(name, m) for name, m in model.named_modules() if getattr(m, "bias", None) is not None]
+        biased = [(name, m) for name, m in biased if name not in classifier_names(model)]
+        if not biased:
+            raise ConfigError(f"method.name: 'bias' finds no bias outside the head of {type(model).__name__}")
+        for name, layer in biased:
+            if type(layer) not in CHANNEL_DIM:
+                raise ConfigError(
+                    f"method.name: 'bias' does not fit {type(model).__name__}: {name} is a {type(layer).__name__}"
+                )
+            replace_module(model, name, LaneBias(name, layer))
+        train_head(backbone)
+        return FoldedLaneModel(backbone)

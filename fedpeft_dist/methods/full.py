@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fedpeft_dist.backbones.timm_backbone import Backbone
-from fedpeft_dist.config.schema import FullConfig
 from fedpeft_dist.methods.lane_model import VmapLaneModel
+from fedpeft_dist.methods.method import InPlaceMethod
 
 
-def build_full(backbone: Backbone, config: FullConfig) -> VmapLaneModel:
-    return VmapLaneModel(backbone)
+class Full(InPlaceMethod):
+    def build(self, backbone: Backbone) -> VmapLaneModel:
+        return VmapLaneModel(backbone)

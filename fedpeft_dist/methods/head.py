@@ -7,13 +7,13 @@ from torch import nn
 
 from fedpeft_dist.backbones.timm_backbone import Backbone, classifier_names
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.schema import HeadConfig
 from fedpeft_dist.lanes.ops import lane_linear
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+from fedpeft_dist.methods.method import InPlaceMethod
 
 
 class LaneLinear(LaneModule):
-    """A linear layer that each lane has a weight and bias of its own for; [R, ..., D] to [R, ..., E]."""
+    """A linear layer with each lane's own weight and bias; [R, ..., D] to [R, ..., E]."""
 
     def __init__(self, name: str, linear: nn.Linear):
         super().__init__()
@@ -26,16 +26,17 @@ class LaneLinear(LaneModule):
         return lane_linear(x, self.weight, self.bias)
 
 
-def build_head(backbone: Backbone, config: HeadConfig) -> FoldedLaneModel:
-    train_head(backbone)
-    return FoldedLaneModel(backbone)
+class Head(InPlaceMethod):
+    def build(self, backbone: Backbone) -> FoldedLaneModel:
+        train_head(backbone)
+        return FoldedLaneModel(backbone)
 
 
 def train_head(backbone: Backbone) -> None:
     """Gives every lane its own classifier.
 
     Raises:
-        ConfigError: the classifier is no linear layer.
+        ConfigError: the classifier is not a linear layer.
     """
     names = classifier_names(backbone.model)
     if not names:

@@ -2,7 +2,7 @@
 
     y = frozen(x) + alpha / rank * B(A(dropout(x)))
 
-B starts at zero, so that round 0 is the backbone.
+B starts at zero, so round 0 is the backbone.
 
 Shapes: R rows, T tokens, D inputs, E outputs, r rank.
 """
@@ -10,6 +10,7 @@ Shapes: R rows, T tokens, D inputs, E outputs, r rank.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,14 +22,18 @@ from fedpeft_dist.lanes.dropout import make_dropout
 from fedpeft_dist.lanes.ops import lane_linear
 from fedpeft_dist.methods.head import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+from fedpeft_dist.methods.method import Method, Tensors
 
-# Where a target may lie in a block: `proj` is the attention's, never the patch embedding's.
+# The places of a target in a block: `proj` is the attention's, never the patch embedding's.
 TARGETS = {
     "qkv": ("attn.qkv", "token_mixer.qkv", "xca.qkv"),
     "proj": ("attn.proj", "token_mixer.proj", "xca.proj"),
     "fc1": ("mlp.fc1",),
     "fc2": ("mlp.fc2",),
 }
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""The endings of the trained matrices' names, after the name of the linear layer."""
 
 
 class LaneLora(LaneModule):
@@ -39,39 +44,75 @@ class LaneLora(LaneModule):
         device = linear.weight.device
         a = torch.empty(config.rank, linear.in_features, device=device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.declare("a", f"{name}.lora_A.weight", a)
-        self.declare("b", f"{name}.lora_B.weight", torch.zeros(linear.out_features, config.rank, device=device))
+        self.declare("a", name + A, a)
+        self.declare("b", name + B, torch.zeros(linear.out_features, config.rank, device=device))
         self.linear = linear
         self.scale = config.alpha / config.rank
         self.dropout = make_dropout(config.dropout, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = lane_linear(self.dropout(x), self.a) * self.scale  # the scale on rank columns, not on the outputs
+        hidden = lane_linear(self.dropout(x), self.a) * self.scale  # scales `rank` columns, not all outputs
         return self.linear(x) + lane_linear(hidden, self.b)
 
 
-def build_lora(backbone: Backbone, config: LoraConfig) -> FoldedLaneModel:
-    """
-    Raises:
-        ConfigError: a target that matches no linear layer.
-    """
-    model = backbone.model
-    endings = {target: tuple(f".{place}" for place in TARGETS[target]) for target in dict.fromkeys(config.targets)}
-    matched = dict.fromkeys(endings, 0)
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or module in backbone.shared_layers:
-            continue
-        for target, ending in endings.items():
-            if f".{name}".endswith(ending):
-                attention = replace_module(model, name, LaneLora(name, module, config))
-                if target == "qkv" and hasattr(attention, "qkv_bias_separate"):
-                    attention.qkv_bias_separate = True  # else BEiT, EVA and SwinV2 read only the frozen weight
-                matched[target] += 1
-    for target, count in matched.items():
-        if not count:
-            places = " or ".join(TARGETS[target])
+class Lora(Method):
+    config: LoraConfig
+
+    def build(self, backbone: Backbone) -> FoldedLaneModel:
+        model, config = backbone.model, self.config
+        endings = {target: tuple(f".{place}" for place in TARGETS[target]) for target in dict.fromkeys(config.targets)}
+        matched = dict.fromkeys(endings, 0)
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, nn.Linear) or module in backbone.shared_layers:
+                continue
+            for target, ending in endings.items():
+                if f".{name}".endswith(ending):
+                    attention = replace_module(model, name, LaneLora(name, module, config))
+                    if target == "qkv" and hasattr(attention, "qkv_bias_separate"):
+                        attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 would read only the frozen weight
+                    matched[target] += 1
+        for target, count in matched.items():
+            if not count:
+                places = " or ".join(TARGETS[target])
+                raise ConfigError(
+                    f"method.targets: {target!r} matches no linear layer ({places}) in {type(model).__name__}"
+                )
+        train_head(backbone)
+        return FoldedLaneModel(backbone)
+
+    def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:
+        """Adds the matrices' products to the weights, in float64."""
+        merged, scale = dict(backbone), self.config.alpha / self.config.rank
+        for name, tensor in trained.items():
+            if name.endswith(A):
+                layer = name.removesuffix(A)
+                weight = backbone[f"{layer}.weight"]
+                product = trained[layer + B].double() @ tensor.double()
+                merged[f"{layer}.weight"] = (weight.double() + scale * product).to(weight.dtype)
+            elif not name.endswith(B):
+                merged[name] = tensor
+        return merged
+
+    def to_peft(self, model: nn.Module, trained: Tensors) -> tuple[dict[str, Any], Tensors]:
+        """
+        Raises:
+            ConfigError: the model reads a layer's weight by itself, so peft could not replace the layer.
+        """
+        config = self.config
+        if "qkv" in config.targets and any(getattr(m, "q_bias", None) is not None for m in model.modules()):
             raise ConfigError(
-                f"method.targets: {target!r} matches no linear layer ({places}) in {type(model).__name__}"
+                f"--format peft: {type(model).__name__} reads the weight of qkv itself and would pass peft's layer by; "
+                "give --format timm or safetensors"
             )
-    train_head(backbone)
-    return FoldedLaneModel(backbone)
+        adapter = {
+            "peft_type": "LORA",
+            "r": config.rank,
+            "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
+            "lora_dropout": config.dropout,
+            "target_modules": [name.removesuffix(A) for name in trained if name.endswith(A)],
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "use_rslora": False,
+        }
+        return adapter, trained

@@ -1,7 +1,7 @@
 """Visual prompt tuning (VPT, Jia et al. 2022, arXiv 2203.12119): learned tokens beside the image's own, and the head.
 
-Deep: every block gets tokens of its own and its outputs at their places are thrown away. Shallow: the first block gets
-tokens and they travel through all blocks. Either way they are gone before the final norm and the pooling.
+Deep: every block gets its own tokens, and its outputs at their places are thrown away. Shallow: the first block gets
+tokens, and they travel through all blocks. In both cases they are removed before the final norm and the pooling.
 
 Shapes: R rows, T tokens, D width.
 """
@@ -21,10 +21,11 @@ from fedpeft_dist.lanes.dropout import make_dropout
 from fedpeft_dist.lanes.ops import lane_tokens
 from fedpeft_dist.methods.head import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
+from fedpeft_dist.methods.method import Method
 
 
 class PromptedBlocks(LaneModule):
-    """Consecutive blocks that see learned tokens after the prefix (class) tokens; [R, T, D] to [R, T, D]."""
+    """Consecutive blocks with learned tokens after the prefix (class) tokens; [R, T, D] to [R, T, D]."""
 
     def __init__(self, blocks: nn.Sequential, name: str, initial: torch.Tensor, prefix: int, dropout: float):
         super().__init__()
@@ -40,26 +41,27 @@ class PromptedBlocks(LaneModule):
         return torch.cat([x[:, : self.prefix], x[:, self.prefix + tokens.shape[1] :]], dim=1)
 
 
-def build_prompt(backbone: Backbone, config: PromptConfig) -> FoldedLaneModel:
-    """
-    Raises:
-        ConfigError: the backbone is no plain ViT.
-    """
-    model = backbone.model
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(
-            f"method.name: 'prompt' fits plain ViTs (timm's VisionTransformer), not {type(model).__name__}"
-        )
-    blocks = list(model.blocks)
-    groups = [[block] for block in blocks] if config.depth == "deep" else [blocks]
-    patch = math.prod(model.patch_embed.patch_size)
-    bound = math.sqrt(6 / (backbone.channels * patch + model.embed_dim))
-    device = next(model.parameters()).device
-    prompted = []
-    for index, group in enumerate(groups):
-        initial = torch.empty(config.tokens, model.embed_dim, device=device).uniform_(-bound, bound)
-        name = f"blocks.{index}.prompt"
-        prompted.append(PromptedBlocks(nn.Sequential(*group), name, initial, model.num_prefix_tokens, config.dropout))
-    model.blocks = nn.Sequential(*prompted)
-    train_head(backbone)
-    return FoldedLaneModel(backbone)
+class Prompt(Method):
+    config: PromptConfig
+
+    def build(self, backbone: Backbone) -> FoldedLaneModel:
+        model, config = backbone.model, self.config
+        if not isinstance(model, VisionTransformer):
+            raise ConfigError(
+                f"method.name: 'prompt' fits plain ViTs (timm's VisionTransformer), not {type(model).__name__}"
+            )
+        blocks = list(model.blocks)
+        groups = [[block] for block in blocks] if config.depth == "deep" else [blocks]
+        patch = math.prod(model.patch_embed.patch_size)
+        bound = math.sqrt(6 / (backbone.channels * patch + model.embed_dim))
+        device = next(model.parameters()).device
+        prompted = []
+        for index, group in enumerate(groups):
+            initial = torch.empty(config.tokens, model.embed_dim, device=device).uniform_(-bound, bound)
+            name = f"blocks.{index}.prompt"
+            prompted.append(
+                PromptedBlocks(nn.Sequential(*group), name, initial, model.num_prefix_tokens, config.dropout)
+            )
+        model.blocks = nn.Sequential(*prompted)
+        train_head(backbone)
+        return FoldedLaneModel(backbone)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedpeft_dist.backbones import timm_backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.data import download
+from fedpeft_dist.data import prefetch_data
 
 
 def prefetch(configs: Sequence[RunConfig]) -> None:
@@ -22,7 +22,7 @@ def prefetch(configs: Sequence[RunConfig]) -> None:
     data = {str(config.data.model_copy(update={"clients": None, "max_train": None})): config.data for config in configs}
     for kind, fetch, sections in (
         ("weights", timm_backbone.prefetch_weights, backbones),
-        ("data", download.prefetch_data, data),
+        ("data", prefetch_data, data),
     ):
         places = []
         for section in sections.values():

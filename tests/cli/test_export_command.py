@@ -33,7 +33,7 @@ from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.export import formats
-from fedpeft_dist.export.trained_run import load_run, merge
+from fedpeft_dist.export.trained_run import load_run
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.tracking.run_directory import RunDirectory
@@ -42,7 +42,7 @@ CLASSES = 10
 VIT = {
     "name": "vit_tiny_patch16_224",
     "pretrained": False,
-    # 8 x 8 are the digits as they are stored: what the test set looks like does not hang on how they are resized
+    # The digits are stored as 8 x 8 pixels, so no resizing changes the test images.
     "model_args": {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1},
 }
 RESNET = {"name": "resnet10t", "model_args": {"stem_width": 8, "channels": [8, 8, 8, 8]}}
@@ -118,7 +118,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def reload(lines: list[str]) -> nn.Module:
-    """Evaluates what the command says, with nothing of this package at hand."""
+    """Evaluates the command's expression without anything of this package."""
     expression = lines[-1].removeprefix("reload:").strip()
     return eval(expression, {"timm": timm, "PeftModel": PeftModel, "safetensors": safetensors})
 
@@ -151,7 +151,7 @@ def assert_same_function(model: nn.Module, run: Path, channels: int = 3, side: i
 
 @torch.no_grad()
 def accuracy(model: nn.Module, config: dict[str, Any], channels: int = 3, side: int = 8) -> float:
-    """On the digits' test set, prepared by what the export says about images."""
+    """The accuracy on the test digits, prepared as the export says."""
     digits = load_digits()
     _, test = train_test_split(range(len(digits.target)), test_size=500, stratify=digits.target, random_state=0)
     images = torch.from_numpy(digits.images[test]).mul(255 / 16).round().float().unsqueeze(1) / 255
@@ -178,7 +178,7 @@ METHODS = [{"name": "full"}, {"name": "head"}, {"name": "bias"}, {"name": "norm"
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method['name']}{len(method)}")
-def test_plain_timm_computes_what_the_run_does(train: Train, command: Any, method: dict[str, Any]) -> None:
+def test_plain_timm_computes_the_same_as_the_run(train: Train, command: Any, method: dict[str, Any]) -> None:
     run = train(method)
     lines = command("export", run, "--format", "timm")
     folder = run / "export" / "timm"
@@ -276,7 +276,7 @@ def test_a_tag_and_arguments_are_kept(train: Train, command: Any) -> None:
 def test_lora_is_merged_in_double_precision(train: Train) -> None:
     directory = RunDirectory(train(ALL_TARGETS))
     run = load_run(load_config(directory.config_file), directory)
-    merged = merge(run)
+    merged = run.method.merge(run.frozen, run.trained)
     assert merged.keys() == run.frozen.keys()
     changed = [name for name in merged if not torch.equal(merged[name], run.frozen[name])]
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -340,7 +340,7 @@ def pictures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return "squash" if request.param == "equal" else "center", data
 
 
-def test_pictures_prepared_as_the_export_says_are_what_the_run_has_seen(
+def test_pictures_prepared_as_the_export_says_equal_those_of_the_run(
     train: Train, command: Any, pictures: tuple[str, dict[str, Any]]
 ) -> None:
     crop_mode, data = pictures
@@ -388,10 +388,10 @@ def test_every_format_tells_how_images_are_prepared(train: Train, command: Any, 
         assert found["mean"] == found["std"] == (0.5,) * 3
 
 
-def test_a_run_that_does_not_say_how_images_were_prepared(
+def test_exports_a_run_without_a_recipe_of_its_images(
     train: Train, command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older versions have written no such lines; a data set of one size is told from one that may have several."""
+    """Older versions wrote no recipe. The export warns only if the images may have had several sizes."""
     runs = [train(LORA), train(LORA, data=write_pictures(tmp_path / "pictures", SIZES["equal"]))]
     for number, (run, warned) in enumerate(zip(runs, (False, True))):
         old = copy_run(run, tmp_path / str(number))
@@ -417,7 +417,7 @@ def test_a_run_that_does_not_say_how_images_were_prepared(
     [(VIT, LORA, 8), (VIT, ALL_TARGETS, 8), (SWIN, ALL_TARGETS, 32)],
     ids=["qkv", "all targets", "swin"],
 )
-def test_plain_peft_computes_what_the_run_does(
+def test_plain_peft_computes_the_same_as_the_run(
     train: Train, command: Any, backbone: dict[str, Any], method: dict[str, Any], side: int
 ) -> None:
     run = train(method, backbone, side)
@@ -470,7 +470,7 @@ def test_peft_adapts_the_trained_layers_and_no_other(train: Train, command: Any)
 def test_weights_that_timm_has_are_not_copied(
     train: Train, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base model is then named; here timm finds it in a cache of the hub."""
+    """The export names the base model. Here timm finds it in a cache of the hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository, commit = tmp_path / "models--timm--test_vit.r160_in1k", "a" * 40
@@ -494,7 +494,7 @@ PROMPT, ADAPTER = {"name": "prompt", "tokens": 2}, {"name": "adapter", "bottlene
 
 
 @pytest.mark.parametrize("method", [*METHODS[:5], PROMPT, ADAPTER], ids=lambda method: method["name"])
-def test_tensors_say_what_they_are(train: Train, command: Any, method: dict[str, Any]) -> None:
+def test_the_files_metadata_describes_the_tensors(train: Train, command: Any, method: dict[str, Any]) -> None:
     run = train(method)
     lines = command("export", run, "--format", "safetensors")
     trained, metadata = RunDirectory(run).read_trainable()
@@ -535,7 +535,7 @@ def copy_run(run: Path, place: Path, *without: str) -> Path:
     return place
 
 
-def test_runs_that_cannot_be_exported(train: Train, refused: Any, tmp_path: Path) -> None:
+def test_refuses_runs_that_cannot_be_exported(train: Train, refused: Any, tmp_path: Path) -> None:
     run, other = train(LORA), train(ALL_TARGETS)
     (tmp_path / "file").touch()
     for place in (tmp_path / "absent", tmp_path / "file", tmp_path):
@@ -559,11 +559,11 @@ def test_runs_that_cannot_be_exported(train: Train, refused: Any, tmp_path: Path
     tensors, metadata = RunDirectory(run).read_trainable()
     del tensors["head.weight"]
     RunDirectory(headless).write_trainable(tensors, metadata)
-    assert "head.weight is missing" in refused("export", headless, "--format", "timm")
+    assert "do not match the trainable parameters: head.weight" in refused("export", headless, "--format", "timm")
     assert not any((place / "export").exists() for place in (unfinished, begun, damaged, foreign, headless))
 
 
-def test_places_that_cannot_be_written(train: Train, refused: Any, tmp_path: Path) -> None:
+def test_refuses_places_that_cannot_be_written(train: Train, refused: Any, tmp_path: Path) -> None:
     run = train(LORA)
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):

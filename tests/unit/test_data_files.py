@@ -1,4 +1,4 @@
-"""Readers of files, each on a small data set in the format that it has on disk, and what they say to damage."""
+"""Data sets of files: reading a small one in the format it has on disk, and the errors for damaged files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.data import SOURCES, cifar, count_classes, image_store, load_dataset
+from fedpeft_dist.data import cifar, count_classes, load_dataset, make_source, prefetch_data
 from fedpeft_dist.data.datasets import Dataset
-from fedpeft_dist.data.download import prefetch_data
 from fedpeft_dist.data.image_files import EncodedImage, choose_form, decode_chunks
 from fedpeft_dist.data.image_folder import list_images
 from fedpeft_dist.data.partition import make_partition
@@ -75,7 +74,7 @@ def test_cifar(tmp_path: Path, name: str, write: Any, classes: int) -> None:
     assert count_classes(data_config(name=name)) == classes
 
 
-def test_missing_files_are_named_with_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_missing_files_names_them_and_the_remedy(tmp_path: Path) -> None:
     refused(tmp_path, "cifar100", "cifar-100-python/train and 2 more", "data.root", str(tmp_path), "fedpeft prefetch")
     write_cifar10(tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
@@ -107,7 +106,7 @@ def test_cifar_of_another_number_of_classes(tmp_path: Path) -> None:
         ([1, 2], "cannot be read"),
     ],
 )
-def test_a_batch_that_is_not_as_it_should_be(tmp_path: Path, content: Any, words: str) -> None:
+def test_refuses_a_batch_of_another_form(tmp_path: Path, content: Any, words: str) -> None:
     write_cifar100(tmp_path)
     (tmp_path / "cifar-100-python" / "test").write_bytes(pickle.dumps(content, protocol=3))
     refused(tmp_path, "cifar100", "cifar-100-python/test", words)
@@ -191,7 +190,7 @@ def test_resisc45_is_split_by_class_and_the_split_is_written_down(tmp_path: Path
     dataset = load_dataset(config, 1)
     assert torch.bincount(dataset.train.labels).tolist() == [4] * 45
     assert torch.bincount(dataset.test.labels).tolist() == [1] * 45
-    store = image_store.store_folder(SOURCES[type(config)](config), config)
+    store = make_source(config).store.folder
     lists = [(store / f"{split}.txt").read_text().splitlines() for split in ("train", "test")]
     assert sorted(lists[0] + lists[1]) == sorted(f"{p.parent.name}/{p.name}" for p in folder.rglob("*.jpg"))
     for names, split in zip(lists, (dataset.train, dataset.test)):
@@ -293,7 +292,7 @@ def test_resisc45_names_that_are_no_utf_8(tmp_path: Path) -> None:
     dataset = load_dataset(config, 1)
     assert dataset.class_names[0] == r"caf\xe9"
     assert dataset.fingerprint()
-    store = image_store.store_folder(SOURCES[type(config)](config), config)
+    store = make_source(config).store.folder
     again = load(tmp_path, "resisc45", train_list=str(store / "train.txt"), test_list=str(store / "test.txt"))
     assert sorted(again.train.labels.tolist()) == list(range(45))
 
@@ -315,7 +314,7 @@ def test_images_of_one_size_keep_it(tmp_path: Path) -> None:
 
 
 def test_images_of_several_sizes_become_squares(tmp_path: Path) -> None:
-    """As torchvision resizes on the shorter side and crops the centre of what Pillow has read."""
+    """The result is that of torchvision, which resizes on the shorter side and crops the centre."""
     from torchvision import transforms
 
     write_image_folder(tmp_path)
@@ -507,7 +506,7 @@ def test_colours_that_pillow_does_not_convert_are_refused_by_mode() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"<html></html>", bytes(300)])
-def test_content_that_is_no_image_is_told_without_objects(content: bytes) -> None:
+def test_the_error_for_content_that_is_not_an_image_shows_no_python_object(content: bytes) -> None:
     with pytest.raises(ConfigError, match="'image' cannot be read") as caught:
         decode(EncodedImage("image", content))
     assert "object at" not in str(caught.value)
@@ -847,7 +846,7 @@ def test_images_that_are_missing_or_damaged_are_refused_by_row(
     refused(tmp_path, "huggingface", words.format(**keys), **keys)
 
 
-def test_what_the_library_cannot_read_is_told_in_one_line_alone(
+def test_reports_data_that_the_library_cannot_read_in_one_line(
     tmp_path: Path, hub_cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The library logs an error of its own for a Parquet file without rows, or reads it as an empty split."""
@@ -904,7 +903,7 @@ def test_hub_images_are_turned_by_exif_as_the_library_turns_them(tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_hub_image_with_damaged_exif_is_read_as_it_lies(
+def test_a_hub_image_with_damaged_exif_is_not_turned(
     tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     file = io.BytesIO()
@@ -925,7 +924,7 @@ def test_a_data_set_that_was_saved_with_a_format_is_read_without_it(tmp_path: Pa
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt to use it fails the test."""
+    """An attempt to use the network fails the test."""
     import socket
 
     def refuse(*arguments: Any, **more: Any) -> None:
@@ -936,7 +935,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_huggingface_without_a_network(tmp_path: Path, hub_cache: Path, no_network: None) -> None:
-    """What is not in the cache is told at once."""
+    """Data outside the cache is reported at once."""
     refused(tmp_path, "huggingface", "data.path: 'someone/something'", "fedpeft prefetch", path="someone/something")
     import huggingface_hub
 
@@ -944,7 +943,7 @@ def test_huggingface_without_a_network(tmp_path: Path, hub_cache: Path, no_netwo
 
 
 def test_huggingface_from_the_cache(tmp_path: Path, hub_cache: Path, no_network: None) -> None:
-    """What was downloaded once is used without asking the hub whether it is still the newest."""
+    """Downloaded data is used without asking the hub for a newer version."""
     datasets, folder = pytest.importorskip("datasets"), tmp_path / "letters"
     folder.mkdir()
     for split, content in make_hub_data().items():
@@ -953,8 +952,8 @@ def test_huggingface_from_the_cache(tmp_path: Path, hub_cache: Path, no_network:
     (hub_cache / "letters").rename(hub_cache / "someone___letters")  # as a download would have called it
     config = data_config(name="huggingface", root=str(tmp_path), path="someone/letters", **HUB)
     assert load_dataset(config, 1).train.labels.tolist() == [k % 3 for k in range(12)]
-    first = image_store.store_folder(SOURCES[type(config)](config), config)
-    assert image_store.store_folder(SOURCES[type(config)](config), config) == first
+    first = make_source(config).store.folder
+    assert make_source(config).store.folder == first
 
 
 def test_huggingface_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1047,5 +1046,5 @@ def test_a_download_is_moved_into_place_and_stored(tmp_path: Path, monkeypatch: 
     assert calls == [True]
 
 
-def test_nothing_is_downloaded_for_what_is_made_here() -> None:
+def test_prefetch_downloads_nothing_for_a_data_set_that_is_made() -> None:
     assert prefetch_data(data_config(name="digits")) is None

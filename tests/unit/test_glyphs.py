@@ -1,21 +1,25 @@
-"""Letters rendered from fonts: what is drawn, what is merged, what repeats."""
+"""Letters rendered from fonts: their drawings, their classes, and repeatability."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import pytest
 import torch
 from torch import Generator
 
+from fedpeft_dist.config import schema
+from fedpeft_dist.data import count_classes, load_dataset
 from fedpeft_dist.data.glyphs import (
     ALPHABETS,
     FONT_NAMES,
-    class_names,
     distort,
+    draw_alphabet,
     font_files,
     merge_drawings,
-    render_dataset,
     render_letters,
 )
+from tests.data_fixtures import data_config
 
 SANS = FONT_NAMES.index("DejaVuSans")
 COMPUTER_MODERN = [position for position, name in enumerate(FONT_NAMES) if name.startswith("cm")]
@@ -106,32 +110,41 @@ def test_distortion_without_strength_keeps_the_letter_in_place(latin: torch.Tens
 
 @pytest.mark.parametrize(("alphabet", "classes", "fonts"), [("latin", 45, 22), ("greek", 46, 16)])
 def test_dataset_holds_every_letter_of_every_font(alphabet: str, classes: int, fonts: int) -> None:
-    glyphs = render_dataset(alphabet, images_per_letter=2, image_size=32, seed=3)
-    letters = len(ALPHABETS[alphabet])
-    assert glyphs.images.shape == (letters * fonts * 2, 1, 32, 32)
+    letters = draw_alphabet(alphabet)
+    glyphs = letters.render(images_per_letter=2, image_size=32, seed=3)
+    count = len(ALPHABETS[alphabet])
+    assert glyphs.images.shape == (count * fonts * 2, 1, 32, 32)
     assert glyphs.images.dtype == torch.uint8
-    assert glyphs.labels.dtype == glyphs.font_ids.dtype == torch.int64
-    assert len(glyphs.class_names) == classes
-    assert glyphs.class_names == class_names(alphabet)
-    assert sorted("".join(glyphs.class_names)) == sorted(ALPHABETS[alphabet])
-    assert len(glyphs.font_names) == fonts
-    assert glyphs.font_ids.bincount().tolist() == [letters * 2] * fonts
-    wanted = torch.tensor([len(name) * fonts * 2 for name in glyphs.class_names])
+    assert glyphs.labels.dtype == glyphs.groups.dtype == torch.int64
+    assert len(letters.class_names) == classes
+    assert sorted("".join(letters.class_names)) == sorted(ALPHABETS[alphabet])
+    assert len(letters.fonts) == fonts
+    assert glyphs.groups.bincount().tolist() == [count * 2] * fonts
+    wanted = torch.tensor([len(name) * fonts * 2 for name in letters.class_names])
     assert torch.equal(glyphs.labels.bincount(), wanted)
     assert glyphs.images.flatten(1).amax(1).min() > 60
 
 
+def test_the_data_set_is_trained_and_tested_on_other_distortions_of_the_same_letters() -> None:
+    config = data_config(name="glyphs", alphabet="greek", images_per_letter=5)
+    dataset = load_dataset(config, 3)
+    assert dataset.class_names == draw_alphabet("greek").class_names
+    assert count_classes(config) == dataset.num_classes == 46
+    assert len(dataset.train) == 5 * len(dataset.test)
+    assert torch.equal(dataset.train.images, draw_alphabet("greek").render(5, 32, 3).images)
+    assert not torch.equal(dataset.train.images[::5], dataset.test.images)
+
+
 def test_dataset_repeats_for_a_seed_only() -> None:
-    first, again, other = (render_dataset("cyrillic", 1, 16, seed) for seed in (5, 5, 6))
+    first, again, other = (draw_alphabet("cyrillic").render(1, 16, seed) for seed in (5, 5, 6))
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.labels, other.labels)
     assert not torch.equal(first.images, other.images)
 
 
-def test_dataset_names_the_valid_alphabets() -> None:
-    with pytest.raises(ValueError, match="'latn' is not one of latin, greek, cyrillic"):
-        render_dataset("latn", 1, 32, 0)
-    with pytest.raises(ValueError, match="'latn' is not one of"):
-        class_names("latn")
-    with pytest.raises(ValueError, match="images_per_letter: 0"):
-        render_dataset("latin", 0, 32, 0)
+def test_the_config_names_the_valid_alphabets() -> None:
+    assert set(get_args(schema.GlyphsConfig.model_fields["alphabet"].annotation)) == set(ALPHABETS)
+    with pytest.raises(ValueError, match="'latin', 'greek' or 'cyrillic'"):
+        data_config(name="glyphs", alphabet="latn")
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        data_config(name="glyphs", images_per_letter=0)

@@ -13,7 +13,7 @@ from fedpeft_dist.data.glyphs100 import (
     TRAIN_FAMILIES,
     classes_seen_in_latin,
     draw_letters,
-    render_split,
+    letters_of,
 )
 
 
@@ -35,15 +35,16 @@ def test_drawings_keep_a_letters_size() -> None:
 
 
 def test_the_test_family_is_never_trained_on() -> None:
-    train, test = render_split(True, 1, 32), render_split(False, 1, 32)
-    assert len(train.font_names) == 12
-    assert len(test.font_names) == 4
-    assert all(name.partition("-")[0] == TEST_FAMILY for name in test.font_names)
-    assert all(name.startswith(TRAIN_FAMILIES) and not name.startswith(TEST_FAMILY) for name in train.font_names)
+    train, test = letters_of(*TRAIN_FAMILIES), letters_of(TEST_FAMILY)
+    assert len(train.fonts) == 12
+    assert len(test.fonts) == 4
+    assert all(name.partition("-")[0] == TEST_FAMILY for name in test.fonts)
+    assert all(name.startswith(TRAIN_FAMILIES) and not name.startswith(TEST_FAMILY) for name in train.fonts)
     assert train.class_names == test.class_names
-    assert len(train.images) == 115 * 12
-    for split in (train, test):
-        assert split.labels.bincount(minlength=103).min() >= len(split.font_names)
+    for letters in (train, test):
+        split = letters.render(1, 32, seed=1)
+        assert len(split.images) == 115 * len(letters.fonts)
+        assert split.labels.bincount(minlength=103).min() >= len(letters.fonts)
 
 
 def test_the_images_are_the_same_in_every_run() -> None:

@@ -1,4 +1,4 @@
-"""The decoded store: built once, whole or not at all, by whoever comes first; opened without a copy."""
+"""The decoded store: the first process builds it, whole or not at all, and all processes open it without a copy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from filelock import FileLock
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import DataConfig
-from fedpeft_dist.data import SOURCES, image_store, load_dataset, store_writer
-from fedpeft_dist.data.source import Contents, Part, Source
+from fedpeft_dist.data import image_store, load_dataset, make_source, store_writer
+from fedpeft_dist.data.datasets import Contents, Part
+from fedpeft_dist.data.source import FileSource
 from tests.data_fixtures import data_config, write_cifar100, write_image_folder
 from tests.warm_process import warm_context
 
@@ -35,11 +36,11 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def folder_of(config: DataConfig) -> Path:
-    return image_store.store_folder(SOURCES[type(config)](config), config)
+    return make_source(config).store.folder
 
 
 def visible(config: DataConfig) -> list[str]:
-    """What stands in the store's root, but for lock files and the note of a failure."""
+    """The files in the store's root, without locks and the note of a failure."""
     names = sorted(path.name for path in Path(config.store).iterdir())
     return [name for name in names if not name.endswith((".lock", ".failed"))]
 
@@ -71,7 +72,7 @@ def test_the_default_place_is_below_root(config: DataConfig) -> None:
     assert folder_of(other) == Path(config.root) / ".store" / folder_of(config).name
 
 
-def test_a_file_that_changes_has_the_store_built_anew(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_file_makes_the_store_be_built_again(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     builds = count_builds(monkeypatch)
     load_dataset(config, 1)
     os.utime(Path(config.root) / "cifar-100-python" / "test", (1, 1))
@@ -88,7 +89,7 @@ def test_a_moved_data_set_keeps_its_store(config: DataConfig, tmp_path: Path, mo
 
 
 def test_images_are_a_read_only_map_of_the_file(config: DataConfig) -> None:
-    """The kernel maps the store's own file into this process, shared, and without leave to write."""
+    """The kernel maps the store's own file into this process, shared and read-only."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train = load_dataset(config, 1).train
@@ -116,7 +117,7 @@ def test_a_subset_shares_the_whole_sets_images(config: DataConfig, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["train_images.npy", "test_labels.npy", "meta.json"])
-def test_a_damaged_store_is_built_anew(config: DataConfig, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_store_is_built_again(config: DataConfig, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     expected = load_dataset(config, 1)
     path = folder_of(config) / name
     expected_images = expected.train.images.clone()
@@ -127,7 +128,7 @@ def test_a_damaged_store_is_built_anew(config: DataConfig, name: str, capfd: pyt
     assert visible(config) == [folder_of(config).name]
 
 
-def test_a_store_that_lacks_a_file_is_built_anew(config: DataConfig) -> None:
+def test_a_store_without_one_of_its_files_is_built_again(config: DataConfig) -> None:
     load_dataset(config, 1)
     (folder_of(config) / "test_images.npy").unlink()
     assert len(load_dataset(config, 1).test) == 50
@@ -152,9 +153,7 @@ def test_a_store_that_cannot_be_mapped_is_not_taken_for_damaged(
 # --- disks -------------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_without_room_is_told_before_anything_is_decoded(
-    config: DataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reports_a_disk_without_room_before_decoding(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(ConfigError, match=r"data.store: '.*/store' has no room for cifar100: 770,000 bytes .* 1,000 "):
         load_dataset(config, 1)
@@ -163,7 +162,7 @@ def test_a_disk_without_room_is_told_before_anything_is_decoded(
     assert len(load_dataset(config, 1).train) == 200
 
 
-def test_a_disk_that_fills_up_while_writing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_a_disk_that_fills_up_while_writing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(part: Part, path: Path, progress: object) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -189,8 +188,8 @@ except ConfigError as error:
 """
 
 
-def test_the_kernel_refusing_a_write(config: DataConfig) -> None:
-    """A real refusal in the middle of a file, by the process's own limit; a full disk is told the same way."""
+def test_reports_a_write_that_the_kernel_refuses(config: DataConfig) -> None:
+    """The process's own limit makes a write fail in the middle of a file, as a full disk does."""
     command = [sys.executable, "-c", LIMITED, config.root, config.store, "300000"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
     assert told.startswith("data.store: ")
@@ -203,7 +202,7 @@ def test_the_kernel_refusing_a_write(config: DataConfig) -> None:
 
 @pytest.mark.parametrize("lying", [False, True], ids=["told before", "told by the write"])
 def test_a_small_real_disk(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying: bool) -> None:
-    """A file system of 400 KB, where this process may mount one; a quota or a neighbour may fill it unforeseen."""
+    """Uses a file system of 400 KB if this process may mount one. A quota or another process may fill a disk too."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True)
@@ -221,14 +220,14 @@ def test_a_small_real_disk(config: DataConfig, tmp_path: Path, monkeypatch: pyte
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_store_that_cannot_be_made(config: DataConfig, tmp_path: Path) -> None:
+def test_reports_a_store_that_cannot_be_made(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     blocked = config.model_copy(update={"store": str(tmp_path / "file" / "store")})
     with pytest.raises(ConfigError, match=r"data.store: '.*/file/store' cannot be written .*give data.store a folder"):
         load_dataset(blocked, 1)
 
 
-def test_a_root_that_may_not_be_written(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_a_root_that_may_not_be_written(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, *arguments: object, **more: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -240,14 +239,18 @@ def test_a_root_that_may_not_be_written(config: DataConfig, monkeypatch: pytest.
 # --- several processes -------------------------------------------------------------------------------------------
 
 
-class SlowSource:
-    """A data set that takes its time to be read, and notes every attempt in a file."""
+class SlowSource(FileSource):
+    """A data set that is slow to read, and notes every attempt in a file."""
 
-    def __init__(self, log: Path, seconds: float, fail: bool = False):
+    def __init__(self, config: DataConfig, log: Path, seconds: float, fail: bool = False):
+        super().__init__(config)
         self.log, self.seconds, self.fail = log, seconds, fail
 
-    def source(self) -> Source:
-        return Source("slow", self.read)
+    def num_classes(self) -> int:
+        return 8
+
+    def identity(self) -> str:
+        return "slow"
 
     def read(self) -> Contents:
         with open(self.log, "a") as file:
@@ -260,19 +263,19 @@ class SlowSource:
         return Contents(("a",) * 8, part, part)
 
 
-def open_slow(slow: SlowSource, config: DataConfig, start: object, results: object) -> None:
+def open_slow(slow: SlowSource, start: object, results: object) -> None:
     start.wait()
     began = time.monotonic()
     try:
-        results.put((int(image_store.open_store(slow.source(), config).train.images.sum()), 0.0))
+        results.put((int(slow.load(seed=1).train.images.sum()), 0.0))
     except ConfigError as error:
         results.put((str(error), time.monotonic() - began))
 
 
-def open_at_once(slow: SlowSource, config: DataConfig, count: int) -> list[tuple]:
+def open_at_once(slow: SlowSource, count: int) -> list[tuple]:
     context = warm_context()
     start, results = context.Barrier(count), context.Queue()
-    processes = [context.Process(target=open_slow, args=(slow, config, start, results)) for _ in range(count)]
+    processes = [context.Process(target=open_slow, args=(slow, start, results)) for _ in range(count)]
     for process in processes:
         process.start()
     found = [results.get(timeout=100) for _ in processes]
@@ -281,26 +284,26 @@ def open_at_once(slow: SlowSource, config: DataConfig, count: int) -> list[tuple
     return found
 
 
-def test_of_processes_that_start_at_once_one_builds_and_the_others_wait(config: DataConfig, tmp_path: Path) -> None:
+def test_one_of_several_processes_builds_and_the_others_wait(config: DataConfig, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    found = open_at_once(SlowSource(log, 1.0), config, 3)
+    found = open_at_once(SlowSource(config, log, 1.0), 3)
     assert [result for result, _ in found] == [8 * 3 * 4 * 4 * 7] * 3
     assert log.read_text() == "read\n"
 
 
-def test_who_waited_for_a_builder_in_vain_fails_with_its_reason(config: DataConfig, tmp_path: Path) -> None:
+def test_processes_that_waited_for_a_failed_builder_raise_its_error(config: DataConfig, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    found = open_at_once(SlowSource(log, 1.0, fail=True), config, 3)
+    found = open_at_once(SlowSource(config, log, 1.0, fail=True), 3)
     assert [message for message, _ in found] == ["data.root: 'x.jpg' cannot be read"] * 3
     assert log.read_text() == "read\n"
-    # Who comes later tries again.
-    assert len(image_store.open_store(SlowSource(log, 0.0).source(), config).train) == 8
+    # A later process tries again.
+    assert len(SlowSource(config, log, 0.0).load(seed=1).train) == 8
 
 
 KILLED = """
 import sys
 from pathlib import Path
-from fedpeft_dist.data import image_store, store_writer
+from fedpeft_dist.data import store_writer
 from tests.data_fixtures import data_config
 from tests.unit.test_image_store import SlowSource
 import time
@@ -310,12 +313,12 @@ def slow(part, path, progress):
     print("written", flush=True)
     time.sleep(100)
 store_writer._write_images = slow
-image_store.open_store(SlowSource(Path(sys.argv[2]), 0.0).source(), data_config(name="cifar100", store=sys.argv[1]))
+SlowSource(data_config(name="cifar100", store=sys.argv[1]), Path(sys.argv[2]), 0.0).load(seed=1)
 """
 
 
-def test_what_a_killed_builder_leaves_is_cleared_away(config: DataConfig, tmp_path: Path) -> None:
-    """By the next builder in the same place, also of another data set; not by one beside it that is still at work."""
+def test_the_next_builder_removes_the_files_of_a_killed_one(config: DataConfig, tmp_path: Path) -> None:
+    """This holds for builders of any data set in the same place. Files of a living builder stay."""
     command = [sys.executable, "-c", KILLED, config.store, str(tmp_path / "log")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "written\n"
@@ -331,13 +334,12 @@ def test_what_a_killed_builder_leaves_is_cleared_away(config: DataConfig, tmp_pa
     load_dataset(data_config(name="image_folder", root=str(tmp_path / "images"), store=config.store), 1)
     assert len(visible(config)) == 2
     assert not any(name.endswith(".building") for name in visible(config))
-    slow = SlowSource(tmp_path / "log", 0.0)
-    assert len(image_store.open_store(slow.source(), config).train) == 8
+    assert len(SlowSource(config, tmp_path / "log", 0.0).load(seed=1).train) == 8
 
 
-def test_an_existing_store_needs_no_lock_and_no_leave_to_write(config: DataConfig) -> None:
+def test_an_existing_store_needs_no_lock(config: DataConfig) -> None:
     load_dataset(config, 1)
-    with FileLock(image_store._lock_file(folder_of(config))):
+    with FileLock(make_source(config).store.lock_file):
         assert len(load_dataset(config, 1).train) == 200
 
 

@@ -157,7 +157,7 @@ def test_counts_are_within_one_of_the_share_and_equal_it_on_average(shares: list
 
 
 def test_dirichlets_last_client_holds_few_classes_where_alpha_is_small() -> None:
-    """With CIFAR-100's sizes over 64 clients at alpha 0.1, where it once held 98 to 100 of the classes."""
+    """CIFAR-100 sizes over 64 clients at alpha 0.1. Such a client once held 98 to 100 of the classes."""
     train = balanced(100, 500)
     for seed in range(3):
         counts = class_counts(split(dirichlet(0.1), train, 64, seed), train.labels, 100, 64)

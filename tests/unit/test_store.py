@@ -130,7 +130,7 @@ def test_keys_turn_augmentation_on_and_the_images_stay_as_they_are() -> None:
     assert len(augmented) == 10
 
 
-def test_what_a_crop_brings_in_is_black_before_normalisation() -> None:
+def test_pixels_from_outside_a_crop_are_black_before_normalisation() -> None:
     white = ImageSet(torch.full((1, 3, 12, 12), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
     keys = torch.arange(40).view(1, 40)
     batch, _ = store_of(white, 12, "crop_flip").batch(torch.zeros(1, 40, dtype=torch.int64), keys)
@@ -174,7 +174,7 @@ def test_wherever_images_are_kept_batches_are_the_same_to_the_bit(tmp_path: Path
             assert torch.equal(own, labels)
 
 
-def test_a_streamed_batch_stays_as_it_is_while_others_are_brought() -> None:
+def test_a_streamed_batch_does_not_change_while_others_are_loaded() -> None:
     """The buffers are used again and again; what was handed out is not touched."""
     images = image_set(3, size=60)
     pixels = StreamedPixels(images, CPU)
@@ -208,7 +208,7 @@ def test_an_error_in_the_background_is_raised_where_the_batch_is_asked_for() -> 
     assert len(pixels.gather(torch.tensor([1]))) == 1
 
 
-def test_what_fits_on_the_device_is_moved_there_the_training_images_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_that_fit_on_the_device_are_kept_there_training_images_first(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, large, small = torch.device("cuda"), image_set(3, size=100), image_set(3, size=10)
     size = large.images.nbytes
     subset = replace(large, labels=large.labels[:10], rows=torch.arange(10))

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from fedpeft_dist import cli
+from fedpeft_dist import cli, data
 from fedpeft_dist.backbones import timm_backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import load_config, with_values
 from fedpeft_dist.config.paths import NAME_BYTES
 from fedpeft_dist.config.schema import BackboneConfig, DataConfig, RunConfig
-from fedpeft_dist.data import download
 from fedpeft_dist.federation import run as rounds
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.sweeps import Cell, cell_rows, load_sweep, pick_cell, work_through
@@ -326,7 +325,7 @@ def test_prefetch_takes_a_sweep_and_goes_on_after_a_failure(
         return f"place of {section.name}"
 
     monkeypatch.setattr(timm_backbone, "prefetch_weights", prefetch_weights)
-    monkeypatch.setattr(download, "prefetch_data", prefetch_data)
+    monkeypatch.setattr(data, "prefetch_data", prefetch_data)
     axes = {"data.clients": [2, 3], "data": {"digits": {}, "glyphs": {"data": {"name": "glyphs", "clients": 4}}}}
     path = write(folder / "sweep.yaml", {"base": "base.yaml", "axes": axes, "seeds": [1, 2]})
     monkeypatch.setattr("sys.argv", ["fedpeft", "prefetch", str(path)])

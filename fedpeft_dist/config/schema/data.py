@@ -1,8 +1,11 @@
-"""The `data` section: which images, and how they are prepared."""
+"""The `data` section: which images, and how they are prepared.
+
+What other sections or rooms must know of a data set, its class says in a ClassVar.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,29 +15,36 @@ from fedpeft_dist.config.schema.types import Count, Fraction, Positive, Section,
 
 
 class DataSection(Section):
-    """What every data set's section has."""
+    """The keys of every data set."""
+
+    root_is_identity: ClassVar[bool] = False
+    """Whether the folder `root` alone says which data set is meant. Elsewhere root is only where the files lie."""
+    upright: ClassVar[bool] = False
+    """Whether images are turned by their EXIF orientation."""
+    natural_clients: ClassVar[bool] = False
+    """Whether the data set may know its samples' natural clients."""
 
     root: UserPath = "data"
     """The folder with the data set's files."""
     store: UserPath | None = None
-    """Where its decoded images are kept, written once and shared by all runs; null: the folder `.store` below root."""
+    """The folder of the decoded images, written once and shared by all runs; null: the folder `.store` below root."""
     image_size: Count = 224
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
-    """How images are resized, with antialiasing; auto: as the backbone was pre-trained, by timm's data config."""
+    """The filter for resizing images, with antialiasing; auto: the backbone's own, from timm's data config."""
     augment: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = "none"
     """flip: mirror with probability 1/2; crop_flip: also a random crop after padding by `crop_padding` pixels;
     resized_crop_flip: a window of random area and aspect, resized to `image_size`, then the flip."""
     crop_padding: Count = 4
     crop_scale: tuple[Share, Share] = Field((0.08, 1.0), strict=False)
-    """The least and the largest area of the window, as a share of the image's."""
+    """The smallest and the largest area of the window, as a share of the image's area."""
     crop_ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), strict=False)
-    """The least and the largest width of the window, in heights."""
+    """The smallest and the largest ratio of the window's width to its height."""
     max_train: Count | None = None
-    """Keep a random subset of that many training samples, drawn before partitioning."""
+    """The number of training samples to keep, drawn at random before partitioning; null: all of them."""
     clients: Count | None = 64
-    """The population N; null with the natural partition takes every client it has."""
+    """The population N; null, for the natural partition only: all clients that the data set has."""
     validation: Fraction = 0.0
-    """The share of every client's samples that is held out from its training."""
+    """The share of each client's samples that is held out from training."""
     partition: PartitionConfig = DirichletPartition(name="dirichlet")
 
 
@@ -55,12 +65,13 @@ class Resisc45Config(DataSection):
 
     name: Literal["resisc45"]
     test_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Of every class, drawn with `split_seed` and written down beside the decoded images."""
+    """The share of each class that is drawn for testing, with `split_seed`. The lists lie beside the decoded images."""
     split_seed: Annotated[int, Field(ge=0)] = 0
     train_list: UserPath | None = None
-    """A text file that names a training image a line, relative to root's class folders, or by the file's name alone
-    where one file has it; goes with `test_list`."""
+    """A text file with the name of one training image a line, relative to the class folders. A file's name without its
+    folder will do if only one file has that name. Goes with `test_list`."""
     test_list: UserPath | None = None
+    """A text file with the name of one test image a line."""
 
 
 class PcamConfig(DataSection):
@@ -75,13 +86,14 @@ class ImageFolderConfig(DataSection):
     Images are not turned by their EXIF orientation, as in torchvision and timm.
     """
 
+    root_is_identity = True
     name: Literal["image_folder"]
     train_folder: UserPath = "train"
     test_folder: UserPath = "test"
     classes: Count | None = None
-    """How many there should be: checked against the folders, and what `fedpeft cost` goes by."""
+    """The expected number of classes: checked against the folders, and used by `fedpeft cost`."""
     stored_size: Count = 256
-    """Images of differing sizes are stored as squares of this side: resized on the shorter side, then cropped."""
+    """The side of the stored squares if the images' sizes differ: resized on the shorter side, then cropped."""
 
 
 class HuggingFaceConfig(DataSection):
@@ -90,6 +102,8 @@ class HuggingFaceConfig(DataSection):
     Images are turned by their EXIF orientation, as the library `datasets` does.
     """
 
+    upright = True
+    natural_clients = True
     name: Literal["huggingface"]
     path: UserPath
     """The data set's name on the hub, such as `uoft-cs/cifar100`, or a local folder."""
@@ -98,13 +112,14 @@ class HuggingFaceConfig(DataSection):
     test_split: str = "test"
     image_column: str = "image"
     label_column: str = "label"
-    """Names (a ClassLabel), text or whole numbers. The train split's are the classes; the test split's go by name."""
+    """A column of names (a ClassLabel), text or whole numbers. The training split's values are the classes; the test
+    split's values are matched by name."""
     client_column: str | None = None
-    """Whose sample it is, for the natural partition."""
+    """The column that names each sample's client, for the natural partition."""
     classes: Count | None = None
-    """How many there should be: checked against the data, and what `fedpeft cost` goes by."""
+    """The expected number of classes: checked against the data, and used by `fedpeft cost`."""
     stored_size: Count = 256
-    """Images of differing sizes are stored as squares of this side: resized on the shorter side, then cropped."""
+    """The side of the stored squares if the images' sizes differ: resized on the shorter side, then cropped."""
 
 
 class DigitsConfig(DataSection):
@@ -115,8 +130,9 @@ class DigitsConfig(DataSection):
 
 
 class GlyphsConfig(DataSection):
-    """Printed letters rendered from matplotlib's bundled fonts; its natural clients are the fonts."""
+    """Printed letters rendered from matplotlib's bundled fonts. The fonts are natural clients."""
 
+    natural_clients = True
     name: Literal["glyphs"]
     image_size: Count = 32
     alphabet: Literal["latin", "greek", "cyrillic"] = "greek"
@@ -125,8 +141,9 @@ class GlyphsConfig(DataSection):
 
 
 class Glyphs100Config(DataSection):
-    """Greek and Cyrillic letters in the bundled fonts, about a hundred classes; one font family is for testing only."""
+    """Greek and Cyrillic letters in the bundled fonts, about a hundred classes. One font family is for testing only."""
 
+    natural_clients = True
     name: Literal["glyphs100"]
     image_size: Count = 32
     images_per_letter: Count = 2
