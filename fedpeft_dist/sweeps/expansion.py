@@ -18,7 +18,7 @@ from fedpeft_dist.config.explain import explain_message
 from fedpeft_dist.config.load import extended_file, is_sweep, load_run_config, parse_config, read_tree, with_values
 from fedpeft_dist.config.paths import UserPath, derived_name
 from fedpeft_dist.config.schema import RunConfig, Section
-from fedpeft_dist.config.trees import merge_trees, nest_keys, parse_overrides
+from fedpeft_dist.config.trees import flatten_keys, merge_trees, nest_keys, parse_overrides
 from fedpeft_dist.config.yaml_text import read_yaml
 from fedpeft_dist.tracking.run_directory import RunDirectory
 from fedpeft_dist.tracking.sweep_axes import AxisChoice
