@@ -11,22 +11,22 @@ import runpy
 import time
 from dataclasses import replace
 
-from fedpeft_dist.federation.simulation import Simulation
-from fedpeft_dist.training.local_training import LocalTrainer
+from fedpeft_dist.federation.setup import Setup
+from fedpeft_dist.training.trainer import Trainer
 
 
 def main() -> None:
     kind, faulty_round, faulty_rank = os.environ["FAULT"].split(":")
-    train, evaluate = LocalTrainer.train, Simulation.evaluate
+    train, evaluate = Trainer.train, Setup.evaluate
     rounds = []
 
-    def train_or_fail(self, tasks, global_vector, round_number, *rest, **options):
-        rounds.append(round_number)
-        if round_number == int(faulty_round) and faulty_rank in ("", str(self.runtime.rank)) and kind != "evaluation":
+    def train_or_fail(self, tasks, start, is_dropped):
+        rounds.append(start.number)
+        if start.number == int(faulty_round) and faulty_rank in ("", str(self.runtime.rank)) and kind != "evaluation":
             if kind == "raise":
                 raise RuntimeError("a fault that a test has planted")
             tasks = [replace(task, num_steps=10**6) for task in tasks]
-        return train(self, tasks, global_vector, round_number, *rest, **options)
+        return train(self, tasks, start, is_dropped)
 
     def evaluate_for_ever(self, vector, is_dropped):
         if rounds[-1] == int(faulty_round) and faulty_rank in ("", str(self.runtime.rank)):
@@ -34,9 +34,9 @@ def main() -> None:
                 time.sleep(0.1)
         return evaluate(self, vector, is_dropped)
 
-    LocalTrainer.train = train_or_fail
+    Trainer.train = train_or_fail
     if kind == "evaluation":
-        Simulation.evaluate = evaluate_for_ever
+        Setup.evaluate = evaluate_for_ever
     runpy.run_module("fedpeft_dist", run_name="__main__", alter_sys=True)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 MIXERS = ("attn", "xca", "token_mixer", "factoratt_crpe", "conv_dw")
-"""What stands before the MLP in the blocks of timm's families."""
+"""Names of the layers before the MLP in the blocks of timm's families."""
 
 
 @dataclass
@@ -189,7 +189,7 @@ class PlainResult:
     loss: float
     """Mean cross-entropy over the steps."""
     norms: list[float]
-    """Of the gradient at each step, before clipping; empty where nothing is clipped."""
+    """The gradient's norm at each step, before clipping; empty if nothing is clipped."""
 
 
 def train_plain(

@@ -37,7 +37,7 @@ def test_first_logits_are_the_backbones(method):
 
 @pytest.mark.parametrize("method", SILENT)
 def test_only_the_last_matrix_is_zero(method):
-    """So that every matrix gets a gradient from the second step on; and the branch does act once it is not zero."""
+    """Every matrix then gets a gradient from the second step on, and the branch acts once that matrix is not zero."""
     lane_model = make_lane_model(make_model(*VIT), METHODS[method])
     start = lane_model.initial_vector()
     tensors = {name: value.clone() for name, value in lane_model.layout.split(start).items()}

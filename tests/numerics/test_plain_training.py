@@ -17,9 +17,9 @@ from .cases import (
     make_model,
     make_tasks,
     make_trainer,
+    passes_of,
     plain_batches,
     start_vector,
-    ticks_of,
     train_lanes,
 )
 from .plain import PlainResult, make_plain, train_plain
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 def compare(method, optimizer, dtype, lr_factor=1.0, **client) -> list[PlainResult]:
     """Trains five clients on three lanes and one by one, and compares deltas and losses."""
     model, images, tasks = make_model(*VIT), make_images(), make_tasks(SIZES, STEPS)
-    assert_ragged(ticks_of(tasks, LANES, BATCH))
+    assert_ragged(passes_of(tasks, LANES, BATCH))
     lane_model = make_lane_model(model, method, dtype=dtype)
     vector = start_vector(lane_model, dtype)
     trainer = make_trainer(lane_model, images, client_config(optimizer, BATCH, **client), LANES, dtype)
@@ -55,13 +55,13 @@ def compare(method, optimizer, dtype, lr_factor=1.0, **client) -> list[PlainResu
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_float64(method, optimizer):
+def test_lanes_end_where_plain_training_ends_in_float64(method, optimizer):
     compare(METHODS[method], OPTIMIZERS[optimizer], torch.float64)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_float32(method, optimizer):
+def test_lanes_end_where_plain_training_ends_in_float32(method, optimizer):
     """AdamW's eps is raised further: rounding errors are larger here."""
     settings = OPTIMIZERS[optimizer]
     compare(METHODS[method], {**settings, "eps": 0.1} if "eps" in settings else settings, torch.float32)
@@ -76,7 +76,7 @@ def test_proximal_term_is_a_term_of_the_loss(method, optimizer):
 @pytest.mark.parametrize("proximal", [0.0, 3.0])
 @pytest.mark.parametrize("method", ["full", "lora-all"])
 def test_each_client_is_clipped_on_its_own(method, proximal):
-    """At a bound that lies between the norms met, so that some steps are clipped and some are not."""
+    """The bound lies between the norms met, so that some steps are clipped and some are not."""
     bound = 4.0
     results = compare(METHODS[method], OPTIMIZERS["sgd"], torch.float64, clip_norm=bound, proximal=proximal)
     norms = [norm for result in results for norm in result.norms]

@@ -10,22 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from fedpeft_dist.training.local_training import _NOISE, LocalTrainer
 
-from fedpeft_dist.checkpoint import load_newest_checkpoint
+from fedpeft_dist.checkpoint import Noise, load_newest_checkpoint
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import load_config, parse_config, with_values
 from fedpeft_dist.config.schema import CosineSchedule, RunConfig
 from fedpeft_dist.data.datasets import Dataset, ImageSet
 from fedpeft_dist.federation import run as rounds
-from fedpeft_dist.federation.run import run_federation
-from fedpeft_dist.federation.simulation import Simulation
+from fedpeft_dist.federation.run import run
+from fedpeft_dist.federation.setup import Setup
+from fedpeft_dist.federation.simulation import build_simulation
 from fedpeft_dist.lanes.random import derive_seed, fold_in
 from fedpeft_dist.privacy import noise_seed
 from fedpeft_dist.privacy.mechanisms import keyed_normal
 from fedpeft_dist.privacy.noise_seed import derive_noise_seed
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED, RunDirectory, read_metrics
+from fedpeft_dist.training.trainer import _NOISE, RoundStart
 from tests.tiny import tiny_vit
 
 from .cases import (
@@ -38,9 +39,10 @@ from .cases import (
     make_lane_model,
     make_model,
     make_runtime,
-    make_store,
     make_tasks,
+    make_trainer,
     start_vector,
+    train_lanes,
 )
 
 SAMPLE = {"name": "sample", "epsilon": 6.0, "dp_delta": 0.01}
@@ -79,9 +81,9 @@ def summary_of(config: RunConfig) -> dict[str, Any]:
 def stop_after(round_number: int, monkeypatch: pytest.MonkeyPatch) -> StopRequest:
     stop, run_round = StopRequest(), rounds.run_round
 
-    def counting(run, *arguments):
-        stop.received = stop.received or run.next_round + 1 == round_number
-        return run_round(run, *arguments)
+    def counting(state, *arguments):
+        stop.received = stop.received or state.round + 1 == round_number
+        return run_round(state, *arguments)
 
     monkeypatch.setattr(rounds, "run_round", counting)
     return stop
@@ -90,7 +92,7 @@ def stop_after(round_number: int, monkeypatch: pytest.MonkeyPatch) -> StopReques
 @pytest.mark.parametrize("privacy", [SAMPLE, USER, {"name": "paper_noise"}, {"name": "none"}])
 def test_log_and_summary_say_what_is_guaranteed(privacy, tmp_path, capsys):
     config = make_config(tmp_path, privacy)
-    assert run_federation(config, make_runtime()) == COMPLETE
+    assert run(config, runtime=make_runtime()) == COMPLETE
     said, summary = capsys.readouterr().out, summary_of(config)["privacy"]
     if privacy["name"] == "none":
         assert "privacy" not in said
@@ -117,10 +119,10 @@ def test_log_and_summary_say_what_is_guaranteed(privacy, tmp_path, capsys):
 @pytest.mark.parametrize("privacy", [SAMPLE, {**SAMPLE, "slots": 5}, {**USER, "adaptive": {"count_noise": 2.0}}])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(privacy, tmp_path, monkeypatch):
     whole, stopped = (make_config(tmp_path, privacy, name) for name in ("whole", "stopped"))
-    run_federation(whole, make_runtime())
+    run(whole, runtime=make_runtime())
     with monkeypatch.context() as patch:
-        assert run_federation(stopped, make_runtime(), stop_after(2, patch)) == INTERRUPTED
-    assert run_federation(stopped, make_runtime()) == COMPLETE
+        assert run(stopped, stop_after(2, patch), runtime=make_runtime()) == INTERRUPTED
+    assert run(stopped, runtime=make_runtime()) == COMPLETE
     ours, theirs = summary_of(stopped), summary_of(whole)
     assert ours["weights_sha256"] == theirs["weights_sha256"]
     assert ours["privacy"] == theirs["privacy"]
@@ -131,22 +133,22 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(privacy, tmp_path, monk
 
 def noise_of(config: RunConfig) -> torch.Tensor:
     checkpoint, _ = load_newest_checkpoint(directory_of(config).checkpoints)
-    return checkpoint.noise_multipliers
+    return checkpoint.noise.multipliers
 
 
 @pytest.mark.parametrize("privacy", [SAMPLE, {**USER, "noise_multiplier": None, "epsilon": 6.0}])
 def test_more_rounds_keep_the_noise_and_need_a_larger_epsilon(privacy, tmp_path):
     config = make_config(tmp_path, privacy)
-    run_federation(config, make_runtime())
+    run(config, runtime=make_runtime())
     before, spent = noise_of(config), summary_of(config)["privacy"]["epsilon"]
     longer = with_values(config, "federation", rounds=8)
     files = {path: path.read_bytes() for path in Path(tmp_path).rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"privacy\.epsilon: 6 is less than the .* that federation\.rounds: 8"):
-        run_federation(longer, make_runtime())
+        run(longer, runtime=make_runtime())
     changed = [path for path, content in files.items() if path.read_bytes() != content]
     assert all(path.name in ("state.json", "owner.json") for path in changed), changed
     raised = with_values(longer, "privacy", epsilon=60.0)
-    assert run_federation(raised, make_runtime()) == COMPLETE
+    assert run(raised, runtime=make_runtime()) == COMPLETE
     after = noise_of(raised)
     assert torch.equal(after[before > 0], before[before > 0])
     assert spent < summary_of(raised)["privacy"]["epsilon"] <= 60.0
@@ -154,20 +156,20 @@ def test_more_rounds_keep_the_noise_and_need_a_larger_epsilon(privacy, tmp_path)
 
 def test_another_epsilon_alone_is_another_run(tmp_path):
     config = make_config(tmp_path, SAMPLE)
-    run_federation(config, make_runtime())
+    run(config, runtime=make_runtime())
     with pytest.raises(ConfigError, match=r"holds a run of another config: privacy\.epsilon \(6\.0 there, 9\.0 here\)"):
-        run_federation(with_values(config, "privacy", epsilon=9.0), make_runtime())
+        run(with_values(config, "privacy", epsilon=9.0), runtime=make_runtime())
 
 
 @pytest.mark.parametrize("name", ["sample", "user"])
 def test_a_run_stops_when_its_budget_is_spent(name, tmp_path, capsys):
     privacy = {**USER, "name": name}
     config = make_config(tmp_path, privacy, rounds=6)
-    run_federation(make_config(tmp_path, privacy, "whole", rounds=6), make_runtime())
+    run(make_config(tmp_path, privacy, "whole", rounds=6), runtime=make_runtime())
     spent = summary_of(make_config(tmp_path, privacy, "whole"))["privacy"]["epsilon"]
     budget = 0.8 * spent
     config = with_values(config, "privacy", stop_at_epsilon=budget)
-    assert run_federation(config, make_runtime()) == COMPLETE
+    assert run(config, runtime=make_runtime()) == COMPLETE
     summary = summary_of(config)
     assert 1 <= summary["rounds"] < 6
     assert 0 < summary["privacy"]["epsilon"] <= budget
@@ -177,17 +179,17 @@ def test_a_run_stops_when_its_budget_is_spent(name, tmp_path, capsys):
 
     files = {path: path.read_bytes() for path in directory_of(config).path.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert run_federation(config, make_runtime()) == COMPLETE
+    assert run(config, runtime=make_runtime()) == COMPLETE
     assert "already complete" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in files} == files
 
     smaller = with_values(config, "privacy", stop_at_epsilon=0.9 * summary["privacy"]["epsilon"])
     with pytest.raises(ConfigError, match=r"privacy\.stop_at_epsilon: .* is less than the .* rounds have spent"):
-        run_federation(smaller, make_runtime())
+        run(smaller, runtime=make_runtime())
     assert summary_of(config) == summary
 
     larger = with_values(config, "privacy", stop_at_epsilon=2 * spent)
-    assert run_federation(larger, make_runtime()) == COMPLETE
+    assert run(larger, runtime=make_runtime()) == COMPLETE
     assert summary_of(larger)["rounds"] == 6
     whole = summary_of(make_config(tmp_path, privacy, "whole"))
     assert summary_of(larger)["weights_sha256"] == whole["weights_sha256"]
@@ -200,9 +202,8 @@ def test_the_papers_noise_is_added_to_every_gradient():
     deltas, (task,) = [], make_tasks((4,), (1,))
     for deviation in (0.0, 3.378):
         lane_model = make_lane_model(model, METHODS["bias"], dtype=torch.float64)
-        work = (lane_model, make_store(images), client, make_runtime(), SEED, 2, torch.float64)
-        trainer = LocalTrainer(*work, gradient_noise=deviation)
-        (update,) = trainer.train([task], start_vector(lane_model, torch.float64), ROUND)
+        trainer = make_trainer(lane_model, images, client, 2, torch.float64, gradient_noise=deviation)
+        (update,) = train_lanes(trainer, [task], start_vector(lane_model, torch.float64)).values()
         deltas.append(update.delta)
     key = derive_seed(derive_seed(SEED, "client", ROUND, 0), "step", 0)
     noise = keyed_normal(fold_in(torch.tensor([key]), _NOISE), lane_model.layout.width)[0]
@@ -214,7 +215,7 @@ def test_no_privacy_and_the_papers_noise_train_differently(tmp_path):
     digests = set()
     for privacy in ({"name": "none"}, {"name": "paper_noise"}, SAMPLE):
         config = make_config(tmp_path, privacy, privacy["name"])
-        run_federation(config, make_runtime())
+        run(config, runtime=make_runtime())
         digests.add(summary_of(config)["weights_sha256"])
     assert len(digests) == 3
 
@@ -222,7 +223,7 @@ def test_no_privacy_and_the_papers_noise_train_differently(tmp_path):
 def test_a_private_round_in_which_nobody_takes_part_is_noise(tmp_path, capsys):
     """Poisson draws of one client in six: some cohorts are empty, and no round is skipped."""
     config = make_config(tmp_path, USER, rounds=8, cohort=1)
-    run_federation(config, make_runtime())
+    run(config, runtime=make_runtime())
     rows = read_metrics(directory_of(config).metrics_file)
     assert any(row["cohort"] == 0 for row in rows)
     assert "its step is noise alone" in capsys.readouterr().out
@@ -232,16 +233,16 @@ def test_secure_noise_says_that_the_run_cannot_be_repeated(tmp_path, capsys):
     digests = set()
     for name in ("one", "two"):
         config = make_config(tmp_path, {**SAMPLE, "secure_noise": True}, name, rounds=1)
-        run_federation(config, make_runtime())
+        run(config, runtime=make_runtime())
         digests.add(summary_of(config)["weights_sha256"])
     assert len(digests) == 2
     assert "cannot be repeated" in capsys.readouterr().out
 
 
 def noise_seed_of(config: RunConfig) -> int:
-    run_federation(config, make_runtime())
+    run(config, runtime=make_runtime(config.runtime.precision))
     checkpoint, _ = load_newest_checkpoint(directory_of(config).checkpoints)
-    return checkpoint.noise_seed
+    return checkpoint.noise.seed
 
 
 def test_only_runs_with_the_same_releases_share_their_noise(tmp_path):
@@ -294,65 +295,62 @@ def test_no_image_may_change_without_another_noise_seed(tmp_path, monkeypatch):
 
 
 def test_runs_of_one_seed_have_cohorts_of_their_own_where_these_are_secret(tmp_path):
-    """Of two runs that drew the same cohorts, the second would be accounted for as if it had drawn its own."""
+    """If two runs drew the same cohorts, the accounting of the second would be wrong: it assumes a fresh draw."""
     configs = [make_config(tmp_path, {**USER, "clip_norm": norm}, str(norm), rounds=12) for norm in (0.5, 0.4)]
     cohorts = [
         [simulation.participation.plan(number).steps for number in range(12)]
-        for simulation in map(make_private_simulation, configs)
+        for simulation in (build_simulation(config, make_runtime()) for config in configs)
     ]
     assert cohorts[0] != cohorts[1]
-
-
-def make_private_simulation(config: RunConfig) -> Simulation:
-    simulation = Simulation(config, make_runtime())
-    simulation.plan_privacy()
-    simulation.seed_noise(config)
-    return simulation
 
 
 @pytest.mark.parametrize("slots", ["auto", 9, 500])
 def test_slots_and_draws_are_bounded_by_the_largest_client(slots, tmp_path):
     """A batch size above every client draws everything in each step, as one of the largest client's size does."""
-    simulations = []
-    for batch in (1024, None):
-        config = make_config(tmp_path, {"name": "sample", "noise_multiplier": 1.0, "dp_delta": 0.01, "slots": slots})
-        largest = int(Simulation(config, make_runtime()).partition.sizes().max())
-        simulations.append(make_private_simulation(with_values(config, "client", batch_size=batch or largest)))
-        simulations[-1].noise_seed = 5
-    updates = [list(s.trainer.train(s.tasks(range(6)), s.initial_vector, 0)) for s in simulations]
+    config = make_config(tmp_path, {"name": "sample", "noise_multiplier": 1.0, "dp_delta": 0.01, "slots": slots})
+    largest = int(Setup(config, make_runtime()).partition.sizes().max())
+    noise = Noise(torch.ones(6, dtype=torch.float64), seed=5)
+    simulations = [
+        build_simulation(with_values(config, "client", batch_size=batch), make_runtime(), noise)
+        for batch in (1024, largest)
+    ]
+    updates = [
+        list(one.trainer.train(one.setup.tasks(range(6)), RoundStart(0, one.setup.initial_vector)))
+        for one in simulations
+    ]
     for ours, theirs in zip(*updates, strict=True):
-        assert ours.num_samples == theirs.num_samples == simulations[0].partition.size(ours.client)
+        assert ours.num_samples == theirs.num_samples == simulations[0].setup.partition.size(ours.client)
         assert torch.equal(ours.delta, theirs.delta)
     for simulation in simulations:
-        most = simulation.lanes * largest
-        assert simulation.trainer.samples.num_lanes == (most if slots == "auto" else min(slots, most))
+        most = simulation.config.runtime.lanes * largest
+        assert simulation.trainer.rule.rows.num_lanes == (most if slots == "auto" else min(slots, most))
 
 
 def test_a_run_may_end_where_it_was_interrupted(tmp_path, monkeypatch):
     """Its budget is cut to what it has spent; the accuracy is that of its last round all the same."""
     config = make_config(tmp_path, {**USER, "name": "sample"}, rounds=4, evaluate_every=0)
     with monkeypatch.context() as patch:
-        assert run_federation(config, make_runtime(), stop_after(2, patch)) == INTERRUPTED
+        assert run(config, stop_after(2, patch), runtime=make_runtime()) == INTERRUPTED
     whole = make_config(tmp_path, {**USER, "name": "sample"}, "whole", rounds=2)
-    run_federation(whole, make_runtime())
+    run(whole, runtime=make_runtime())
     spent = summary_of(whole)["privacy"]["epsilon"]
-    assert run_federation(with_values(config, "privacy", stop_at_epsilon=spent), make_runtime()) == COMPLETE
+    assert run(with_values(config, "privacy", stop_at_epsilon=spent), runtime=make_runtime()) == COMPLETE
     summary = summary_of(config)
     assert (summary["rounds"], summary["final_accuracy"]) == (2, summary_of(whole)["final_accuracy"])
     assert summary["weights_sha256"] == summary_of(whole)["weights_sha256"]
     assert summary["privacy"]["epsilon"] == spent
 
 
-def test_what_cannot_be_accounted_for_leaves_no_file(tmp_path):
+def test_a_run_that_cannot_be_accounted_for_leaves_no_file(tmp_path):
     config = make_config(tmp_path, {**USER, "name": "sample", "dp_delta": 1e-300})
     with pytest.raises(ConfigError, match=r"privacy\.dp_delta"):
-        run_federation(config, make_runtime())
+        run(config, runtime=make_runtime())
     assert not directory_of(config).path.exists()
 
 
 def test_a_clipping_norm_that_moves_is_told(tmp_path):
     config = make_config(tmp_path, {**USER, "adaptive": {"lr": 0.5}}, rounds=3)
-    run_federation(config, make_runtime())
+    run(config, runtime=make_runtime())
     told = [row["clip_norm"] for row in read_metrics(directory_of(config).metrics_file)]
     assert told[0] == 0.5
     assert len({*told, summary_of(config)["privacy"]["clip_norm"]}) == 4
@@ -368,7 +366,7 @@ def test_secure_cohorts_do_not_follow_from_the_seed(tmp_path):
     cohorts = []
     for name in ("one", "two"):
         config = make_config(tmp_path, {**USER, "secure_noise": True}, name, rounds=12)
-        run_federation(config, make_runtime())
+        run(config, runtime=make_runtime())
         cohorts.append([row["cohort"] for row in read_metrics(directory_of(config).metrics_file)])
     assert cohorts[0] != cohorts[1]
 
@@ -376,16 +374,16 @@ def test_secure_cohorts_do_not_follow_from_the_seed(tmp_path):
 def test_secure_runs_go_on_with_their_own_cohorts(tmp_path, monkeypatch):
     config = make_config(tmp_path, {**USER, "secure_noise": True}, rounds=4)
     with monkeypatch.context() as patch:
-        assert run_federation(config, make_runtime(), stop_after(2, patch)) == INTERRUPTED
+        assert run(config, stop_after(2, patch), runtime=make_runtime()) == INTERRUPTED
     before, _ = load_newest_checkpoint(directory_of(config).checkpoints)
-    assert run_federation(config, make_runtime()) == COMPLETE
+    assert run(config, runtime=make_runtime()) == COMPLETE
     after, _ = load_newest_checkpoint(directory_of(config).checkpoints)
-    assert after.noise_seed == before.noise_seed is not None
+    assert after.noise.seed == before.noise.seed is not None
 
 
-def test_auto_is_fp32_where_it_would_be_fp16(tmp_path, monkeypatch):
+def test_auto_precision_of_a_private_run_is_never_fp16(tmp_path, monkeypatch):
     """fp16 scales losses by what overflowed before, which privacy must not depend on."""
     config = with_values(make_config(tmp_path, SAMPLE, rounds=1), "runtime", precision="auto")
     monkeypatch.setattr(rounds.process, "start", lambda _: nullcontext(make_runtime("fp16")))
-    assert rounds.run(config) == COMPLETE
+    assert run(config) == COMPLETE
     assert load_config(directory_of(config).config_file).runtime.precision == "fp32"

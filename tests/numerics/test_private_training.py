@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fedpeft_dist.training.private_training import PrivateTrainer
-from fedpeft_dist.training.sample_schedule import BatchDraw
 
 from fedpeft_dist.config.schema import SamplePrivacy
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.privacy.mechanisms import keyed_normal
+from fedpeft_dist.training.batches import PoissonBatches
+from fedpeft_dist.training.gradients import NoisyGradient
+from fedpeft_dist.training.schedule import Schedule
+from fedpeft_dist.training.trainer import RoundStart, Trainer
 
 from .cases import (
     MEAN,
@@ -24,6 +26,7 @@ from .cases import (
     VIT,
     assert_same_delta,
     client_config,
+    make_algorithm,
     make_images,
     make_lane_model,
     make_model,
@@ -42,10 +45,29 @@ NOISE = torch.tensor([0.5, 1.0, 0.3, 2.0, 0.8], dtype=torch.float64)
 
 def make_private_trainer(
     lane_model, images, client, clip_norm=1.0, noise=NOISE, lanes=LANES, slots=SLOTS, dtype=torch.float64, **privacy
-) -> PrivateTrainer:
+) -> Trainer:
     config = SamplePrivacy(name="sample", clip_norm=clip_norm, noise_multiplier=1.0, **privacy)
-    work = (lane_model, make_store(images), client, config, noise, max(SIZES), make_runtime(), SEED, NOISE_SEED)
-    return PrivateTrainer(*work, lanes, slots, dtype)
+    batches = PoissonBatches(client.batch_size, NOISE_SEED, config.max_batch, config.secure_noise)
+    rule = NoisyGradient(
+        lane_model.layout,
+        lanes,
+        slots,
+        privacy=config,
+        batches=batches,
+        noise_multipliers=noise,
+        largest_client=max(SIZES),
+        runtime=make_runtime(),
+        dtype=dtype,
+    )
+    return Trainer(
+        lane_model,
+        make_store(images),
+        client,
+        make_runtime(),
+        schedule=Schedule(lanes, batches, SEED, slots),
+        rule=rule,
+        term=make_algorithm(lane_model.layout.num_parameters, client.proximal).add_to_gradient,
+    )
 
 
 def plain_gradient(plain, image, label) -> list[torch.Tensor]:
@@ -59,11 +81,11 @@ def plain_private_training(plain, layout, start, images, task, client, clip_norm
     parameters = list(plain.trainable.values())
     optimizer = make_optimizer(parameters, optimizer)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    draw = BatchDraw(client.batch_size)
+    batches = PoissonBatches(client.batch_size, NOISE_SEED)
     key, norms = derive_seed(NOISE_SEED, "client", ROUND, task.client), []
     for step in range(task.num_steps):
         total = [torch.zeros_like(p) for p in parameters]
-        for index in draw(task.samples, derive_seed(key, "draw", step)):
+        for index in batches.draw(task.samples, derive_seed(key, "draw", step)):
             image = ((images.images[index] / 255 - mean) / std).double()
             gradient = plain_gradient(plain, image, images.labels[index])
             norm = math.sqrt(sum(float((g**2).sum()) for g in gradient))
@@ -88,11 +110,11 @@ def test_per_sample_gradients_are_those_of_single_backward_passes(method):
     plain.model.double()
     layout = lane_model.layout
     trainer = make_private_trainer(lane_model, images, client_config(OPTIMIZERS["sgd"], BATCH), slots=6)
-    lane_model.bind(trainer.samples)
+    lane_model.bind(trainer.rule.rows)
     vectors = [start_vector(lane_model, torch.float64, noise) for noise in (0.1, 0.2)]
     samples, lanes = torch.tensor([3, 8, 1, 20, 33, 7]), [0, 1, 1, 0, 0, 1]
     for slot, lane in enumerate(lanes):
-        trainer.samples.load(slot, layout.pad(vectors[lane]))
+        trainer.rule.rows.load(slot, layout.pad(vectors[lane]))
     pixels, labels = trainer.store.batch(samples.unsqueeze(1))
     F.cross_entropy(lane_model.logits(pixels.double()).flatten(0, 1), labels.flatten(), reduction="sum").backward()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -100,7 +122,7 @@ def test_per_sample_gradients_are_those_of_single_backward_passes(method):
         plain.load(layout.split(vectors[lane]))
         image = ((images.images[sample] / 255 - mean) / std).double()
         expected = dict(zip(plain.trainable, plain_gradient(plain, image, images.labels[sample])))
-        actual = layout.split(layout.unpad(trainer.samples.grad[slot]))
+        actual = layout.split(layout.unpad(trainer.rule.rows.grad[slot]))
         assert_same_delta(actual, {name: expected[name] for name in actual}, 1e-9)
 
 
@@ -114,7 +136,7 @@ def test_training_is_dp_sgd_written_out(method, optimizer):
     client = client_config(OPTIMIZERS[optimizer], BATCH)
     clip_norm = {"full": 12.0, "head": 5.0}.get(method, 7.0)
     trainer = make_private_trainer(lane_model, images, client, clip_norm)
-    updates = {update.client: update for update in trainer.train(tasks, vector, ROUND)}
+    updates = {update.client: update for update in trainer.train(tasks, RoundStart(ROUND, vector))}
     plain = make_plain(model, METHODS[method], ("head",))
     plain.model.double()
     all_norms = []
@@ -140,16 +162,16 @@ def test_training_is_dp_sgd_written_out(method, optimizer):
 @pytest.mark.parametrize("lanes_and_slots", [(1, 1), (2, 3), (5, 20)])
 @pytest.mark.parametrize("method", ["full", "bias", "adapter-shared", "lora-all", "prompt-deep"])
 def test_a_client_does_not_depend_on_its_neighbours(method, lanes_and_slots):
-    """To the bit, for a number of slots that stays: with others and alone, in whichever lane."""
+    """The same bits with others and alone, in whichever lane, for a fixed number of slots."""
     lanes, slots = lanes_and_slots
     model, images, tasks = make_model(*VIT), make_images(), make_tasks(SIZES, STEPS)
     lane_model = make_lane_model(model, METHODS[method])
     client = client_config(OPTIMIZERS["adamw"], BATCH, proximal=0.1)
     trainer = make_private_trainer(lane_model, images, client, lanes=lanes, slots=slots, dtype=torch.float32)
     vector = start_vector(lane_model)
-    together = {update.client: update for update in trainer.train(tasks, vector, ROUND)}
+    together = {update.client: update for update in trainer.train(tasks, RoundStart(ROUND, vector))}
     for order in (tasks[::-1], tasks[2:3], tasks[4:] + tasks[:1]):
-        for update in trainer.train(order, vector, ROUND):
+        for update in trainer.train(order, RoundStart(ROUND, vector)):
             assert torch.equal(update.delta, together[update.client].delta)
             assert torch.equal(update.loss, together[update.client].loss)
 
@@ -158,14 +180,11 @@ def test_an_empty_batch_is_a_step_of_noise():
     model, images = make_model(*VIT), make_images()
     lane_model = make_lane_model(model, METHODS["head"], dtype=torch.float64)
     (task,) = make_tasks((11,), (1,))
-    round_number = next(
-        number
-        for number in range(1000)
-        if not len(BatchDraw(1)(task.samples, derive_seed(derive_seed(NOISE_SEED, "client", number, 0), "draw", 0)))
-    )
+    batches = PoissonBatches(1, NOISE_SEED)
+    round_number = next(number for number in range(1000) if not len(next(batches.of(task.samples, 0, number))))
     client = client_config({"name": "sgd", "lr": 0.5, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}, 1)
     trainer = make_private_trainer(lane_model, images, client, clip_norm=2.0)
-    (update,) = trainer.train([task], start_vector(lane_model, torch.float64), round_number)
+    (update,) = trainer.train([task], RoundStart(round_number, start_vector(lane_model, torch.float64)))
     key = derive_seed(derive_seed(NOISE_SEED, "client", round_number, 0), "noise", 0)
     noise = lane_model.layout.unpad(keyed_normal(torch.tensor([key]), lane_model.layout.width)[0])
     torch.testing.assert_close(update.delta, -0.5 * 2.0 * float(NOISE[0]) * noise, rtol=0, atol=1e-9)
@@ -186,10 +205,10 @@ def test_a_gradient_that_is_not_finite_counts_as_zero():
         return torch.where((indices == 4).view(-1, 1, 1, 1, 1), torch.inf, pixels), labels
 
     trainer.store.batch = spoil
-    (spoiled,) = trainer.train([task], vector, ROUND)
+    (spoiled,) = trainer.train([task], RoundStart(ROUND, vector))
     trainer.store.batch = batch
     without = type(task)(task.client, task.samples[task.samples != 4], 1, 10)
-    (expected,) = trainer.train([without], vector, ROUND)
+    (expected,) = trainer.train([without], RoundStart(ROUND, vector))
     assert spoiled.delta.isfinite().all()
     torch.testing.assert_close(spoiled.delta, expected.delta * 10 / 11, rtol=1e-3, atol=1e-6)
 
@@ -201,7 +220,7 @@ def test_the_delta_without_noise_is_bounded_by_the_clip_norm():
     client = client_config({"name": "sgd", "lr": 1.0, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}, 9)
     trainer = make_private_trainer(lane_model, images, client, clip_norm=1e-3, noise=NOISE * 1e-9)
     (task,) = make_tasks((9,), (1,))
-    (update,) = trainer.train([task], start_vector(lane_model, torch.float64), ROUND)
+    (update,) = trainer.train([task], RoundStart(ROUND, start_vector(lane_model, torch.float64)))
     assert 1e-5 < update.delta.norm() <= 1e-3
 
 
@@ -212,5 +231,5 @@ def test_secure_noise_is_another_each_time():
         lane_model, images, client_config(OPTIMIZERS["sgd"], 4), dtype=torch.float32, secure_noise=True
     )
     tasks, vector = make_tasks((9,), (2,)), start_vector(lane_model)
-    first, second = (next(iter(trainer.train(tasks, vector, ROUND))).delta for _ in range(2))
+    first, second = (next(iter(trainer.train(tasks, RoundStart(ROUND, vector)))).delta for _ in range(2))
     assert not torch.equal(first, second)

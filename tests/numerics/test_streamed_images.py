@@ -41,7 +41,7 @@ def device(request: pytest.FixtureRequest):
         yield device
 
 
-def test_trained_deltas(device: torch.device) -> None:
+def test_streamed_images_train_the_same_deltas(device: torch.device) -> None:
     images = make_images()
     deltas = []
     for resident in (True, False):
@@ -56,7 +56,7 @@ def test_trained_deltas(device: torch.device) -> None:
         assert torch.equal(resident_delta, streamed_delta)
 
 
-def test_evaluation(device: torch.device) -> None:
+def test_streamed_images_evaluate_the_same(device: torch.device) -> None:
     images = make_images()
     lane_model = make_lane_model(make_model(*VIT), METHODS["head"])
     vector = start_vector(lane_model).to(device)
