@@ -1,7 +1,5 @@
 """`python -m fedpeft_dist` is `fedpeft`."""
 
-from __future__ import annotations
-
 
 def main() -> None:
     try:

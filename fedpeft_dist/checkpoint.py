@@ -4,8 +4,6 @@ Beside the state stand the config, digests of backbone, data and traces, the ver
 whole file, which shows damage. Randomness has no history, so nothing else is needed to go on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -48,7 +46,7 @@ class Origin:
     versions: dict[str, str] = field(default_factory=library_versions)
 
     @classmethod
-    def of(cls, config: RunConfig, backbone_sha256: str, data_sha256: str, traces_sha256: str = "") -> Origin:
+    def of(cls, config: RunConfig, backbone_sha256: str, data_sha256: str, traces_sha256: str = "") -> "Origin":
         tree = json.loads(config.model_dump_json())
         return cls(tree, config_digest(config), backbone_sha256, data_sha256, traces_sha256)
 

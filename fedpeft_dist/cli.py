@@ -4,8 +4,6 @@ Exit codes: 0 done; 2 the user's mistake, told in one `error:` line; 75 interrup
 command to go on; 1 anything else. A command whose output nobody reads goes on, and its code does not change.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict
@@ -177,7 +175,7 @@ def export(
     print(f"reload:  {expression}")
 
 
-def run_directory(path: Path) -> RunDirectory:
+def run_directory(path: Path) -> "RunDirectory":
     """
     Raises:
         ConfigError: no run was begun there.

@@ -6,8 +6,6 @@ share a class. Neither digits nor handwriting are used. docs/glyph_vit.md report
 Shapes: C letters, F fonts, N images, S the side of an image.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Federated algorithms: one file each. ALGORITHMS maps each algorithm's config class to its class."""
 
-from __future__ import annotations
-
 from fedpeft_dist.algorithms.algorithm import Algorithm, Federation
 from fedpeft_dist.algorithms.fedprox import FedProx
 from fedpeft_dist.algorithms.scaffold import Scaffold

@@ -17,8 +17,6 @@ the same, and a round that is dropped leaves no trace.
 Shapes: M cohort, P trainable parameters, V numbers that a client sends, S numbers that a client keeps.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

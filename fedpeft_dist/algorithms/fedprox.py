@@ -1,7 +1,5 @@
 """FedProx (Li et al. 2020, arXiv 1812.06127): FedAvg, whose clients stay near the global parameters."""
 
-from __future__ import annotations
-
 import torch
 
 from fedpeft_dist.algorithms.algorithm import Algorithm

@@ -11,8 +11,6 @@ change to c, for a cohort S of a population of N clients. All control variates s
 Shapes: P trainable parameters.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

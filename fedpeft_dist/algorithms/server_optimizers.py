@@ -7,8 +7,6 @@ Every rank takes the same step on the same numbers.
 Shapes: P trainable parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Protocol
 

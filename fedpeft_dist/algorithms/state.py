@@ -3,8 +3,6 @@
 Shapes: P trainable parameters, S numbers that a client keeps, M cohort.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

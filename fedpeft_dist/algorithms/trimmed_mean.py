@@ -3,8 +3,6 @@
 Shapes: M cohort, V numbers that a client sends.
 """
 
-from __future__ import annotations
-
 import torch
 
 from fedpeft_dist.algorithms.algorithm import Algorithm

@@ -4,8 +4,6 @@ timm's builder makes the model with its weights, and `loading_with` replaces tim
 the loader gets the filter that the model's entry point names, which may differ from the filter of the model's class.
 """
 
-from __future__ import annotations
-
 import os.path
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Errors about weights, and other libraries' errors as one line."""
 
-from __future__ import annotations
-
 from fedpeft_dist.config import errors
 
 LONGEST = 300

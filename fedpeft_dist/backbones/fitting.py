@@ -1,7 +1,5 @@
 """How a file's tensors fit a model: which are missing or left over, and which config key would help."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections import Counter

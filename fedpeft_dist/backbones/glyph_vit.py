@@ -4,8 +4,6 @@ It is an ordinary timm VisionTransformer for grey 32 x 32 images with bright ink
 17 tokens of width 128, which pass 6 blocks. `fedpeft_dist.pretrain` makes the weights; docs/glyph_vit.md explains how.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Training only looks at files on this machine. Only `fedpeft prefetch` downloads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

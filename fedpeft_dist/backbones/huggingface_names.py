@@ -1,7 +1,5 @@
 """Tensor names of Hugging Face's ViT, DeiT, DINOv2 and CLIP, translated to timm's names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

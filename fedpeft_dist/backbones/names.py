@@ -1,7 +1,5 @@
 """Names of backbones: timm's names, with or without a pre-training tag, and the embedded backbone's."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from typing import Any, Literal

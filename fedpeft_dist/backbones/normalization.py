@@ -1,7 +1,5 @@
 """How images are normalised for a backbone, and a warning if a checkpoint's publisher normalises them differently."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +26,7 @@ class Normalization(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def for_channels(self, channels: int) -> Normalization:
+    def for_channels(self, channels: int) -> "Normalization":
         """This normalization for a number of channels: the average of all channels if the numbers differ."""
         return Normalization(*(v if len(v) == channels else (sum(v) / len(v),) * channels for v in map(tuple, self)))
 

@@ -1,7 +1,5 @@
 """timm models as frozen backbones, with timm's weights, a local checkpoint's, or none."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass

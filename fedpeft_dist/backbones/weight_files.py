@@ -4,8 +4,6 @@ A pickle that holds more than tensors and plain values is refused. Some other ob
 of a training script, numpy's scalars, paths. A stand-in replaces them, so that not even their classes run.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re
@@ -48,7 +46,7 @@ class _StandIn:
     def __init__(self, *_: object) -> None:
         pass
 
-    def __new__(cls, *_: object) -> _StandIn:
+    def __new__(cls, *_: object) -> "_StandIn":
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:

@@ -11,8 +11,6 @@ part that fills the model is the encoder.
     transformers   {"vit.*"}, {"vision_model.*", "text_model.*"}
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping

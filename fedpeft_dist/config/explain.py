@@ -1,7 +1,5 @@
 """pydantic's errors in the words of a config: the key, the value, and what would be valid."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args

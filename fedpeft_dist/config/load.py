@@ -1,7 +1,5 @@
 """From a YAML file to a validated RunConfig and its name: `extends`, `key=value` overrides, the digest of its keys."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Paths that users give: a leading `~` and `$NAME` are replaced as in a shell."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -5,8 +5,6 @@ a prompt method) replaces the parent's section whole: the old choice's fields me
 empty section: `backbone: {model_args: {}}` takes none of the parent's arguments.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """YAML as configs use it: read strictly, and written so that it is read back as it was."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 DATASETS maps the config class of each data set to its source. No other list of data sets exists.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Shapes: R rows, C channels, H x W pixels as stored, S the side of the backbone's input.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Protocol

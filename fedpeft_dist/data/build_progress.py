@@ -1,7 +1,5 @@
 """How far the building of a store is: a bar on a terminal, a line now and then anywhere else."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Shapes: S samples of a file; images are [3, 32, 32].
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Iterator
 from pathlib import Path

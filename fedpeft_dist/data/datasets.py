@@ -3,8 +3,6 @@
 Shapes: S samples of a split, C channels, H x W pixels, n samples of a chunk.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,7 +34,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, size: int | None, seed: int) -> ImageSet:
+    def subset(self, size: int | None, seed: int) -> "ImageSet":
         """A random subset in the original order, which shares the images; everything if the size is None.
 
         Raises:

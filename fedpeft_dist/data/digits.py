@@ -1,7 +1,5 @@
 """scikit-learn's handwritten digits: 8 x 8 pixels in 17 grey levels."""
 
-from __future__ import annotations
-
 import torch
 
 from fedpeft_dist.data.datasets import Dataset, ImageSet

@@ -5,8 +5,6 @@ Letters are bent, thickened or thinned, and read back at as little as 8 x 8 pixe
 Shapes: N images, S the side of a square image, R reading resolutions.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -1,7 +1,5 @@
 """Data sets whose files torchvision can download. Only `fedpeft prefetch` does so."""
 
-from __future__ import annotations
-
 import shutil
 from abc import abstractmethod
 from pathlib import Path

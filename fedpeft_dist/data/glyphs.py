@@ -6,8 +6,6 @@ natural clients. Ink is bright, paper is dark. No digits are drawn anywhere here
 Shapes: C characters, F fonts, S the side of a square image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +78,7 @@ class Letters:
         pairs = list(zip(self.characters, self.classes.tolist()))
         return tuple("".join(c for c, k in pairs if k == label) for label in range(int(self.classes.max()) + 1))
 
-    def in_fonts(self, fonts: Sequence[str]) -> Letters:
+    def in_fonts(self, fonts: Sequence[str]) -> "Letters":
         """The drawings in some of the fonts."""
         columns = [self.fonts.index(font) for font in fonts]
         return Letters(self.characters, tuple(fonts), self.drawings[:, columns], self.classes)
@@ -110,7 +108,7 @@ def font_files() -> list[Path]:
     return [folder / f"{name}.ttf" for name in FONT_NAMES]
 
 
-def open_font(path: Path) -> FT2Font:
+def open_font(path: Path) -> "FT2Font":
     from matplotlib.ft2font import FT2Font
 
     font = FT2Font(str(path))
@@ -168,7 +166,7 @@ def merge_rows(count: int, same_as_before: Callable[[int], Tensor]) -> list[int]
     return [order[value] for value in classes]
 
 
-def crop_letter(font: FT2Font, character: str) -> Tensor:
+def crop_letter(font: "FT2Font", character: str) -> Tensor:
     """The drawing of one character without margins: [1, 1, height, width] float32 in 0 .. 1."""
     font.set_text(character, 0.0)
     font.draw_glyphs_to_bitmap(antialiased=True)

@@ -7,8 +7,6 @@ pre-trained on Latin letters, and some of them look like letters here: `classes_
 Shapes: C characters, F fonts, S the side of an image.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

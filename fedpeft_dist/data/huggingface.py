@@ -5,8 +5,6 @@ Only `fedpeft prefetch` downloads. Everything else reads a local folder or the l
 Shapes: S samples of a split.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator
@@ -64,11 +62,11 @@ class HuggingFaceSource(FileSource):
         return [*identity, config.path, [[*path.parts[-4:], path.stat().st_size] for path in cached]]
 
     @cached_property
-    def splits(self) -> list[Split]:
+    def splits(self) -> "list[Split]":
         """The training split and the test split, from this machine's disk."""
         return self._load_splits(offline=True)
 
-    def _load_splits(self, offline: bool) -> list[Split]:
+    def _load_splits(self, offline: bool) -> "list[Split]":
         config, names = self.config, (self.config.train_split, self.config.test_split)
         try:
             with library_ready(offline) as library:

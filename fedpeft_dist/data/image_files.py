@@ -3,8 +3,6 @@
 Shapes: C channels, H x W pixels, n images of a chunk.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import deque

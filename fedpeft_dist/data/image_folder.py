@@ -6,8 +6,6 @@ their EXIF orientation.
 Shapes: S samples, C channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

@@ -6,8 +6,6 @@ the same files. The images are therefore in its memory once, in the page cache, 
 Shapes: S samples of a split, C channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -3,8 +3,6 @@
 Shapes: N clients, S training samples, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,7 +48,7 @@ class IndexPartition:
     """int64, the sum of all sizes."""
 
     @classmethod
-    def from_lists(cls, lists: Sequence[np.ndarray]) -> IndexPartition:
+    def from_lists(cls, lists: Sequence[np.ndarray]) -> "IndexPartition":
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in lists], dtype=np.int64)])
         return cls(offsets, torch.from_numpy(np.concatenate(lists).astype(np.int64)))
 

@@ -3,8 +3,6 @@
 Shapes: S samples of a split; the files hold images as [96, 96, 3].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -6,8 +6,6 @@ if they fit. Otherwise a background thread gathers the next batch on the host wh
 Shapes: S samples, R rows of a batch, C channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 

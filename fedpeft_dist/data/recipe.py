@@ -3,8 +3,6 @@
 timm describes such steps by the arguments of `timm.data.create_transform`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ class ImageRecipe:
     @classmethod
     def of(
         cls, config: DataConfig, interpolation: str, mean: tuple[float, ...], std: tuple[float, ...], cropped: bool
-    ) -> ImageRecipe:
+    ) -> "ImageRecipe":
         """
         Args:
             interpolation, mean, std: the backbone's own.
@@ -43,7 +41,7 @@ class ImageRecipe:
         return cls(config.image_size, len(mean), interpolation, mode, mean, std, config.upright)
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> ImageRecipe | None:
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "ImageRecipe | None":
         """None if the run is of an older version, which wrote no recipe."""
         if "crop_mode" not in metadata:
             return None

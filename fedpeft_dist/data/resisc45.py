@@ -1,7 +1,5 @@
 """NWPU-RESISC45 (Cheng et al. 2017): class folders without a published split. The split is drawn or given as lists."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path

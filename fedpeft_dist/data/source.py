@@ -4,8 +4,6 @@ A data set is one class in a file of its own, one line in DATASETS (`data/__init
 `config/schema/data.py`. Everything else asks the class.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property

@@ -6,8 +6,6 @@ function prefers a client for its number: the samples that rounding leaves over 
 Shapes: N clients, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import get_args
 

@@ -3,8 +3,6 @@
 Shapes: L lanes, B batch, C channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 import torch
 
 from fedpeft_dist.config.errors import ConfigError

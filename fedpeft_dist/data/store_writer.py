@@ -5,8 +5,6 @@ Nothing is written through a memory map. There, a full disk would be a signal; h
 Shapes: S samples of a split, C channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Uniform noise with random labels, for measuring speed."""
 
-from __future__ import annotations
-
 import torch
 
 from fedpeft_dist.config.schema import SyntheticConfig

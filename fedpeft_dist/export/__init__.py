@@ -11,8 +11,6 @@ Which formats a method fits, the method itself says (`methods/method.py`). Every
 half precision rounds differently, so its accuracy may differ by a sample or two.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fedpeft_dist.config.errors import ConfigError

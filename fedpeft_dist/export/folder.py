@@ -1,7 +1,5 @@
 """An export's folder. It appears whole or not at all, and replaces nothing but an older export."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

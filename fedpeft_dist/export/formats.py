@@ -1,7 +1,5 @@
 """The formats of an export: which methods fit each one, which files it writes, and the Python that loads them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

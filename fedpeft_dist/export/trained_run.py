@@ -1,7 +1,5 @@
 """A finished run: its trained parameters, and the backbone before training."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

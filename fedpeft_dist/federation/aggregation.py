@@ -8,8 +8,6 @@ The cost is a rounding of each delta to 2^-s, far below float32's own for any de
 Shapes: M cohort, V numbers that a client sends, S numbers that a client keeps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol

@@ -1,7 +1,5 @@
 """What a config costs and spends, without running it: no weights, and as little data as it takes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fedpeft_dist.algorithms import traffic

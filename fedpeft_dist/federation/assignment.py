@@ -1,7 +1,5 @@
 """Which rank trains which client of the cohort."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Mapping
 

@@ -6,8 +6,6 @@ same batch in every run.
 Shapes: S samples evaluated, B batch, P trainable parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise, zip_longest
 

@@ -3,8 +3,6 @@
 Nothing but the lock is written before all of that has succeeded, so a config that cannot be run leaves no file.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a complete run leaves: its trained parameters by name, its summary, its state."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

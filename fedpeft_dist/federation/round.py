@@ -1,7 +1,5 @@
 """One round: plan who takes part, train them, aggregate, step, evaluate."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 

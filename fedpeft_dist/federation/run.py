@@ -1,7 +1,5 @@
 """A whole run: open it, run its rounds, leave its directory complete."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Shapes: P trainable parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 

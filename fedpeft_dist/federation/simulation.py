@@ -3,8 +3,6 @@
 Shapes: N clients, P trainable parameters.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +43,7 @@ class Preparation:
     setup: Setup
     traffic: Traffic
     participation: Participation
-    privacy_plan: PrivacyPlan | None
+    privacy_plan: "PrivacyPlan | None"
 
 
 def prepare(setup: Setup, begun_with: Noise | None = None) -> Preparation:

@@ -1,7 +1,5 @@
 """Whether the round in work should end: a signal came, or a later attempt of the job has taken the run over."""
 
-from __future__ import annotations
-
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.tracking.run_lock import RunLock
 

@@ -3,8 +3,6 @@
 Shapes: L lanes, B batch, R = L * B rows.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -6,8 +6,6 @@ on the client before it in the lane. A lane whose gradient overflows skips its o
 Shapes: L lanes, W columns of the parameter matrix.
 """
 
-from __future__ import annotations
-
 import torch
 
 INITIAL_SCALE = 2.0**12

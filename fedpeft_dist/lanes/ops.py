@@ -5,8 +5,6 @@ Rows are lane-major: row l * B + b is sample b of lane l. The first axis of a tr
 Shapes: L lanes, B batch, R = L * B rows, D and E channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

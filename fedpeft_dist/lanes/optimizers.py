@@ -6,8 +6,6 @@ bit, without weight decay: values are chosen with `where`, never multiplied by 0
 Shapes: L lanes, W columns of the parameter matrix.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Protocol
 

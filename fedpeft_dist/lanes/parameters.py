@@ -7,8 +7,6 @@ stepping an optimizer are operations on rows.
 Shapes: L lanes, P trainable parameters, W = P plus the padding columns that align each tensor.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

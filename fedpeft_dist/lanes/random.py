@@ -7,8 +7,6 @@ rank, or earlier draws.
 Shapes: S ids.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

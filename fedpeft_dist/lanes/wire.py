@@ -1,7 +1,5 @@
 """Bytes on the wire, where every number is a float32."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 BYTES_PER_PARAMETER = 4

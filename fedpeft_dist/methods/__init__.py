@@ -1,7 +1,5 @@
 """PEFT methods: one file each. METHODS maps a method's config class to the method. No other list of methods exists."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

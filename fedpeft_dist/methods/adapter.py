@@ -8,8 +8,6 @@ the backbone, and every matrix has a gradient from the second step on.
 Shapes: R rows, T tokens, D width, H bottleneck.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

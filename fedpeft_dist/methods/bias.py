@@ -4,8 +4,6 @@ A layer that ends with the addition of its bias becomes the layer without a bias
 The large product stays one product over all lanes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Head-tuning (linear probing): the classifier alone. Every other PEFT method trains it too, through `train_head`."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

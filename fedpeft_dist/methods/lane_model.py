@@ -7,8 +7,6 @@ fine-tuning.
 Shapes: L lanes, B batch, K classes, P trainable parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Protocol

@@ -7,8 +7,6 @@ B starts at zero, so round 0 is the backbone.
 Shapes: R rows, T tokens, D inputs, E outputs, r rank.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ A method is one class in a file of its own, one line in METHODS (`methods/__init
 `config/schema/method.py`. Everything else asks the class.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Norm-tuning: scale and bias of every normalisation layer, and the head."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -6,8 +6,6 @@ tokens, and they travel through all blocks. In both cases they are removed befor
 Shapes: R rows, T tokens, D width.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

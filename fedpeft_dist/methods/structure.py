@@ -6,8 +6,6 @@ values at the start of a run.
 Shapes: L lanes, B batch, K classes, C channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable

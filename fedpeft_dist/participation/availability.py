@@ -3,8 +3,6 @@
 Shapes: N clients, S candidates, K rows of a trace.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Protocol
 

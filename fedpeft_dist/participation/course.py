@@ -5,8 +5,6 @@ The round ends when the server has all the updates that it wants, or at the dead
 since the start of the round.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: N clients, S of them.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ class Devices(NamedTuple):
     uplink_bytes_per_second: np.ndarray | float
     downlink_bytes_per_second: np.ndarray | float
 
-    def of(self, clients: np.ndarray) -> list[Devices]:
+    def of(self, clients: np.ndarray) -> "list[Devices]":
         """The speeds of each of some clients, int64 [S]."""
         return list(map(Devices, *(column[clients].tolist() for column in self)))
 

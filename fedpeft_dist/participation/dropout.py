@@ -3,8 +3,6 @@
 Shapes: S selected clients.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import numpy as np

@@ -8,8 +8,6 @@ A client without samples is never selected: cohorts are drawn from the clients t
 Shapes: N clients, H clients that have samples, M cohort.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

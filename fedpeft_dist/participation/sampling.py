@@ -7,8 +7,6 @@ than a few clients are available.
 Shapes: N clients, M cohort.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple

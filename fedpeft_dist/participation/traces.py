@@ -1,7 +1,5 @@
 """CSV files that record what clients do. A file that does not fit is refused in one line."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping

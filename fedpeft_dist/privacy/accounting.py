@@ -9,8 +9,6 @@ dp_delta is the delta of (epsilon, delta). A noise multiplier is the standard de
 clipping norm.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator

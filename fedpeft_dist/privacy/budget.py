@@ -5,8 +5,6 @@ the seed and the round, and so does what is released. Clients' sizes, the schedu
 So it is also public which clients have samples. Only these clients are drawn.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right

@@ -7,8 +7,6 @@ sensitivity C. The noise lies on the same grid.
 Shapes: R rows (one contribution each), W columns.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ multipliers, traces and backbone, every image of its training split, and what it
 seed in its checkpoints, which are as secret as the config's seed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import secrets

@@ -1,7 +1,5 @@
 """The privacy plan that a config asks for."""
 
-from __future__ import annotations
-
 import torch
 
 from fedpeft_dist.config.schema import RunConfig

@@ -3,8 +3,6 @@
 Shapes: N clients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The statements about a run's privacy, in one place for the log, the summary and the report."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fedpeft_dist.config.schema import PaperNoise, PrivacyConfig, SamplePrivacy, UserPrivacy

@@ -6,8 +6,6 @@ clients, which is known beforehand. So an empty cohort is a step like any other,
 Shapes: V numbers that a client sends.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """The plan of user-level privacy: the server adds noise, and each round releases one noisy sum."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

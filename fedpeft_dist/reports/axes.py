@@ -7,8 +7,6 @@ For all other runs, an axis is a section of the config, such as `data.partition`
 section. Either way, two groups never have the same method and the same value on all axes.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 A cell is one group, never a mean over several. A row's label gives the group's values on all axes but the compared one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """What a config will send and spend, in the lines that `cost` and `privacy` print."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A report's tables in markdown, in CSV and in JSON."""
 
-from __future__ import annotations
-
 import csv
 import io
 from typing import Any

@@ -1,7 +1,5 @@
 """Complete runs that differ in their seed alone, as one group: its accuracy, its curve, its bytes."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +24,7 @@ class Statistic:
     seeds: int
 
     @classmethod
-    def over(cls, values: Iterable[tuple[Any, float]]) -> Statistic:
+    def over(cls, values: Iterable[tuple[Any, float]]) -> "Statistic":
         by_seed = defaultdict(list)
         for seed, value in values:
             by_seed[seed].append(value)

@@ -1,7 +1,5 @@
 """The curves of a report, as the plot and the page draw them: one line a group, and one for each unfinished run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

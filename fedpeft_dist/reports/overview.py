@@ -1,7 +1,5 @@
 """The tables of all groups, of all runs, and of the runs that are not complete."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from fedpeft_dist.reports.groups import Group, Grouping

@@ -5,8 +5,6 @@ filter. The page makes no request at all (its Content-Security-Policy forbids it
 names of runs come from folders, and folders can have any name.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

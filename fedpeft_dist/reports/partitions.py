@@ -1,7 +1,5 @@
 """The pictures of who holds which classes, for the page."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The pictures in report.md: accuracy against bytes and simulated hours, and accuracy against epsilon."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ MAX_LENGTH = 80
 """Characters of a name in the legend."""
 
 
-def accuracy_figure(lines: Sequence[Line]) -> Figure:
+def accuracy_figure(lines: Sequence[Line]) -> "Figure":
     """Mean accuracy over seeds after each round, against the MiB that all clients together have sent by then.
 
     Beside it stands the same against simulated hours, for runs that have them.
@@ -44,7 +42,7 @@ def accuracy_figure(lines: Sequence[Line]) -> Figure:
     return figure
 
 
-def _draw_line(axes: Axes, line: Line, place: str, colour: str, name: str, with_band: bool) -> None:
+def _draw_line(axes: "Axes", line: Line, place: str, colour: str, name: str, with_band: bool) -> None:
     curve = [(getattr(point, place), found) for point, found in line.curve if getattr(point, place) is not None]
     if not curve:
         return
@@ -72,14 +70,14 @@ def _legend_name(line: Line, each: bool) -> str:
     return _shortened(name)
 
 
-def _add_legend(figure: Figure) -> None:
+def _add_legend(figure: "Figure") -> None:
     """A legend beside the lines, in which every name stands once."""
     handles = {line.get_label(): line for axes in reversed(figure.axes) for line in reversed(axes.lines)}
     if handles:
         figure.legend(handles=list(reversed(handles.values())), loc="outside right upper")
 
 
-def epsilon_figure(pictures: Sequence[EpsilonPicture]) -> Figure:
+def epsilon_figure(pictures: Sequence[EpsilonPicture]) -> "Figure":
     """Mean final accuracy over seeds against epsilon, a line for each method and mechanism, with standard deviations.
 
     A dotted line is the method without privacy. Groups without a guarantee have no epsilon; a field beside shows them.
@@ -104,7 +102,7 @@ def epsilon_figure(pictures: Sequence[EpsilonPicture]) -> Figure:
     return figure
 
 
-def _set_epsilon_axes(axes: Axes, beside: Axes, lines: Sequence[EpsilonLine]) -> None:
+def _set_epsilon_axes(axes: "Axes", beside: "Axes", lines: Sequence[EpsilonLine]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
     spent = {f"{g.epsilon:.3g}": g.epsilon for line in lines for found in line.guaranteed.values() for g in found}
@@ -132,7 +130,7 @@ def _epsilon_keys(lines: Sequence[EpsilonLine], mechanisms: Sequence[str]) -> li
     return keys
 
 
-def _errorbar(axes: Axes, where: Sequence[float], groups: Sequence[Group], colour: str, **style: str) -> None:
+def _errorbar(axes: "Axes", where: Sequence[float], groups: Sequence[Group], colour: str, **style: str) -> None:
     if groups:
         means, spread = [group.accuracy.mean for group in groups], [group.accuracy.std or 0.0 for group in groups]
         axes.errorbar(where, means, spread, color=colour, capsize=2, **style)
@@ -144,7 +142,7 @@ def _style(mechanism: str, mechanisms: Sequence[str]) -> dict[str, str]:
     return {"linestyle": ("-", "--", "-.")[place % 3], "marker": ("o", "s", "^")[place % 3]}
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a run's name may be in any script
         figure.savefig(path, dpi=120)

@@ -1,7 +1,5 @@
 """The privacy part of a report: who is protected how well, accuracy against epsilon, and what no guarantee covers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Runs are read (runs), grouped over their seeds (groups) along axes (axes), and c
 time). `writing` puts the report into files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

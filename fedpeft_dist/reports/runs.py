@@ -3,8 +3,6 @@
 A run whose files cannot be read is kept as damaged, together with the reason, so that it hides no other run.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A table of a report: columns, rows and cells, independent of how the table is written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any

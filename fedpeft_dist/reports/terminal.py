@@ -1,7 +1,5 @@
 """A report's tables on a terminal of any width."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from rich import box

@@ -1,7 +1,5 @@
 """How long a group takes to be good: rounds and simulated hours until a share of the best accuracy is reached."""
 
-from __future__ import annotations
-
 from fedpeft_dist.reports.groups import Group, Grouping, Statistic
 from fedpeft_dist.reports.runs import Point
 from fedpeft_dist.reports.table import Cell, Column, Table, axis_cell, axis_headings, count_cell, text_cell

@@ -1,7 +1,5 @@
 """Writing a report beside the runs: as text, tables, pictures and a page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fedpeft_dist.reports.formats import csv_text, escape_markdown, markdown_table

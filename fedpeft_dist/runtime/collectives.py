@@ -1,7 +1,5 @@
 """The collectives a run needs. In a single process they do nothing."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

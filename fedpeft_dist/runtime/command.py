@@ -1,7 +1,5 @@
 """A typer app as a program: its streams, its exit codes, and the one line in which it tells the user's mistake."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """Errors of a group of ranks."""
 
-from __future__ import annotations
-
 from fedpeft_dist.config.errors import ConfigError
 
 

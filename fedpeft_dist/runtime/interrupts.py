@@ -1,7 +1,5 @@
 """Signals that ask a run to stop at a round boundary."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

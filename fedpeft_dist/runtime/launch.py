@@ -3,8 +3,6 @@
 A process can be started by torchrun (RANK, WORLD_SIZE, ...), by Slurm's srun (SLURM_PROCID, ...), or alone.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

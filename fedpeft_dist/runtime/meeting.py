@@ -8,8 +8,6 @@ Each rank writes down a random name instead. Rank 0 calls all names that it find
 group meets once every called rank has answered.
 """
 
-from __future__ import annotations
-
 import json
 import time
 import uuid

@@ -4,8 +4,6 @@ Available is the kernel's figure, or less if a control group has less left. Slur
 their processes by Linux's control groups, which the kernel's figure does not include.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

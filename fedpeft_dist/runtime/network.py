@@ -1,7 +1,5 @@
 """The network interface that leads to another machine."""
 
-from __future__ import annotations
-
 import socket
 import struct
 from contextlib import suppress

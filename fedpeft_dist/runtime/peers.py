@@ -9,8 +9,6 @@ The store may hang as well, or be gone with the machine of torchrun's agent that
 never notice. So the thread that judges the beats is another one than the thread that talks to the store.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -50,7 +48,7 @@ class Member:
     """The kernel and the process namespace in which `pid` is valid; empty if unknown."""
 
     @classmethod
-    def this_process(cls, rank: int) -> Member:
+    def this_process(cls, rank: int) -> "Member":
         place = ""
         if Path("/proc/self/ns/pid").exists():
             place = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")

@@ -1,7 +1,5 @@
 """The `Runtime` that everyone else receives: the device, the precision and the group that a rank computes with."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The progress bar of work that takes long. It is shown on a terminal only."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 

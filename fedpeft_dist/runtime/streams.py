@@ -4,8 +4,6 @@
 that happens to print, and the run would be marked as failed.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Versions of the libraries that a run's rounding may depend on."""
 
-from __future__ import annotations
-
 import numpy as np
 import timm
 import torch

@@ -1,7 +1,5 @@
 """A cell of a sweep in a process of its own, observed from outside: how far it is, and why it ended."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """From a sweep file to its cells: their configs, their order and their names."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -3,8 +3,6 @@
 PyTorch is not asked for the GPUs, because it would open them in a process that only looks after others.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Fetching the weights and data of runs ahead of them, on a machine with internet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from fedpeft_dist.backbones import timm_backbone

@@ -1,7 +1,5 @@
 """Running a sweep's cells beside other workers: which cells are left, and what became of each."""
 
-from __future__ import annotations
-
 import gc
 import sys
 import traceback

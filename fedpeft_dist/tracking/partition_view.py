@@ -1,7 +1,5 @@
 """What a partition looks like: clients x classes, as a picture and as a table."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +13,7 @@ MAX_CLIENTS = 100
 _SHADES = " .:-=+*#%@"
 
 
-def partition_figure(counts: np.ndarray, num_clients: int) -> Figure:
+def partition_figure(counts: np.ndarray, num_clients: int) -> "Figure":
     """A heat map of samples per class (across) and client (down).
 
     Args:

@@ -1,7 +1,5 @@
 """How far a run is: a live line on a terminal, plain lines anywhere else."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.console import Console

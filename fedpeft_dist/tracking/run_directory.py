@@ -3,8 +3,6 @@
 Every file that matters is written beside its place, flushed and renamed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence
@@ -108,13 +106,13 @@ class RunDirectory:
         rows = [row for row in read_metrics(self.metrics_file) if row["round"] <= num_rounds]
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def write_trainable(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    def write_trainable(self, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
         from safetensors.torch import save_file
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(self.trainable_file, lambda path: save_file(tensors, path, metadata=metadata))
 
-    def read_trainable(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def read_trainable(self) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
         """The trained parameters by name, and the metadata beside them.
 
         Raises:

@@ -6,8 +6,6 @@ still train and hold the lock. The new attempt of the same job then writes its o
 one sees it before it writes the next round, and ends without writing anything.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -49,10 +47,10 @@ class Owner:
     """No other owner's, of this run or another."""
 
     @classmethod
-    def this_process(cls, job: str = "", attempt: int = 0) -> Owner:
+    def this_process(cls, job: str = "", attempt: int = 0) -> "Owner":
         return cls(socket.gethostname(), os.getpid(), job, attempt, uuid.uuid4().hex)
 
-    def succeeds(self, other: Owner) -> bool:
+    def succeeds(self, other: "Owner") -> bool:
         """Whether this is a later attempt of the same job."""
         return bool(self.job) and self.job == other.job and self.attempt > other.attempt
 

@@ -1,7 +1,5 @@
 """What a run tells while it goes: progress on the terminal, metrics.jsonl and TensorBoard. Written by rank 0 alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +98,7 @@ class RunLog:
         self.progress = RoundProgress(config.output.name, num_rounds, rounds_done, runtime.is_main)
         self.writer: MetricsWriter | None = None
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> "RunLog":
         forget_peak_memory(self.runtime.device)
         if self.runtime.is_main:
             # The state first: a complete run that is being made longer must not look complete under its new config.

@@ -3,8 +3,6 @@
 A run goes on under the same config, backbone, data and traces, or not at all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

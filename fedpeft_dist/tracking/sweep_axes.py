@@ -1,7 +1,5 @@
 """sweep.json: the choice of a sweep's cell on each axis of its sweep. A report takes its axes from this file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """TensorBoard beside metrics.jsonl: scalars, the config as text, the partition as a picture."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How a client draws the batch of each local step from its samples."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count

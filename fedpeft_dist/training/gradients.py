@@ -8,8 +8,6 @@ expected batch size.
 Shapes: L lanes, R rows, B batch, K classes, W columns of the parameter matrix.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

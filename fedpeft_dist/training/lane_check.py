@@ -7,8 +7,6 @@ whatever the reason, on backbones that no test has met.
 Shapes: L lanes, B batch, K classes, C channels, H x W pixels, W columns of the parameter matrix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +44,7 @@ class _Client:
     keys: torch.Tensor
     """int64 [B]."""
 
-    def first_sample(self) -> _Client:
+    def first_sample(self) -> "_Client":
         """The same client with one sample: a lane under sample-level privacy."""
         return _Client(self.row, self.images[:1], self.labels[:1], self.keys[:1])
 

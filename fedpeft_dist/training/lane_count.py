@@ -1,7 +1,5 @@
 """How many lanes `runtime.lanes: auto` takes, and slots for samples: what is needed and the memory allows."""
 
-from __future__ import annotations
-
 import torch
 
 from fedpeft_dist.data.store import DeviceStore

@@ -1,7 +1,5 @@
 """The factor on the client's learning rate, by round."""
 
-from __future__ import annotations
-
 import math
 
 from fedpeft_dist.config import schema

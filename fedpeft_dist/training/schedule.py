@@ -9,8 +9,6 @@ the rows are filled from all lanes in turn: a batch may need several passes, and
 Shapes: L lanes, R rows, B batch.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -68,7 +66,7 @@ class Pass:
 class _Seat:
     """A client in a lane, with the samples that its current batch still lacks."""
 
-    def __init__(self, task: ClientTask, schedule: Schedule, round_number: int):
+    def __init__(self, task: ClientTask, schedule: "Schedule", round_number: int):
         self.task, self.step, self.num_samples = task, 0, 0
         self.key = derive_seed(schedule.seed, "client", round_number, task.client)
         self.batches = schedule.batches.of(task.samples, task.client, round_number)

@@ -3,8 +3,6 @@
 Shapes: L lanes, R rows, B batch, P trainable parameters, W columns of the parameter matrix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol

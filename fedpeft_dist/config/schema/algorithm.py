@@ -1,7 +1,5 @@
 """The `algorithm` section: what clients add to their gradients and send, and how the server combines that."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
 class AlgorithmSection(Section):
     allows_fp16: ClassVar[bool] = True
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: "RunConfig") -> None:
         """
         Raises:
             ValueError: the algorithm does not go with another section of the config.
@@ -36,7 +34,7 @@ class FedProxConfig(AlgorithmSection):
     mu: NonNegative = 0.01
     """Weight of the proximal term: mu * (theta - global) is added to the gradient."""
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: "RunConfig") -> None:
         if config.client.proximal:
             raise ValueError(
                 f"client.proximal: {config.client.proximal} is algorithm fedprox by another name; give "
@@ -50,7 +48,7 @@ class ScaffoldConfig(AlgorithmSection):
     name: Literal["scaffold"]
     allows_fp16: ClassVar[bool] = False
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: "RunConfig") -> None:
         _check_no_proximal(self.name, config)
         if config.privacy.name != "none":
             raise ValueError(
@@ -71,7 +69,7 @@ class ScaffoldConfig(AlgorithmSection):
 
 
 class RobustSection(AlgorithmSection):
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: "RunConfig") -> None:
         _check_no_proximal(self.name, config)
         if config.privacy.name == "user":
             raise ValueError(
@@ -90,7 +88,7 @@ class TrimmedMeanConfig(RobustSection):
     trim: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.2
     """Share of the cohort that is left out at each end, rounded down to a number of clients."""
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: "RunConfig") -> None:
         super().check(config)
         cohort = config.federation.cohort
         if not self.num_trimmed(cohort):
@@ -115,7 +113,7 @@ AlgorithmConfig = Annotated[
 ]
 
 
-def _check_no_proximal(name: str, config: RunConfig) -> None:
+def _check_no_proximal(name: str, config: "RunConfig") -> None:
     if config.client.proximal:
         raise ValueError(
             f"client.proximal: {config.client.proximal} is algorithm fedprox by another name, and does not go with "

@@ -1,7 +1,5 @@
 """The `backbone` section: the timm model and its weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -29,7 +27,7 @@ class BackboneConfig(Section):
     """Standard deviation of each channel. Goes with `mean`."""
 
     @model_validator(mode="after")
-    def _mean_and_std_go_together(self) -> BackboneConfig:
+    def _mean_and_std_go_together(self) -> "BackboneConfig":
         if (self.mean is None) != (self.std is None):
             given, absent = ("std", "mean") if self.mean is None else ("mean", "std")
             raise ValueError(f"{given}: {list(getattr(self, given))} without {absent}; give both, or neither")

@@ -1,7 +1,5 @@
 """The `client` section: local training."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -38,7 +36,7 @@ class SgdConfig(Section):
     weight_decay: NonNegative = 1.0e-4
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> SgdConfig:
+    def _nesterov_needs_momentum(self) -> "SgdConfig":
         if self.nesterov and self.momentum == 0.0:
             raise ValueError("nesterov: true needs a momentum above 0; set nesterov: false or momentum: 0.9")
         return self

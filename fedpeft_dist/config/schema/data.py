@@ -3,8 +3,6 @@
 What other sections or rooms must know of a data set, its class says in a ClassVar.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """The `federation` section: rounds, cohort and evaluation."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

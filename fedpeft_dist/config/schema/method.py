@@ -1,7 +1,5 @@
 """The `method` section: which parameters are trained."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

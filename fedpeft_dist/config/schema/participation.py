@@ -1,7 +1,5 @@
 """The `federation.participation` section: who takes part in a round, and who is lost or late."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -26,7 +24,7 @@ class OnOffAvailability(Section):
     """Rounds for which a client stays on or off before the next draw. Clients are drawn at different rounds."""
 
     @model_validator(mode="after")
-    def _shares_are_probabilities(self) -> OnOffAvailability:
+    def _shares_are_probabilities(self) -> "OnOffAvailability":
         room = min(self.share, 1.0 - self.share)
         if self.spread > room:
             raise ValueError(f"share {self.share} with spread {self.spread} leaves 0 to 1; give a spread of {room:.6g}")
@@ -45,7 +43,7 @@ class DiurnalAvailability(Section):
     """Share of a day over which the clients' days begin: 0 is one time zone, 1 is the whole world."""
 
     @model_validator(mode="after")
-    def _low_is_lower(self) -> DiurnalAvailability:
+    def _low_is_lower(self) -> "DiurnalAvailability":
         if self.low > self.high:
             raise ValueError(f"low: {self.low} is above high: {self.high}; give the smaller as low")
         return self
@@ -84,7 +82,7 @@ class RandomDropout(Section):
     """Probability that a client trains, but its update does not arrive."""
 
     @model_validator(mode="after")
-    def _add_up(self) -> RandomDropout:
+    def _add_up(self) -> "RandomDropout":
         total = self.before + self.during + self.after
         if total > 1.0 + 1e-9:
             raise ValueError(
@@ -170,7 +168,7 @@ class ParticipationConfig(Section):
         return names == ("always", "none", "none") and self.over_selection == 1.0
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> ParticipationConfig:
+    def _fields_agree(self) -> "ParticipationConfig":
         if self.name == "poisson" and self.over_selection != 1.0:
             raise ValueError(
                 f"over_selection: {self.over_selection} does not go with poisson, whose cohorts vary; give 1.0"

@@ -1,7 +1,5 @@
 """The `data.partition` section: which client holds which samples."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """The `privacy` section: what is protected, and with how much noise."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -37,7 +35,7 @@ class AccountedPrivacy(Section):
     cannot be repeated. Otherwise all draws follow from the seed, which must then be kept secret."""
 
     @model_validator(mode="after")
-    def _one_of_epsilon_and_noise(self) -> AccountedPrivacy:
+    def _one_of_epsilon_and_noise(self) -> "AccountedPrivacy":
         if self.epsilon is not None and self.noise_multiplier is not None:
             raise ValueError(
                 f"epsilon: {self.epsilon} and noise_multiplier: {self.noise_multiplier} are both given, and each "
@@ -68,7 +66,7 @@ class SamplePrivacy(AccountedPrivacy):
     """Number of samples whose gradients a rank takes side by side; auto: `runtime.lanes` batches, if memory allows."""
 
     @model_validator(mode="after")
-    def _truncation_needs_pld(self) -> SamplePrivacy:
+    def _truncation_needs_pld(self) -> "SamplePrivacy":
         if self.max_batch is not None and self.accountant != "pld":
             raise ValueError(
                 f"max_batch: {self.max_batch} is accounted for by pld alone, not by {self.accountant}; give "
@@ -104,7 +102,7 @@ class UserPrivacy(AccountedPrivacy):
     adaptive: AdaptiveClipping | None = None
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> UserPrivacy:
+    def _fields_agree(self) -> "UserPrivacy":
         if self.sampling == "without_replacement" and self.accountant == "pld":
             raise ValueError(
                 "accountant: pld cannot account for sampling: without_replacement; give rdp, or sampling: poisson"

@@ -1,7 +1,5 @@
 """A whole run, and the rules that its sections must meet together."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -34,7 +32,7 @@ class RunConfig(Section):
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> RunConfig:
+    def _sections_agree(self) -> "RunConfig":
         data, federation = self.data, self.federation
         if data.clients is None and data.partition.name != "natural":
             raise ValueError(

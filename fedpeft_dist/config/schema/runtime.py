@@ -1,7 +1,5 @@
 """The `runtime` and `output` sections: the machine and the files."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -33,6 +31,6 @@ class OutputConfig(Section):
     """Rounds between two checkpoints; 0 writes one at the end only."""
 
     @model_validator(mode="after")
-    def _place_leaves_room(self) -> OutputConfig:
+    def _place_leaves_room(self) -> "OutputConfig":
         check_run_place(self.root, self.name)
         return self

@@ -1,7 +1,5 @@
 """The `server` section: how the global parameters follow the mean delta."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Types that several config sections share."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
