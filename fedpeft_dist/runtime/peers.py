@@ -132,7 +132,7 @@ class Peers:
     def loss(self) -> PeerLostError | None:
         """Which rank was lost, after a collective has failed; None if all are still running after a while."""
         if len(self.ranks) > 1:
-            self._loss_found.wait((SILENT_BEATS + 2) * self.beat_seconds)
+            self._loss_found.wait((SILENT_BEATS + 5) * self.beat_seconds)  # each thread may add a beat or two
         return self._loss
 
     @contextmanager
