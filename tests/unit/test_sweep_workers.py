@@ -36,7 +36,7 @@ def test_an_error_that_takes_the_gpu_along_fails_no_other_cell(
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(rounds, "start_and_run", run_and_fail)
+    monkeypatch.setattr(rounds, "run", run_and_fail)
     cells = load_sweep(sweep, ())
     outcome = work_through(cells)
     assert outcome.failed == (["a-seed1"] if is_lost else ["a-seed1", "b-seed1"])

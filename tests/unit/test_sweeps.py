@@ -173,7 +173,7 @@ def test_a_signal_in_a_cells_last_round_stops_the_worker(folder: Path, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
         return COMPLETE
 
-    monkeypatch.setattr(rounds, "start_and_run", run_and_be_told_to_stop)
+    monkeypatch.setattr(rounds, "run", run_and_be_told_to_stop)
     outcome = work_through(expand(folder, cells={"a": {}, "b": {}}))
     assert begun == ["a-seed1"]
     assert outcome.interrupted
