@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedpeft_dist.algorithms.state import State
 from fedpeft_dist.checkpoint import Checkpoint, Origin, load_newest_checkpoint, save_checkpoint
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RunDirectory
 from tests import real_runs
@@ -171,17 +172,17 @@ def newest(tmp_path: Path) -> Path:
     """The second of two small checkpoints."""
     for next_round in (1, 2):
         vector = torch.linspace(-1, 1, 6) * next_round
-        state = {"mean": vector / 2, "square": vector**2}
+        server = {"mean": vector / 2, "square": vector**2}
         totals = {"rejected": 0, "samples": 64 * next_round, "seconds": 0.5, "best_accuracy": 0.25}
         origin = Origin({"seed": 1}, "ef" * 32, "ab" * 32, "cd" * 32)
-        path = save_checkpoint(tmp_path, Checkpoint(next_round, origin, vector, state, totals))
-    assert load_newest_checkpoint(tmp_path)[0].next_round == 2
+        path = save_checkpoint(tmp_path, Checkpoint(State(next_round, vector, server, {}, totals=totals), origin))
+    assert load_newest_checkpoint(tmp_path)[0].state.round == 2
     return path
 
 
 def assert_the_one_before_is_taken(newest: Path, what: object) -> None:
     found, damaged = load_newest_checkpoint(newest.parent)
-    assert found.next_round == 1, what
+    assert found.state.round == 1, what
     assert len(damaged) == 1
     assert damaged[0].startswith(f"{newest}: ")
     assert "\n" not in damaged[0]

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fedpeft_dist.checkpoint import Checkpoint, Origin, load_newest_checkpoint, save_checkpoint, set_newer_aside
+from fedpeft_dist.algorithms.state import State, with_rows
+from fedpeft_dist.checkpoint import (
+    Checkpoint,
+    Noise,
+    Origin,
+    _digest,
+    load_newest_checkpoint,
+    save_checkpoint,
+    set_newer_aside,
+)
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import config_digest, parse_config, with_values
 from fedpeft_dist.runtime.files import remove_temporaries, write_atomically, write_text
@@ -28,9 +39,22 @@ def checkpoint_of(next_round: int) -> Checkpoint:
     generator = torch.Generator().manual_seed(next_round)
     vector = torch.randn(50, generator=generator)
     vector[:4] = torch.tensor([0.1, -0.0, 1e-42, 3e38])  # a subnormal and a negative zero must survive
-    state = {"mean": torch.randn(50, generator=generator), "square": torch.rand(50, generator=generator)}
+    server = {"mean": torch.randn(50, generator=generator), "square": torch.rand(50, generator=generator)}
     totals = {"rejected": 3, "samples": 2**40, "seconds": 0.1 + 0.2}
-    return Checkpoint(next_round, origin_of(next_round), vector, state, totals)
+    return Checkpoint(State(next_round, vector, server, {}, totals=totals), origin_of(next_round))
+
+
+def checkpoint_with_rows() -> Checkpoint:
+    """Under an algorithm whose clients keep rows, with an own tensor, and with noise."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(3, 7, generator=generator)
+    rows[0, :3] = torch.tensor([-0.0, 1e-42, 3e38])
+    state = replace(
+        checkpoint_of(7).state,
+        algorithm={"control": torch.randn(50, generator=generator)},
+        clients=with_rows({}, [999_999_999, 0, 12], rows),
+    )
+    return Checkpoint(state, origin_of(7), Noise(torch.tensor([1.1, 0.0], dtype=torch.float64), 2**63 - 1))
 
 
 def newest(directory: Path) -> Checkpoint | None:
@@ -42,17 +66,61 @@ def newest(directory: Path) -> Checkpoint | None:
 
 def assert_same(found: Checkpoint | None, expected: Checkpoint) -> None:
     assert found is not None
-    assert (found.next_round, found.totals, found.origin) == (expected.next_round, expected.totals, expected.origin)
-    assert torch.equal(found.vector.view(torch.int32), expected.vector.view(torch.int32))
-    assert found.server_state.keys() == expected.server_state.keys()
-    for name, tensor in expected.server_state.items():
-        assert torch.equal(found.server_state[name], tensor)
+    ours, theirs = found.state, expected.state
+    assert (ours.round, ours.totals, found.origin) == (theirs.round, theirs.totals, expected.origin)
+    assert_same_bits({"vector": ours.vector}, {"vector": theirs.vector})
+    assert_same_bits(ours.server, theirs.server)
+    assert_same_bits(ours.algorithm, theirs.algorithm)
+    assert_same_bits(ours.clients, theirs.clients)
+    assert (found.noise is None) == (expected.noise is None)
+    if expected.noise is not None:
+        assert found.noise.seed == expected.noise.seed
+        assert torch.equal(found.noise.multipliers, expected.noise.multipliers)
+
+
+def assert_same_bits(found: Mapping[Any, torch.Tensor], expected: Mapping[Any, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].view(torch.int32), tensor.view(torch.int32))
 
 
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert load_newest_checkpoint(tmp_path / "checkpoints") == (None, [])
     save_checkpoint(tmp_path / "checkpoints", checkpoint_of(7))
     assert_same(newest(tmp_path / "checkpoints"), checkpoint_of(7))
+
+
+def test_clients_rows_and_noise_come_back_to_the_bit(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint_with_rows())
+    assert_same(newest(tmp_path), checkpoint_with_rows())
+
+
+def test_new_rows_leave_the_old_mapping_as_it_was() -> None:
+    old = with_rows({}, [1, 5], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    new = with_rows(old, [5, 9], torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))
+    assert {client: row.tolist() for client, row in old.items()} == {1: [1.0, 2.0], 5: [3.0, 4.0]}
+    assert {client: row.tolist() for client, row in new.items()} == {1: [1.0, 2.0], 5: [-1.0, -2.0], 9: [-3.0, -4.0]}
+
+
+@pytest.mark.parametrize("number", [None, "1", "3"])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, number: str | None) -> None:
+    """It is whole, so the run must not begin anew or go back to an older checkpoint."""
+    for next_round in (1, 2):
+        save_checkpoint(tmp_path, checkpoint_of(next_round))
+    path = tmp_path / "round-000002.safetensors"
+
+    def change(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+        del metadata["format"], metadata["sha256"]
+        if number is not None:
+            metadata["format"] = number
+        metadata["sha256"] = _digest(tensors, metadata)
+
+    rewrite(path, change)
+    with pytest.raises(ConfigError, match=r"a checkpoint of another version of fedpeft_dist; go on with") as error:
+        load_newest_checkpoint(tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_tells_what_it_belongs_to(tmp_path: Path) -> None:
@@ -68,16 +136,16 @@ def test_a_checkpoint_tells_what_it_belongs_to(tmp_path: Path) -> None:
 
 
 def test_a_server_without_state_has_a_checkpoint_too(tmp_path: Path) -> None:
-    expected = Checkpoint(0, origin_of(0), torch.zeros(3), {}, {})
+    expected = Checkpoint(State(0, torch.zeros(3), {}, {}), origin_of(0))
     save_checkpoint(tmp_path, expected)
     assert_same(newest(tmp_path), expected)
 
 
 def test_views_and_strided_tensors_are_saved_as_they_look(tmp_path: Path) -> None:
     matrix = torch.arange(12.0).view(3, 4)
-    save_checkpoint(tmp_path, Checkpoint(1, origin_of(1), matrix[:, 1], {"momentum": matrix[:, 1]}, {}))
+    save_checkpoint(tmp_path, Checkpoint(State(1, matrix[:, 1], {"momentum": matrix[:, 1]}, {}), origin_of(1)))
     found = newest(tmp_path)
-    assert found.vector.tolist() == found.server_state["momentum"].tolist() == [1.0, 5.0, 9.0]
+    assert found.state.vector.tolist() == found.state.server["momentum"].tolist() == [1.0, 5.0, 9.0]
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -327,9 +395,9 @@ def test_a_writer_sees_the_suffix_and_the_old_file(tmp_path: Path, monkeypatch: 
     path = tmp_path / "deep" / "picture.png"
     write_text(path, "old")
     events: list[str] = []
-    flush, replace = os.fsync, os.replace
+    flush, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("flush"), flush(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), rename(a, b)))
 
     def write(temporary: Path) -> None:
         assert temporary.suffix == ".png"

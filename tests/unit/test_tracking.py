@@ -15,7 +15,7 @@ from fedpeft_dist.runtime import process
 from fedpeft_dist.tracking.partition_view import partition_figure, partition_table
 from fedpeft_dist.tracking.progress import RoundProgress
 from fedpeft_dist.tracking.run_directory import RunDirectory
-from fedpeft_dist.tracking.run_log import NO_TOTALS, RunLog
+from fedpeft_dist.tracking.run_log import RunLog
 
 
 def test_the_partition_table_has_a_line_a_client(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,12 +52,10 @@ def test_the_partition_figure_shows_the_counts(tmp_path: Path) -> None:
 
 def test_a_run_leaves_its_partition_for_reports(tmp_path: Path) -> None:
     counts = np.random.default_rng(0).integers(0, 50, size=(100, 100))
-    config, directory = (
-        parse_config({"output": {"name": "run"}, "runtime": {"device": "cpu"}}, "test"),
-        RunDirectory(tmp_path / "run"),
-    )
+    config = parse_config({"output": {"name": "run"}, "runtime": {"device": "cpu"}}, "test")
+    directory = RunDirectory(tmp_path / "run")
     with process.start(config.runtime) as runtime:
-        with RunLog(config, directory, runtime, dict(NO_TOTALS), 0, config.federation.rounds) as log:
+        with RunLog(config, directory, runtime, 0, config.federation.rounds) as log:
             log.write_setting(counts, 1_000_000, [f"class {number}" for number in range(100)])
     found = json.loads(directory.partition_file.read_text())
     assert found["counts"] == counts.tolist()
