@@ -16,13 +16,10 @@ from torch import nn
 
 from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
 from fedpeft_dist.lanes.random import fold_in
-from fedpeft_dist.training.lane_schedule import schedule_lanes
 
 from .cases import (
     METHODS,
     OPTIMIZERS,
-    ROUND,
-    SEED,
     VIT,
     assert_ragged,
     assert_same_delta,
@@ -32,9 +29,9 @@ from .cases import (
     make_model,
     make_tasks,
     make_trainer,
+    passes_of,
     plain_batches,
     start_vector,
-    ticks_of,
     train_lanes,
     with_dropout,
 )
@@ -117,7 +114,7 @@ def test_training_with_dropout_is_plain_training_with_the_keys_masks(family, met
     model = make_model(name, {**arguments, "proj_drop_rate": 0.2, "drop_path_rate": 0.4})
     settings, tasks = with_dropout(METHODS[method], 0.3), make_tasks(SIZES, STEPS)
     images = make_images(image_size=image_size)
-    assert_ragged(ticks_of(tasks, LANES, BATCH))
+    assert_ragged(passes_of(tasks, LANES, BATCH))
     lane_model = make_lane_model(model, settings, image_size, torch.float64)
     vector = start_vector(lane_model, torch.float64)
     client = client_config(OPTIMIZERS["sgd"], BATCH)
@@ -132,10 +129,10 @@ def test_training_with_dropout_is_plain_training_with_the_keys_masks(family, met
     for task in tasks:
 
         def batches(task=task):
-            ticks = schedule_lanes([task], 1, BATCH, SEED, ROUND)
-            for tick, batch in zip(ticks, plain_batches(images, task, BATCH, torch.float64)):
+            alone = passes_of([task], 1, BATCH)
+            for one, batch in zip(alone, plain_batches(images, task, BATCH, torch.float64), strict=True):
                 for mask in masks:
-                    mask.samples = fold_in(tick.lane_keys[0], tick.indices[0][tick.mask[0]])
+                    mask.samples = fold_in(one.row_keys[0], one.indices[0][one.mask[0]])
                 yield batch
 
         expected = train_plain(plain, start, batches(), OPTIMIZERS["sgd"])
