@@ -1,4 +1,4 @@
-"""With unstable clients, and with privacy, weights depend neither on the number of ranks nor on interruptions."""
+"""Weights depend neither on the number of ranks nor on interruptions, with unstable clients and with privacy."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_weights_are_equal_on_1_and_2_ranks_and_through_a_kill(case: str, tmp_pa
     whole, killed = run_of(whole), run_of(killed)
     assert result(killed) == result(whole)
 
-    # What the comparison is for has happened.
+    # The events that the comparison is for have happened.
     rows = rows_of(whole)
     assert len(rows) == ROUNDS
     assert len({row["cohort"] for row in rows}) > 2

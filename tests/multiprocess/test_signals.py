@@ -211,7 +211,7 @@ def test_ranks_that_wait_for_an_earlier_attempt_are_interrupted_together(config:
     lock.release()
 
 
-def test_what_comes_after_the_last_round_changes_no_exit_code(config: Path) -> None:
+def test_signals_after_the_last_round_do_not_change_the_exit_code(config: Path) -> None:
     (config.parent / "sitecustomize.py").write_text(LATE_SIGNALS.replace("signal.SIGUSR2, ", ""))
     with start(config, PYTHONPATH=os.pathsep.join([str(config.parent), *sys.path])) as launched:
         assert launched.wait() == 0, launched.output

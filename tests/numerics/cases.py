@@ -131,7 +131,7 @@ def make_trainer(
     device: torch.device = CPU,
     gradient_noise: float = 0.0,
 ) -> Trainer:
-    """As `Simulation` does it; call it after everything that needs the model's own float32 values."""
+    """A trainer such as `Simulation` makes. Call it after everything that needs the model's own float32 values."""
     runtime = make_runtime(precision, device)
     if precision != "fp32" or device != CPU:
         freeze(lane_model.backbone.model, runtime.compute_dtype, device)

@@ -10,6 +10,7 @@ import torch
 
 from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.runtime import process
+from fedpeft_dist.training.trainer import RoundStart
 
 from .cases import (
     METHODS,
@@ -22,8 +23,8 @@ from .cases import (
     make_model,
     make_tasks,
     make_trainer,
+    passes_of,
     start_vector,
-    ticks_of,
 )
 
 DEVICE = torch.device("cuda", 0)
@@ -48,8 +49,8 @@ def deltas_on(device: torch.device, method: str, precision: str) -> dict[int, to
     client = client_config(OPTIMIZERS["sgd"], 4)
     trainer = make_trainer(lane_model, make_images(), client, 3, precision=precision, device=device)
     tasks = make_tasks(SIZES, STEPS)
-    assert_ragged(ticks_of(tasks, 3, 4))
-    return {update.client: update.delta.cpu() for update in trainer.train(tasks, vector, 0)}
+    assert_ragged(passes_of(tasks, 3, 4))
+    return {update.client: update.delta.cpu() for update in trainer.train(tasks, RoundStart(0, vector))}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,7 +79,7 @@ def test_the_same_client_in_every_lane_gives_equal_rows(method, precision):
     client = client_config(OPTIMIZERS["sgd"], 4)
     trainer = make_trainer(lane_model, make_images(), client, 3, precision=precision, device=DEVICE)
     task = make_tasks([9], [3])[0]
-    first, *others = list(trainer.train([task] * 3, vector, 0))
+    first, *others = list(trainer.train([task] * 3, RoundStart(0, vector)))
     assert first.delta.abs().max() > 1e-4
     for other in others:
         assert torch.equal(other.delta, first.delta)

@@ -34,9 +34,9 @@ from .cases import (
     make_runtime,
     make_tasks,
     make_trainer,
+    passes_of,
     plain_batches,
     start_vector,
-    ticks_of,
     train_lanes,
 )
 from .families import FAMILIES, LONG_FAMILIES, known_families, make_family_model
@@ -46,9 +46,9 @@ PARTS = 16
 SHORT_FAMILIES = sorted(set(FAMILIES) - LONG_FAMILIES)
 LANES, BATCH = 2, 3
 OPTIMIZER = {**OPTIMIZERS["sgd"], "lr": 0.01}
-"""With clipped gradients, for deep networks without training to stay finite."""
+"""The tests also clip gradients, because untrained deep networks would not stay finite."""
 SIZES, STEPS = (5, 2, 5), (2, 2, 2)
-"""Without a batch of one sample, for which some of PyTorch's convolutions on the CPU compute a wrong gradient."""
+"""No batch has one sample: some of PyTorch's convolutions on the CPU compute a wrong gradient for it."""
 
 
 def is_in_this_part(family: str) -> bool:
@@ -103,7 +103,7 @@ def test_a_family_equals_plain_training_or_is_refused(family, method):
 
 
 def assert_passes_the_check_of_a_run(config: RunConfig, family: str, method: str) -> None:
-    """With the model's own dropout and drop-path on."""
+    """The model's own dropout and drop-path are on."""
     model = make_lane_model(make_family_model(family, with_dropout=True), METHODS[method], config.data.image_size)
     freeze(model.backbone.model, torch.float32, CPU)
     check_lanes(model, config, make_runtime())
@@ -112,9 +112,9 @@ def assert_passes_the_check_of_a_run(config: RunConfig, family: str, method: str
 def assert_equals_plain_training(family: str, method: str) -> None:
     model, image_size = make_family_model(family), FAMILIES[family][2]
     images, tasks = make_images(20, image_size), make_tasks(SIZES, STEPS)
-    ticks = ticks_of(tasks, LANES, BATCH)
-    assert any(tick.starting for tick in ticks[1:])
-    assert not all(tick.mask.all() for tick in ticks)
+    passes = passes_of(tasks, LANES, BATCH)
+    assert any(one.starting for one in passes[1:])
+    assert not all(one.mask.all() for one in passes)
     lane_model = make_lane_model(model, METHODS[method], image_size, torch.float64)
     vector = start_vector(lane_model, torch.float64, noise=0.02)
     trainer = make_trainer(lane_model, images, client_config(OPTIMIZER, BATCH, clip_norm=1.0), LANES, torch.float64)

@@ -19,6 +19,7 @@ from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
 from fedpeft_dist.lanes.ops import lane_aligned
 from fedpeft_dist.runtime import process
+from fedpeft_dist.training.trainer import RoundStart
 
 from .cases import (
     METHODS,
@@ -30,8 +31,8 @@ from .cases import (
     make_model,
     make_tasks,
     make_trainer,
+    passes_of,
     start_vector,
-    ticks_of,
     train_lanes,
     with_dropout,
 )
@@ -64,11 +65,11 @@ def unequal_lanes(method: str, precision: str, lanes: int, batch: int) -> list[i
     """Puts one client in every lane; the lanes that end elsewhere than lane 0."""
     trainer, vector = make_stochastic_trainer(method, lanes, batch, precision)
     task = make_tasks([2 * batch + 1], [3])[0]
-    assert batch == 1 or not all(tick.mask.all() for tick in ticks_of([task], 1, batch))
-    first, *others = list(trainer.train([task] * lanes, vector, 0))
+    assert batch == 1 or not all(one.mask.all() for one in passes_of([task], 1, batch))
+    first, *others = list(trainer.train([task] * lanes, RoundStart(0, vector)))
     assert len(others) == lanes - 1
     assert first.delta.abs().max() > 1e-3
-    theta = trainer.parameters.theta
+    theta = trainer.rule.theta
     return [
         lane
         for lane, update in enumerate(others, start=1)
@@ -86,7 +87,7 @@ def test_the_same_client_in_every_lane_gives_equal_rows(method, precision, lanes
 
 
 def test_a_run_is_set_up_to_be_exact():
-    """What the tests beside this one get from conftest.py, a run must get from `process.start`."""
+    """The other tests get MKL's setting from conftest.py; a run must get it from `process.start`."""
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
     root = str(Path(__file__).parents[__name__.count(".")])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
@@ -125,13 +126,13 @@ def test_elementwise_functions_do_not_round_by_position(function):
 def seating(tasks, lanes: int, batch: int) -> dict[int, tuple[int, frozenset[int]]]:
     """Each client's lane and the clients that it ever sat beside."""
     seats, lane_of, beside = {}, {}, {task.client: set() for task in tasks}
-    for tick in ticks_of(tasks, lanes, batch):
-        for lane, task in tick.starting:
+    for one in passes_of(tasks, lanes, batch):
+        for lane, task, *_ in one.starting:
             seats[lane] = task.client
             lane_of[task.client] = lane
         for client in seats.values():
             beside[client] |= set(seats.values()) - {client}
-        for lane, _ in tick.finished:
+        for lane, *_ in one.finished:
             del seats[lane]
     return {client: (lane, frozenset(beside[client])) for client, lane in lane_of.items()}
 
@@ -159,9 +160,9 @@ def test_neither_lane_nor_neighbours_change_a_client(method, precision):
 
 @pytest.mark.parametrize("method", ["full", "lora-all"])
 def test_dropout_matters_in_these_comparisons(method):
-    """Without it they would prove less than they say."""
+    """The comparisons above would prove less if dropout changed nothing."""
     trainer, vector = make_stochastic_trainer(method, 3, 4, "fp32")
     task = make_tasks([4], [1])[0]
-    (first,) = trainer.train([task], vector, 0)
-    (other_round,) = trainer.train([task], vector, 1)  # one full batch: only the masks differ
+    (first,) = trainer.train([task], RoundStart(0, vector))
+    (other_round,) = trainer.train([task], RoundStart(1, vector))  # one full batch: only the masks differ
     assert not torch.allclose(first.loss, other_round.loss, rtol=1e-3)

@@ -21,9 +21,9 @@ from .cases import (
     make_model,
     make_tasks,
     make_trainer,
+    passes_of,
     plain_batches,
     start_vector,
-    ticks_of,
     train_lanes,
 )
 from .plain import make_plain, train_plain
@@ -67,9 +67,9 @@ def make_family(family: str) -> nn.Module:
 def test_lanes_end_where_plain_training_ends(family, method):
     _, _, image_size, heads = FAMILIES[family]
     model, images, tasks = make_family(family), make_images(20, image_size), make_tasks(SIZES, STEPS)
-    ticks = ticks_of(tasks, LANES, BATCH)
-    assert any(tick.starting for tick in ticks[1:])
-    assert not all(tick.mask.all() for tick in ticks)
+    passes = passes_of(tasks, LANES, BATCH)
+    assert any(one.starting for one in passes[1:])
+    assert not all(one.mask.all() for one in passes)
     lane_model = make_lane_model(model, METHODS[method], image_size, torch.float64)
     vector = start_vector(lane_model, torch.float64)
     client = client_config(OPTIMIZERS["sgd"], BATCH)
@@ -91,7 +91,7 @@ def test_lanes_end_where_plain_training_ends(family, method):
         assert_same_delta(lane_model.layout.split(updates[task.client].delta), expected.delta, 1e-9)
 
 
-def test_families_have_what_they_are_here_for():
+def test_families_cover_windows_batch_norm_and_two_prefix_tokens():
     """Shifted windows, blocks of several widths, batch norm with statistics of its own, two prefix tokens."""
     swin = make_family("swin")
     blocks = [module for module in swin.modules() if hasattr(module, "attn") and hasattr(module, "mlp")]
@@ -105,7 +105,7 @@ def test_families_have_what_they_are_here_for():
 
 @pytest.mark.parametrize("name", ["norm", "bias"])
 def test_a_norm_layer_that_also_activates_is_refused(name):
-    """What comes after the addition would be computed before it; skipping the layer would train less than was asked."""
+    """The activation would come before the trained addition. Skipping the layer would train less than was asked."""
     model = make_model("test_efficientnet", {})
     with pytest.raises(ConfigError, match=rf"'{name}' does not fit EfficientNet: .* is a BatchNormAct2d"):
         make_lane_model(model, {"name": name})

@@ -1,4 +1,4 @@
-"""What the check at the start of a run sees, on models that are broken on purpose."""
+"""The lane check at the start of a run, on models that are broken on purpose."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_one_lane_has_no_neighbour_to_be_checked_against():
 
 
 def test_keyed_dropout_on_a_table_of_all_samples_would_leak(monkeypatch: pytest.MonkeyPatch):
-    """What leaving it off is for: with the table's layers unknown, one client's masks decide another's features."""
+    """If the table's layers were unknown, one client's masks would decide another client's features."""
     config = make_config("head", RELPOS)
     check_lanes(build(config), config, make_runtime())
     monkeypatch.setattr(methods, "find_shared_layers", lambda backbone: frozenset())

@@ -39,13 +39,13 @@ from .cases import (
 
 LANES, BATCH = 3, 4
 SCALE = 2.0**8
-"""In place of the real initial scale: these models have large gradients, and none should overflow by itself."""
+"""Replaces the real initial scale: these models have large gradients, and none should overflow by itself."""
 CASES = [("lora-all", "sgd"), ("lora-all", "adamw"), ("full", "adamw"), ("bias", "sgd")]
 
 
 @dataclass
 class Step:
-    """What a local step found and left: everything is a copy."""
+    """Copies of the trainer's tensors before and after a local step."""
 
     theta: tuple[torch.Tensor, torch.Tensor]
     state: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
