@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedpeft_dist.algorithms.server_optimizers import ServerOptimizer
+from fedpeft_dist.algorithms.server_optimizers import ServerSgd
 from fedpeft_dist.algorithms.state import State
 from fedpeft_dist.config import schema
 from fedpeft_dist.training.trainer import ClientUpdate
@@ -36,7 +36,7 @@ class Federation:
     population: int
     """N, the clients that have samples."""
     device: torch.device
-    server: ServerOptimizer
+    server: ServerSgd
     client_lr: float
     """The client optimizer's learning rate, before the schedule's factor."""
 

@@ -8,7 +8,6 @@ Shapes: P trainable parameters.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 
@@ -17,15 +16,9 @@ from fedpeft_dist.config import schema
 Step = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 
 
-class ServerOptimizer(Protocol):
-    def initial_state(self, num_parameters: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """The moments before the first round: float32 [P] each."""
-
-    def step(self, vector: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, torch.Tensor]) -> Step:
-        """The next global vector and the next moments; vector and gradient are float32 [P]."""
-
-
 class ServerSgd:
+    """Steps on a pseudo-gradient, float32 [P]; the moments are values, which a step replaces."""
+
     def __init__(self, config: schema.ServerSgdConfig):
         self.config = config
 
@@ -39,11 +32,8 @@ class ServerSgd:
         return vector - self.config.lr * gradient, state
 
 
-class ServerAdaptive:
+class ServerAdaptive(ServerSgd):
     """Adam, Yogi and Adagrad differ in how they follow the squared pseudo-gradient."""
-
-    def __init__(self, config: schema.ServerAdaptiveSection):
-        self.config = config
 
     def initial_state(self, num_parameters: int, device: torch.device) -> dict[str, torch.Tensor]:
         return {
@@ -73,6 +63,6 @@ SERVER_OPTIMIZERS = {
 }
 
 
-def make_server_optimizer(config: schema.ServerOptimizerConfig) -> ServerOptimizer:
+def make_server_optimizer(config: schema.ServerOptimizerConfig) -> ServerSgd:
     """The server optimizer that a config names."""
     return SERVER_OPTIMIZERS[type(config)](config)

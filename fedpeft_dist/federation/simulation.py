@@ -26,7 +26,7 @@ from fedpeft_dist.runtime.collectives import min_over_ranks
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_log import NO_TOTALS
 from fedpeft_dist.training.batches import EpochBatches, PoissonBatches
-from fedpeft_dist.training.gradients import GradientRule, MeanGradient, NoisyGradient
+from fedpeft_dist.training.gradients import MeanGradient, NoisyGradient
 from fedpeft_dist.training.lane_count import choose_lanes, choose_private_lanes, choose_slots
 from fedpeft_dist.training.rates import rate_factor
 from fedpeft_dist.training.schedule import Schedule
@@ -219,12 +219,12 @@ class Simulation:
             compile_model=config.runtime.compile,
         )
 
-    def _plain_parts(self) -> tuple[Schedule, GradientRule]:
+    def _plain_parts(self) -> tuple[Schedule, MeanGradient]:
         lanes, seed, setup = self.config.runtime.lanes, self.config.seed, self.setup
         schedule = Schedule(lanes, EpochBatches(setup.batch_size, seed), seed)
         return schedule, MeanGradient(setup.model.layout, lanes, self.runtime)
 
-    def _private_parts(self) -> tuple[Schedule, GradientRule]:
+    def _private_parts(self) -> tuple[Schedule, MeanGradient]:
         lanes, privacy, setup = self.config.runtime.lanes, self.config.privacy, self.setup
         slots = min(privacy.slots, lanes * setup.largest_client)
         batches = PoissonBatches(setup.batch_size, self.noise.seed, privacy.max_batch, privacy.secure_noise)

@@ -3,23 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
 
 import torch
 
 from fedpeft_dist.lanes.random import derive_seed, fold_in, permutation, random_bits, unit_interval
 from fedpeft_dist.privacy.mechanisms import secure_bits
-
-
-class Batches(Protocol):
-    def of(self, samples: torch.Tensor, client: int, round_number: int) -> Iterator[torch.Tensor]:
-        """The batches of a client in a round, one for each local step, without end: int64, at most [B] each.
-
-        They depend on the seed, the round and the client alone.
-
-        Args:
-            samples: int64 [n], the client's indices into the training set.
-        """
 
 
 @dataclass(frozen=True)
@@ -30,13 +18,17 @@ class EpochBatches:
     seed: int
 
     def of(self, samples: torch.Tensor, client: int, round_number: int) -> Iterator[torch.Tensor]:
+        """The batches of a client in a round, one for each local step, without end: int64, at most [B] each.
+
+        They depend on the seed, the round and the client alone; samples are int64 [n] indices into the training set.
+        """
         for epoch in count():
             key = derive_seed(self.seed, "order", round_number, client, epoch)
             yield from samples[permutation(key, len(samples))].split(self.batch_size)
 
 
 @dataclass(frozen=True)
-class PoissonBatches:
+class PoissonBatches(EpochBatches):
     """Draws each sample by itself with probability q = min(1, batch_size / n), so batches differ in size.
 
     Args:
@@ -45,8 +37,6 @@ class PoissonBatches:
         secure: draw from the operating system's randomness instead of the seed.
     """
 
-    batch_size: int
-    seed: int
     max_batch: int | None = None
     secure: bool = False
 

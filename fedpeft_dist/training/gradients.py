@@ -8,8 +8,6 @@ expected batch size.
 Shapes: L lanes, R rows, B batch, K classes, W columns of the parameter matrix.
 """
 
-from typing import Protocol
-
 import torch
 
 from fedpeft_dist.config.schema import SamplePrivacy
@@ -26,31 +24,6 @@ _LOSS_BITS = 32
 _LOSS_LIMIT = 1024.0
 
 
-class GradientRule(Protocol):
-    rows: LaneParameters
-    """The parameters that the model computes with, [R, W], and their gradients."""
-    theta: torch.Tensor
-    """[L, W], the clients' parameters."""
-
-    def start_client(self, lane: int) -> None:
-        """A new client is in the lane; its parameters are loaded already."""
-
-    def prepare(self, current: Pass) -> None:
-        """Readies `rows` for a forward and a backward pass."""
-
-    def scaled(self, losses: torch.Tensor) -> torch.Tensor:
-        """The rows' losses [R] as the backward pass takes them."""
-
-    def add(self, current: Pass, losses: torch.Tensor, mask: torch.Tensor) -> None:
-        """Takes in the gradients of a backward pass; losses [R] are the rows' own, mask is bool [R, B]."""
-
-    def gradient(self, current: Pass, round_number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient [L, W] to step on, and which lanes step: bool [L, 1]."""
-
-    def mean_loss(self, client: Seated) -> torch.Tensor:
-        """The mean training loss of a client that has finished: a float32 scalar."""
-
-
 class MeanGradient:
     """The gradient of each lane's mean loss. In fp16 each lane has a loss scale of its own.
 
@@ -60,23 +33,29 @@ class MeanGradient:
 
     def __init__(self, layout: ParameterLayout, num_lanes: int, runtime: Runtime, dtype: torch.dtype = torch.float32):
         self.rows = LaneParameters(layout, num_lanes, runtime.device, dtype)
+        """The parameters that the model computes with, [R, W], and their gradients."""
         self.theta = self.rows.theta
+        """[L, W], the clients' parameters."""
         self.loss_scale = LaneLossScale(num_lanes, runtime.device) if runtime.precision == "fp16" else None
         self.loss_sums = torch.zeros(num_lanes, device=runtime.device)
         self.active = torch.zeros(num_lanes, 1, dtype=torch.bool, device=runtime.device)
 
     def start_client(self, lane: int) -> None:
-        self.loss_sums[lane] = 0.0
+        """A new client is in the lane; its parameters are loaded already."""
+        self.loss_sums[lane] = 0
         if self.loss_scale is not None:
             self.loss_scale.reset(lane)
 
     def prepare(self, current: Pass) -> None:
+        """Readies `rows` for a forward and a backward pass."""
         self.rows.grad.zero_()
 
     def scaled(self, losses: torch.Tensor) -> torch.Tensor:
+        """The rows' losses [R] as the backward pass takes them."""
         return losses if self.loss_scale is None else losses * self.loss_scale.scale
 
     def add(self, current: Pass, losses: torch.Tensor, mask: torch.Tensor) -> None:
+        """Takes in the gradients of a backward pass; losses [R] are the rows' own, mask is bool [R, B]."""
         self.active = mask.any(dim=1, keepdim=True)
         if self.loss_scale is not None:
             self.active = self.loss_scale.unscale(self.rows.grad, self.active)
@@ -84,13 +63,15 @@ class MeanGradient:
         self.loss_sums += torch.where(self.active.squeeze(1), losses, 0.0).float()
 
     def gradient(self, current: Pass, round_number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient [L, W] to step on, and which lanes step: bool [L, 1]."""
         return self.rows.grad, self.active
 
     def mean_loss(self, client: Seated) -> torch.Tensor:
+        """The mean training loss of a client that has finished: a float32 scalar."""
         return self.loss_sums[client.lane] / client.task.num_steps
 
 
-class NoisyGradient:
+class NoisyGradient(MeanGradient):
     """DP-SGD's gradient: per-sample gradients, clipped and summed, plus noise, over the expected batch size.
 
     Args:
@@ -115,25 +96,21 @@ class NoisyGradient:
         dtype: torch.dtype = torch.float32,
     ):
         self.privacy, self.batches, self.noise_multipliers = privacy, batches, noise_multipliers
-        device = runtime.device
-        self.rows = LaneParameters(layout, num_slots, device, dtype)
-        self.theta = torch.zeros(num_lanes, layout.width, device=device, dtype=dtype)
+        super().__init__(layout, num_slots, runtime, dtype)
+        self.theta = torch.zeros(num_lanes, layout.width, device=runtime.device, dtype=dtype)
         self.grad = torch.zeros_like(self.theta)
-        self.sums = torch.zeros(num_lanes, layout.width, device=device, dtype=torch.int64)
-        self.loss_sums = torch.zeros(num_lanes, device=device, dtype=torch.int64)
+        self.sums = torch.zeros_like(self.theta, dtype=torch.int64)
+        self.loss_sums = torch.zeros(num_lanes, device=runtime.device, dtype=torch.int64)
         noise = privacy.clip_norm * float(noise_multipliers.max())
         self.bits = grid_bits(largest_client * privacy.clip_norm, noise)
 
     def start_client(self, lane: int) -> None:
+        super().start_client(lane)
         self.sums[lane] = 0
-        self.loss_sums[lane] = 0
 
     def prepare(self, current: Pass) -> None:
+        super().prepare(current)
         torch.index_select(self.theta, 0, send(current.lanes, self.theta.device), out=self.rows.theta)
-        self.rows.grad.zero_()
-
-    def scaled(self, losses: torch.Tensor) -> torch.Tensor:
-        return losses
 
     def add(self, current: Pass, losses: torch.Tensor, mask: torch.Tensor) -> None:
         lanes = send(current.lanes, self.theta.device)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.training.batches import Batches
+from fedpeft_dist.training.batches import EpochBatches
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Schedule:
     """
 
     num_lanes: int
-    batches: Batches
+    batches: EpochBatches
     seed: int
     num_slots: int | None = None
 

@@ -5,7 +5,6 @@ Shapes: L lanes, R rows, B batch, P trainable parameters, W columns of the param
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -17,7 +16,7 @@ from fedpeft_dist.lanes.random import fold_in
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.privacy.mechanisms import keyed_normal
 from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.training.gradients import GradientRule, row_losses
+from fedpeft_dist.training.gradients import MeanGradient, row_losses
 from fedpeft_dist.training.schedule import ClientTask, Pass, Schedule, Seated
 
 _NOISE = 0x6E6F697365
@@ -55,15 +54,6 @@ class RoundStart:
     """A constant that the algorithm adds to a client's gradients, by the client: [P]."""
 
 
-class GradientTerm(Protocol):
-    """What an algorithm adds to each client's gradient (FedProx, SCAFFOLD, FedDyn)."""
-
-    def __call__(
-        self, grad: torch.Tensor, theta: torch.Tensor, start: torch.Tensor, offsets: torch.Tensor | None
-    ) -> None:
-        """Changes grad [L, W] in place; theta and offsets are [L, W], start is the global row [W]."""
-
-
 class Trainer:
     """Trains a shard of clients on L lanes.
 
@@ -71,7 +61,7 @@ class Trainer:
         model: the backbone with its method; bound to the rule's rows while it trains.
         store: the training images.
         rule: the gradient that clients step on.
-        term: what the algorithm adds to it.
+        term: what the algorithm adds to it, `Algorithm.add_to_gradient`.
         gradient_noise: standard deviation of the noise of privacy `paper_noise`, which gives no privacy.
         compile_model: run the model through torch.compile.
     """
@@ -84,8 +74,8 @@ class Trainer:
         runtime: Runtime,
         *,
         schedule: Schedule,
-        rule: GradientRule,
-        term: GradientTerm | None = None,
+        rule: MeanGradient,
+        term: Callable[..., None] | None = None,
         gradient_noise: float = 0.0,
         compile_model: bool = False,
     ):
