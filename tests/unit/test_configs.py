@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from fedpeft_dist.federation.server_optimizers import SERVER_OPTIMIZERS
 
+from fedpeft_dist.algorithms import ALGORITHMS
+from fedpeft_dist.algorithms.server_optimizers import SERVER_OPTIMIZERS
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.load import load_config
 from fedpeft_dist.data import DATASETS
@@ -193,6 +194,7 @@ def test_paper_methods() -> None:
     ("table", "union", "elsewhere"),
     [
         (METHODS, schema.MethodConfig, set()),
+        (ALGORITHMS, schema.AlgorithmConfig, set()),
         (DATASETS, schema.DataConfig, set()),
         # A pool is no split of the samples: make_partition builds it by itself.
         (SPLITS, schema.PartitionConfig, {schema.PoolPartition}),
