@@ -19,9 +19,10 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fedpeft_dist.config.trees import merge_trees
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 from tests.multiprocess import faulty_worker
-from tests.multiprocess.exactness_worker import METHODS, make_config
+from tests.multiprocess.exactness_worker import ALGORITHMS, METHODS, make_config
 from tests.warm_process import WarmProcess, WarmRanks, fedpeft, variables_of_ranks
 
 ROUNDS = 40
@@ -46,9 +47,11 @@ _TOKEN = "FEDPEFT_TEST_TOKEN"
 _numbers = itertools.count()
 
 
-def write_config(folder: Path, name: str, rounds: int = ROUNDS, method: str = "prompt", **output: Any) -> Path:
+def write_config(
+    folder: Path, name: str, rounds: int = ROUNDS, method: str = "prompt", algorithm: str | None = None, **output: Any
+) -> Path:
     """Ragged clients on lanes, dropout, and a server optimizer with state; the run is `folder / name`."""
-    tree = make_config(METHODS[method], folder, name)
+    tree = merge_trees(make_config(METHODS[method], folder, name), ALGORITHMS.get(algorithm, {}))
     tree["federation"] |= {"rounds": rounds}
     tree["server"] = {"optimizer": {"name": "yogi"}}
     tree["output"] |= output

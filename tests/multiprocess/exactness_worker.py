@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.config.schema import RuntimeConfig
+from fedpeft_dist.config.trees import merge_trees
 from fedpeft_dist.federation.run import run
 from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
 from fedpeft_dist.runtime import process
@@ -31,10 +32,19 @@ METHODS = {
 # Position MLPs on a table of coordinates, with dropout of their own; activations that round by place, convolutions.
 RELPOS = {"name": "test_vit_relpos", "pretrained": False, "model_args": {"depth": 2, "drop_path_rate": 0.1}}
 EFFICIENT = {"name": "test_efficientnet", "pretrained": False}
-CASES = {name: (VIT, method) for name, method in METHODS.items()} | {
-    "relpos-head": (RELPOS, METHODS["head"]),
-    "efficientnet-head": (EFFICIENT, METHODS["head"]),
+PLAIN_SGD = {"name": "sgd", "momentum": 0.0, "nesterov": False}
+ALGORITHMS = {
+    "scaffold": {"algorithm": {"name": "scaffold"}, "client": {"optimizer": PLAIN_SGD}},
+    "trimmed_mean": {"algorithm": {"name": "trimmed_mean"}},
+    "median": {"algorithm": {"name": "median"}},
+    "fedprox": {"algorithm": {"name": "fedprox", "mu": 0.5}},
 }
+"""The sections that choose an algorithm."""
+CASES = {name: (VIT, method, {}) for name, method in METHODS.items()} | {
+    "relpos-head": (RELPOS, METHODS["head"], {}),
+    "efficientnet-head": (EFFICIENT, METHODS["head"], {}),
+}
+CASES |= {name: (VIT, METHODS["bias"], sections) for name, sections in ALGORITHMS.items()}
 BATCH, LANES, COHORT = 7, 3, 7
 
 
@@ -69,9 +79,9 @@ def main() -> None:
     results = {}
     with process.start(RuntimeConfig(device="cpu")) as runtime:
         for precision in precisions:
-            for case, (backbone, method) in CASES.items():
+            for case, (backbone, method, sections) in CASES.items():
                 name = f"{case}-{precision}-{runtime.world_size}"
-                config = parse_config(make_config(method, output, name, backbone), "test")
+                config = parse_config(merge_trees(make_config(method, output, name, backbone), sections), "test")
                 refills[0] = stochastic[0] = 0
                 run(config, runtime=replace(runtime, precision=precision))
                 if runtime.is_main:

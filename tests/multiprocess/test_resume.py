@@ -31,3 +31,14 @@ def test_from_one_rank_to_two_and_back(tmp_path: Path, whole: RunDirectory, ever
     assert not differences(run, whole)
     assert "already complete" in complete(config)
     assert not differences(run, whole)
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "trimmed_mean"])
+def test_killed_run_keeps_the_state_of_its_algorithm(tmp_path: Path, algorithm: str) -> None:
+    """SCAFFOLD's control variates come back from the checkpoint, also on another number of ranks."""
+    whole, killed = (write_config(tmp_path, name, rounds=12, algorithm=algorithm) for name in ("whole", "killed"))
+    complete(whole)
+    with start(killed, ranks=2) as launched:
+        wait_for_rounds(launched, run_of(killed), 4)  # leaving the context kills every process
+    complete(killed)
+    assert not differences(run_of(killed), run_of(whole))

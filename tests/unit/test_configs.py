@@ -200,7 +200,7 @@ def test_paper_methods() -> None:
         (SPLITS, schema.PartitionConfig, {schema.PoolPartition}),
         (SERVER_OPTIMIZERS, schema.ServerOptimizerConfig, set()),
     ],
-    ids=["methods", "data sets", "partitions", "server optimizers"],
+    ids=["methods", "algorithms", "data sets", "partitions", "server optimizers"],
 )
 def test_tables_hold_every_choice(table: Mapping[type, Any], union: Any, elsewhere: set[type]) -> None:
     members = set(get_args(get_args(union)[0]))
