@@ -40,6 +40,7 @@ from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import SharedPoolPartition
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.federation.aggregation import Aggregation
+from fedpeft_dist.lanes.wire import Traffic
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.participation.plan import Participation
 from fedpeft_dist.privacy import user_level
@@ -58,6 +59,7 @@ CONFIDENCE, DP_DELTA, CLIP_NORM = 0.95, 1e-3, 1.0
 CANARY = 0
 STEPS, NOISE_MULTIPLIER = 4, 1.25
 """The noisy sums of a trial, one for each local step or round, and the noise of each."""
+NO_TRAFFIC = Traffic(0, 0)  # clients take no simulated time
 RIGHT = "right"
 
 
@@ -124,7 +126,7 @@ class SampleMechanism:
         self.config = make_config(seed, self.level, self.CLIENTS, client, {"rounds": 1, "cohort": self.CLIENTS})
         self.model, self.runtime = build_lane_model(self.config, self.config.data.classes), runtime
         partition = SharedPoolPartition(self.CLIENTS, self.SAMPLES, self.SAMPLES)
-        participation = Participation(self.config, partition, self.model.layout.num_parameters)
+        participation = Participation(self.config, partition, NO_TRAFFIC)
         self.plan = make_privacy_plan(self.config, participation)
         self.claimed_epsilon = self.plan.epsilon(1)
         steps = participation.plan(0).steps
@@ -189,7 +191,7 @@ class UserMechanism:
         self.faults = make_faults(user_level, everyone)
         federation = {"rounds": STEPS, "cohort": self.COHORT, "participation": {"name": "poisson"}}
         self.config, self.runtime = make_config(seed, self.level, self.CLIENTS, {}, federation), runtime
-        self.participation = Participation(self.config, SharedPoolPartition(self.CLIENTS, 1, 1), self.P)
+        self.participation = Participation(self.config, SharedPoolPartition(self.CLIENTS, 1, 1), NO_TRAFFIC)
         self.plan = make_privacy_plan(self.config, self.participation)
         self.claimed_epsilon = self.plan.epsilon(STEPS)
         self.deltas = torch.randn(self.CLIENTS, self.P, generator=torch.Generator().manual_seed(seed))
