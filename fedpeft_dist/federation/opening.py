@@ -23,6 +23,7 @@ from fedpeft_dist.federation.simulation import Preparation, Simulation, prepare
 from fedpeft_dist.federation.watch import Watch
 from fedpeft_dist.runtime.collectives import any_rank, assert_same_on_all_ranks, barrier, failing_together
 from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest
+from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.runtime.versions import library_versions
 from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RUNNING, RunDirectory
@@ -51,8 +52,9 @@ class OpenRun:
         """Writes a checkpoint of the state unless there is one; called by every rank, done by rank 0."""
         if self.watch.lock is not None and self.saved_round != state.round:
             simulation = self.simulation
-            checkpoint = Checkpoint(state, make_origin(simulation.config, simulation), simulation.noise)
-            save_checkpoint(self.directory.checkpoints, checkpoint)
+            setup, traces = simulation.setup, simulation.participation.sha256
+            origin = Origin.of(simulation.config, setup.model.backbone.sha256, setup.data_sha256, traces)
+            save_checkpoint(self.directory.checkpoints, Checkpoint(state, origin, simulation.noise))
         self.saved_round = state.round
 
     def mark_failed(self, reason: str) -> None:
@@ -81,58 +83,35 @@ def open_run(config: RunConfig, runtime: Runtime, stop: StopRequest) -> Iterator
     directory = RunDirectory(Path(config.output.root) / config.output.name)
     lock, refusal = _lock(directory, runtime, stop)
     try:
-        config, found = _read(config, directory, runtime, refusal)
-        if found.is_over(config, runtime):
-            yield None
-        else:
-            yield _build(config, found, runtime, Watch(stop, lock))
+        found = _read(config, directory, runtime, refusal)
+        yield None if found is None else _build(found, runtime, Watch(stop, lock))
     finally:
         if lock is not None:
             lock.release()
 
 
 @dataclass(frozen=True)
-class Found:
+class _Found:
     """What stands in a run's directory."""
 
     directory: RunDirectory
+    config: RunConfig
+    """The config with the values that `auto` stood for when the run began."""
     state: dict[str, Any] | None
-    """Of state.json; None in a new directory."""
-    checkpoint: Checkpoint | None = None
-    damaged: tuple[str, ...] = ()
+    """The content of state.json; None in a new directory."""
+    checkpoint: Checkpoint | None
+    damaged: list[str]
     """A line on each checkpoint that is newer and damaged."""
-
-    def is_over(self, config: RunConfig, runtime: Runtime) -> bool:
-        """Whether nothing is to be done, and says why."""
-        if self.state is None:
-            return False
-        launch, reason = runtime.launch, None
-        if is_complete(self.state, config):
-            reason = "already complete"
-        if self.state["state"] == INTERRUPTED and launch.restart and self.state.get("launch") == launch.job:
-            reason = "was interrupted under this launch, a restart does not undo it"
-        if reason is not None and runtime.is_main:
-            print(f"{self.directory.path}: {reason}")
-        return reason is not None
 
     def tell(self) -> None:
         """Says what is unusual about it."""
         for line in self.damaged:
-            where = "from the one before" if self.checkpoint else "from the beginning"
-            print(f"{line}; going on {where}", file=sys.stderr)
-        if self.checkpoint is None:
-            return
-        versions, now = self.checkpoint.origin.versions, library_versions()
-        changed = [f"{k} {versions.get(k)} there, {now[k]} here" for k in now if versions.get(k) != now[k]]
+            print(f"{line}; going on from the {'one before' if self.checkpoint else 'beginning'}", file=sys.stderr)
+        then, now = {} if self.checkpoint is None else self.checkpoint.origin.versions, library_versions()
+        changed = [f"{k} {then[k]} there, {now[k]} here" for k in now if k in then and then[k] != now[k]]
         if changed:
             told = f"begun with other versions ({'; '.join(changed)}), which may round otherwise"
             print(f"{self.directory.path}: {told}", file=sys.stderr)
-
-
-def make_origin(config: RunConfig, parts: Preparation | Simulation) -> Origin:
-    """What checkpoints of a run belong to."""
-    setup = parts.setup
-    return Origin.of(config, setup.model.backbone.sha256, setup.data_sha256, parts.participation.sha256)
 
 
 def _lock(directory: RunDirectory, runtime: Runtime, stop: StopRequest) -> tuple[RunLock | None, ConfigError | None]:
@@ -155,28 +134,41 @@ def _lock(directory: RunDirectory, runtime: Runtime, stop: StopRequest) -> tuple
     return lock, refusal
 
 
-def _read(
-    config: RunConfig, directory: RunDirectory, runtime: Runtime, refusal: ConfigError | None
-) -> tuple[RunConfig, Found]:
-    """The config with what `auto` stood for when the run began, and what stands in its directory, same on all ranks."""
+def _read(config: RunConfig, directory: RunDirectory, runtime: Runtime, refusal: ConfigError | None) -> _Found | None:
+    """What stands in the directory, the same on all ranks; None if nothing is to be done, and says why."""
+    checkpoint, damaged, reason = None, [], None
     with failing_together(runtime):
         stored, state = directory.stored_config(), directory.read_state()
         if stored is not None:
             config = with_choices_of(stored, config)
             check_same_run(stored, config, directory.path)
-        if refusal is not None and (state is None or not is_complete(state, config)):
+        if state is not None and is_complete(state, config):
+            reason = "already complete"
+        elif refusal is not None:
             raise refusal
-        checkpoint, damaged = load_newest_checkpoint(directory.checkpoints)
+        elif state is not None and state["state"] == INTERRUPTED and _is_restart_of(state, runtime.launch):
+            reason = "was interrupted under this launch, a restart does not undo it"
+        else:
+            checkpoint, damaged = load_newest_checkpoint(directory.checkpoints)
     where = None if checkpoint is None else [checkpoint.state.round, checkpoint.noise and checkpoint.noise.seed]
     told = json.dumps([result_keys(config), state, where]).encode()
     assert_same_on_all_ranks(told, "the config, or what stands in the run's directory,", runtime)
-    return config, Found(directory, state, checkpoint, tuple(damaged))
+    if reason is None:
+        return _Found(directory, config, state, checkpoint, damaged)
+    if runtime.is_main:
+        print(f"{directory.path}: {reason}")
+    return None
 
 
-def _build(config: RunConfig, found: Found, runtime: Runtime, watch: Watch) -> OpenRun:
+def _is_restart_of(state: dict[str, Any], launch: Launch) -> bool:
+    """Whether a launcher has started the ranks again under which the run was interrupted."""
+    return bool(launch.restart) and state.get("launch") == launch.job
+
+
+def _build(found: _Found, runtime: Runtime, watch: Watch) -> OpenRun:
     with failing_together(runtime):
         # Data may be decoded first, by this process or another one.
-        preparation = watch.stop.within_grace(lambda: _prepare(config, found, runtime))
+        preparation = watch.stop.within_grace(lambda: _prepare(found, runtime))
     if any_rank(preparation is None, runtime):
         raise StoppedEarlyError
     assert_same_on_all_ranks(preparation.participation.sha256.encode(), "the traces of participation", runtime)
@@ -195,12 +187,10 @@ def _build(config: RunConfig, found: Found, runtime: Runtime, watch: Watch) -> O
     return OpenRun(directory, simulation, state, watch, None if checkpoint is None else state.round)
 
 
-def _prepare(config: RunConfig, found: Found, runtime: Runtime) -> Preparation:
-    """
-    Raises:
-        ConfigError: the config cannot be run, or not from the checkpoint that was found.
-    """
-    setup, checkpoint = Setup(config, runtime), found.checkpoint
+def _prepare(found: _Found, runtime: Runtime) -> Preparation:
+    """Builds what each rank builds by itself, and checks that it goes with the checkpoint."""
+    config, checkpoint = found.config, found.checkpoint
+    setup = Setup(config, runtime)
     if runtime.is_main and setup.model.backbone.warning:
         print(f"warning: {setup.model.backbone.warning}", file=sys.stderr)
     check_lanes(setup.model, config, runtime)

@@ -110,6 +110,8 @@ def test_complete_run_is_not_run_again(config: RunConfig) -> None:
     directory = directory_of(config)
     directory.write_config(config)
     directory.write_state(COMPLETE, 1)
+    directory.checkpoints.mkdir()
+    (directory.checkpoints / "round-000001.safetensors").write_bytes(b"of another version")
     with begin(config) as opened:
         assert opened is None
     assert not directory.in_use()
