@@ -10,9 +10,12 @@
     sum, or gather the cohort's vectors        gathers, combine            trimmed mean, median; Krum, FlexLoRA
     the next global vector                     step, initial_state         FedAvgM, FedAdam; SCAFFOLD, FedDyn
 
-Columns that a round leaves alone, or that a client keeps for itself (FFA-LoRA, FedPer), are zeros in what `send`
-returns and live in the client's row. Whatever a part returns must follow from its arguments alone: every rank computes
-the same, and a round that is dropped leaves no trace.
+Two parts have no method yet, because no algorithm here needs one. Columns that a client keeps for itself (FedPer,
+Ditto) live in its row; `Trainer._load` would start the client from them, and `send` leaves zeros in their place. A
+backbone that changes (FLoRA) would be a tensor of `State.algorithm`, merged where `Setup` freezes the model.
+
+Whatever a part returns must follow from its arguments alone: every rank computes the same, and a round that is dropped
+leaves no trace.
 
 Shapes: M cohort, P trainable parameters, V numbers that a client sends, S numbers that a client keeps.
 """
