@@ -8,8 +8,17 @@ Shapes: L lanes, B batch, R = L * B rows, D and E channels.
 from collections.abc import Callable
 
 import torch
+from timm.layers import activations
+from torch import nn
 
 from fedpeft_dist.lanes.parameters import ALIGNMENT
+
+# The CPU kernels of these activations use another formula for a tensor's last elements. So does the kernel of the GELU
+# that is approximated by tanh.
+PLACE_ROUNDING = (
+    nn.SiLU, nn.Sigmoid, nn.LogSigmoid, nn.Mish, nn.Softplus,
+    activations.Swish, activations.Sigmoid, activations.Mish, activations.GELUTanh, activations.QuickGELU,
+)  # fmt: skip
 
 
 def fold(x: torch.Tensor) -> torch.Tensor:
@@ -65,8 +74,26 @@ def lane_aligned(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
     padding = -size % ALIGNMENT
     if padding == 0:
         return function(x)
-    lanes = torch.nn.functional.pad(x.reshape(num_lanes, size), (0, padding))
+    lanes = nn.functional.pad(x.reshape(num_lanes, size), (0, padding))
     return function(lanes)[:, :size].reshape(x.shape)
+
+
+class AlignedActivation(nn.Module):
+    """Pads the input of an activation, so that the rounding of an element does not depend on its place."""
+
+    def __init__(self, activation: nn.Module):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lane_aligned(self.activation, x, num_lanes=1)
+
+
+def align_activations(model: nn.Module) -> None:
+    """Wraps the frozen activations whose rounding depends on an element's place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PLACE_ROUNDING) or getattr(module, "approximate", None) == "tanh":
+            model.set_submodule(name, AlignedActivation(module))
 
 
 def _over_channels(x: torch.Tensor, per_lane: torch.Tensor, channel_dim: int) -> torch.Tensor:

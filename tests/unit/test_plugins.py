@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 import pytest
 import timm
 import torch
-from fedpeft_dist.federation.cost import compute_cost
 from safetensors.torch import load_file
 
 from fedpeft_dist.backbones.timm_backbone import Backbone
@@ -25,10 +24,11 @@ from fedpeft_dist.data.source import DataSource, FileSource
 from fedpeft_dist.export import export_run
 from fedpeft_dist.export.formats import TimmFormat
 from fedpeft_dist.export.trained_run import TrainedRun
+from fedpeft_dist.federation.ahead import compute_cost
 from fedpeft_dist.lanes.ops import lane_affine
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods import METHODS, build_lane_model
-from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method, Tensors
 from tests.data_fixtures import data_config, run_tree
 
@@ -56,7 +56,7 @@ class Scale(Method):
     """A made-up method that merges."""
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
-        replace_module(backbone.model, "head", LaneScale("head", backbone.model.get_submodule("head")))
+        backbone.model.set_submodule("head", LaneScale("head", backbone.model.get_submodule("head")))
         return FoldedLaneModel(backbone)
 
     def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:
