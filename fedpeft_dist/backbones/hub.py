@@ -92,7 +92,12 @@ class PretrainedWeights:
         try:
             if file:
                 raise FileNotFoundError("no such file")
-            return self._download_from_hub() if repository else self._download_from_url()
+            if repository:
+                return self._download_from_hub()
+            url, path = self._url
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)  # writes beside the path, then renames
+            return path
         except Exception as error:  # each layer, from disk to proxy, fails with classes of its own
             raise ConfigError(
                 f"backbone.name: the weights of {self.model!r} cannot be downloaded from {origin} "
@@ -125,9 +130,3 @@ class PretrainedWeights:
                 if isinstance(error, LocalEntryNotFoundError):  # without a connection nothing is known about the names
                     break
         raise failure
-
-    def _download_from_url(self) -> Path:
-        url, path = self._url
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=False)  # writes beside the path, then renames
-        return path

@@ -85,7 +85,18 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     check_content(path)
     if name.endswith(INDEX_SUFFIXES):
         return _read_index(path)
-    return load_file(path) if name.endswith(".safetensors") else _read_pickle(path)
+    if name.endswith(".safetensors"):
+        return load_file(path)
+    stand_ins: list[Any] = [(_StandIn, f"{module}.{name}") for module, names in HARMLESS.items() for name in names]
+    with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+        warnings.simplefilter("ignore")  # the error below says what matters
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise UnfitWeightsError(f"cannot be loaded ({_explain(path, error)})") from error
+    if not isinstance(stored, Mapping):
+        raise UnfitWeightsError(f"cannot be loaded (it holds a {type(stored).__name__}, not tensors by name)")
+    return stored
 
 
 def check_content(path: Path) -> None:
@@ -123,19 +134,6 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
         if name not in state:
             raise UnfitWeightsError(f"cannot be loaded ({name!r} is not in {place!r}, where it should be)")
     return state
-
-
-def _read_pickle(path: Path) -> Mapping[str, Any]:
-    stand_ins: list[Any] = [(_StandIn, f"{module}.{name}") for module, names in HARMLESS.items() for name in names]
-    with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-        warnings.simplefilter("ignore")  # the error below says what matters
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise UnfitWeightsError(f"cannot be loaded ({_explain(path, error)})") from error
-    if not isinstance(stored, Mapping):
-        raise UnfitWeightsError(f"cannot be loaded (it holds a {type(stored).__name__}, not tensors by name)")
-    return stored
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -97,14 +97,11 @@ def find_encoder(stored: Mapping[str, Any], target: Target) -> State:
     if not fitting:
         _refuse(min(parts, key=lambda part: len(part.fit.missing) + len(part.fit.misshapen)), stored, target)
     best = min(fitting, key=lambda part: part.rank)
-    equal = [part.place for part in fitting if part.rank == best.rank]
+    equal = [repr(part.place) for part in fitting if part.rank == best.rank]
     if len(equal) > 1:
-        raise UnfitWeightsError(
-            f"holds several parts that fit: {', '.join(map(repr, equal))}; save the tensors of one of them alone"
-        )
+        raise UnfitWeightsError(f"holds several parts that fit: {', '.join(equal)}; save the tensors of one alone")
     best.fit.check()
-    spare = best.fit.state.keys() - target.model.state_dict().keys()
-    if spare:
+    if spare := best.fit.state.keys() - target.model.state_dict().keys():
         logger.info("%d tensors have no place in the model and are left out, %r among them", len(spare), min(spare))
     return best.fit.state
 

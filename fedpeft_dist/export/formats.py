@@ -4,6 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +20,13 @@ SIGNATURE = "Written by `fedpeft export`."
 
 
 class Format(ABC):
+    needs: Literal["merge", "to_peft"] | None = None
+    """The attribute of a method that is None if the format does not fit the method; None if the format fits all."""
     limits = ""
     """The reason why a method may not fit, after "does not fit method 'prompt', "."""
 
     def fits(self, method: Method) -> bool:
-        return True
+        return self.needs is None or getattr(method, self.needs) is not None
 
     def write(self, run: TrainedRun, folder: Path) -> None:
         """Fills an empty folder with the format's files and a README.md."""
@@ -48,10 +51,7 @@ class Format(ABC):
 class TimmFormat(Format):
     """The whole trained model, for timm's `local-dir:` source."""
 
-    limits = "whose modules timm does not have"
-
-    def fits(self, method: Method) -> bool:
-        return method.merge is not None
+    needs, limits = "merge", "whose modules timm does not have"
 
     def fill(self, run: TrainedRun, folder: Path) -> tuple[str, list[str]]:
         write_model(run, run.method.merge(run.frozen, run.trained), folder)
@@ -67,10 +67,7 @@ class TimmFormat(Format):
 class PeftFormat(Format):
     """The method's tensors and the classifier. If timm cannot make the backbone by name, it lies in `base`."""
 
-    limits = "which Hugging Face peft does not know"
-
-    def fits(self, method: Method) -> bool:
-        return method.to_peft is not None
+    needs, limits = "to_peft", "which Hugging Face peft does not know"
 
     def fill(self, run: TrainedRun, folder: Path) -> tuple[str, list[str]]:
         keys, tensors = run.method.to_peft(run.backbone.model, run.trained)

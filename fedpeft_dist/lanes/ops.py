@@ -21,16 +21,6 @@ PLACE_ROUNDING = (
 )  # fmt: skip
 
 
-def fold(x: torch.Tensor) -> torch.Tensor:
-    """[L, B, ...] to rows [L*B, ...]."""
-    return x.flatten(0, 1)
-
-
-def unfold(x: torch.Tensor, num_lanes: int) -> torch.Tensor:
-    """Rows [L*B, ...] to [L, B, ...]."""
-    return x.unflatten(0, (num_lanes, -1))
-
-
 def lane_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Each lane's own linear layer, as one batched matrix product.
 
@@ -50,19 +40,18 @@ def lane_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def lane_bias(x: torch.Tensor, bias: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
     """Adds each lane's own bias [L, D] to rows [R, ...] that have D channels at `channel_dim`."""
-    return (unfold(x, len(bias)) + _over_channels(x, bias, channel_dim)).flatten(0, 1)
+    return (x.unflatten(0, (len(bias), -1)) + _over_channels(x, bias, channel_dim)).flatten(0, 1)
 
 
 def lane_affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
     """x * scale + bias with each lane's own scale and bias, both [L, D]; x as in `lane_bias`."""
     scale, bias = (_over_channels(x, t, channel_dim) for t in (scale, bias))
-    return torch.addcmul(bias, unfold(x, scale.shape[0]), scale).flatten(0, 1)
+    return torch.addcmul(bias, x.unflatten(0, (len(scale), -1)), scale).flatten(0, 1)
 
 
 def lane_tokens(tokens: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Each lane's own tokens [L, T, D], repeated for each of its samples: [R, T, D]."""
-    num_lanes = tokens.shape[0]
-    return tokens.unsqueeze(1).expand(-1, num_rows // num_lanes, -1, -1).flatten(0, 1)
+    return tokens.unsqueeze(1).expand(-1, num_rows // len(tokens), -1, -1).flatten(0, 1)
 
 
 def lane_aligned(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, num_lanes: int) -> torch.Tensor:
@@ -98,7 +87,6 @@ def align_activations(model: nn.Module) -> None:
 
 def _over_channels(x: torch.Tensor, per_lane: torch.Tensor, channel_dim: int) -> torch.Tensor:
     """[L, D] in x's type, shaped to broadcast over x unfolded to [L, B, ...]."""
-    shape = [1] * (x.dim() + 1)
-    shape[0] = per_lane.shape[0]
+    shape = [len(per_lane), *[1] * x.dim()]
     shape[channel_dim if channel_dim < 0 else channel_dim + 1] = per_lane.shape[1]
     return per_lane.to(x.dtype).view(shape)

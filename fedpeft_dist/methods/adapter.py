@@ -58,7 +58,10 @@ class Adapter(Method):
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config = backbone.model, self.config
-        kind, mlps = type(model).__name__, find_block_mlps(model)
+        kind, blocks = type(model).__name__, dict(model.named_modules())
+        mixing = {name: block for name, block in blocks.items() if any(hasattr(block, mixer) for mixer in MIXERS)}
+        found = {f"{name}.mlp": getattr(block, "mlp", None) for name, block in mixing.items()}
+        mlps = {name: mlp for name, mlp in found.items() if isinstance(getattr(mlp, "fc2", None), nn.Linear)}
         if not mlps:
             mixers = " or ".join(MIXERS)
             raise ConfigError(f"method.name: 'adapter' finds no blocks with an mlp beside {mixers} in {kind}")
@@ -71,10 +74,3 @@ class Adapter(Method):
             own = shared or LaneAdapter(f"{name}.adapter", mlp.fc2.out_features, config.bottleneck, device)
             model.set_submodule(name, AdaptedMlp(mlp, own))
         return train_head(backbone)
-
-
-def find_block_mlps(model: nn.Module) -> dict[str, nn.Module]:
-    """The MLPs with a linear fc2 in blocks that also mix tokens, by name and in order."""
-    blocks = {n: m for n, m in model.named_modules() if any(hasattr(m, mixer) for mixer in MIXERS)}
-    mlps = {f"{name}.mlp": getattr(block, "mlp", None) for name, block in blocks.items()}
-    return {name: mlp for name, mlp in mlps.items() if isinstance(getattr(mlp, "fc2", None), nn.Linear)}

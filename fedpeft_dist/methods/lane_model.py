@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.lanes.dropout import key_dropout
-from fedpeft_dist.lanes.ops import align_activations, fold, unfold
+from fedpeft_dist.lanes.ops import align_activations
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
 
 
@@ -84,8 +84,8 @@ class FoldedLaneModel(LaneModel):
             module.bind(self.views)
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        self.keys.rows = None if keys is None else fold(keys)
-        return unfold(self.backbone.model(fold(images)), self.num_lanes)
+        self.keys.rows = None if keys is None else keys.flatten()
+        return self.backbone.model(images.flatten(0, 1)).unflatten(0, (self.num_lanes, -1))
 
 
 class VmapLaneModel(LaneModel):

@@ -95,7 +95,7 @@ class Lora(Method):
                 f"--format peft: {type(model).__name__} reads the weight of qkv itself and would pass peft's layer by; "
                 "give --format timm or safetensors"
             )
-        adapter = {
+        return {
             "peft_type": "LORA",
             "r": config.rank,
             "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
@@ -105,5 +105,4 @@ class Lora(Method):
             "fan_in_fan_out": False,
             "init_lora_weights": True,
             "use_rslora": False,
-        }
-        return adapter, trained
+        }, trained

@@ -75,38 +75,29 @@ def check_structure(model: LaneModel, method: str) -> None:
         ConfigError: the model does not run on several lanes, has a trained layer that all samples share, or a trained
             tensor that the scores do not depend on.
     """
-    misfit, idle = f"method.name: {method!r} does not fit {type(model.backbone.model).__name__}", []
+    backbone = model.backbone
+    misfit = f"method.name: {method!r} does not fit {type(backbone.model).__name__}"
+    layers = [module for module in backbone.model.modules() if isinstance(module, LaneModule)]
+    parameters = LaneParameters(model.layout, FEW, "meta")
+    keys = torch.zeros(FEW, MORE, dtype=torch.int64, device="meta")
     try:
-        with torch.no_grad():
-            shared = _shared_tensors(model)
-        if not shared:
-            with torch.enable_grad():
-                idle = _idle_tensors(model)
+        with torch.no_grad():  # this run also fills the backbone's caches
+            model.bind(LaneParameters(model.layout, 1, "meta", with_grad=False))
+            shared = _without_sample_axis(layers, lambda batch: model.logits(_images(backbone, batch).unsqueeze(0)))
+        tables = [name for layer in shared for name, _ in layer.declared.values()]
+        if tables:
+            raise ConfigError(f"{misfit}: {tables[0]} works on a table that all samples share")
+        with torch.enable_grad():
+            model.bind(parameters)
+            scores = model.logits(_images(backbone, FEW * MORE).unflatten(0, (FEW, MORE)), keys)
+            gradients = torch.autograd.grad(scores.sum(), list(parameters.views.values()), allow_unused=True)
+    except ConfigError:
+        raise
     except Exception as error:  # a backbone may fail on a replaced layer in any way
         raise ConfigError(f"{misfit}: it cannot run with several lanes ({one_line(error)})") from error
-    if shared:
-        raise ConfigError(f"{misfit}: {shared[0]} works on a table that all samples share")
+    idle = [name for name, gradient in zip(parameters.views, gradients) if gradient is None]
     if idle:
         raise ConfigError(f"{misfit}: the scores do not depend on {idle[0]}, one of {len(idle)} such tensors")
-
-
-def _shared_tensors(model: LaneModel) -> list[str]:
-    """Names on the wire of trained tensors without a sample axis. The run also fills the backbone's caches."""
-    model.bind(LaneParameters(model.layout, 1, "meta", with_grad=False))
-    layers = [m for m in model.backbone.model.modules() if isinstance(m, LaneModule)]
-    shared = _without_sample_axis(layers, lambda batch: model.logits(_images(model.backbone, batch).unsqueeze(0)))
-    return [name for layer in shared for name, _ in layer.declared.values()]
-
-
-def _idle_tensors(model: LaneModel) -> list[str]:
-    """Names on the wire of trained tensors that no gradient reaches."""
-    parameters = LaneParameters(model.layout, FEW, "meta")
-    model.bind(parameters)
-    images = _images(model.backbone, FEW * MORE).unflatten(0, (FEW, MORE))
-    keys = torch.zeros(FEW, MORE, dtype=torch.int64, device="meta")
-    scores = model.logits(images, keys).sum()
-    gradients = torch.autograd.grad(scores, list(parameters.views.values()), allow_unused=True)
-    return [name for name, gradient in zip(parameters.views, gradients) if gradient is None]
 
 
 class _OutputSizes(TorchDispatchMode):
