@@ -17,11 +17,9 @@ import torch
 from timm.models import _builder, adapt_input_conv, clean_state_dict
 from torch import nn
 
-from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
-from fedpeft_dist.backbones.fitting import LOOSE_FRESH, OTHER_MODEL, Filter, Fit, Target
-from fedpeft_dist.backbones.names import layers_in
+from fedpeft_dist.backbones.fitting import LOOSE_FRESH, OTHER_MODEL, Filter, Fit, Target, layers_in
 from fedpeft_dist.backbones.normalization import tensor_names
-from fedpeft_dist.backbones.weight_files import check_content, read_weights
+from fedpeft_dist.backbones.weight_files import UnfitWeightsError, check_content, one_line, read_weights
 from fedpeft_dist.backbones.wrappings import find_encoder
 
 ARCHIVE = ".npz"  # numpy arrays in the layout of JAX, which some timm models read with code of their own
@@ -29,8 +27,6 @@ CLASSIFIERS = ("head/", "pre_logits/")
 POOLING = "MAPHead_0/"  # timm skips it for models that it loads loosely
 STACKED = "/encoderblock/"  # one array for all blocks
 MOCO_SMALL, MOCO_SMALL_HEADS = "vit_small", 12
-
-Loader = Callable[..., None]
 
 
 @dataclass
@@ -72,15 +68,16 @@ class WeightsFile:
             raise
         except Exception as error:  # each format fails in many ways, with classes of its own
             raise UnfitWeightsError(f"cannot be loaded ({one_line(error)})") from error
-        fresh = () if strict else LOOSE_FRESH
-        _check_written(model, before, heads + fresh)
+        fresh = heads if strict else heads + LOOSE_FRESH
+        unwritten = [name for name, version in _versions(model).items() if version == before.get(name)]
+        Fit({}, model, missing=[name for name in unwritten if not name.startswith(fresh)]).check()
 
 
-_builder_load: Loader = _builder.load_pretrained
+_builder_load = _builder.load_pretrained
 
 
 @contextmanager
-def loading_with(loader: Loader) -> Iterator[None]:
+def loading_with(loader: Callable[..., None]) -> Iterator[None]:
     """Lets timm's builder fill new models with this loader, which gets the model's own filter."""
     calls = []
 
@@ -110,12 +107,10 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], heads: tuple[str, ..
 
 def _check_attention_heads(stored: Mapping[str, Any], model: nn.Module) -> None:
     """Refuses MoCo v3's small ViT in timm's. No tensor's shape shows their different numbers of attention heads."""
-    if stored.get("arch") != MOCO_SMALL or not isinstance(stored.get("state_dict"), Mapping):
-        return
-    if not any(name.startswith("base_encoder.") for name in clean_state_dict(stored["state_dict"])):
-        return
-    own = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
-    if own not in (None, MOCO_SMALL_HEADS):
+    state = stored.get("state_dict")
+    names = clean_state_dict(state) if stored.get("arch") == MOCO_SMALL and isinstance(state, Mapping) else {}
+    own = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), MOCO_SMALL_HEADS)
+    if own != MOCO_SMALL_HEADS and any(name.startswith("base_encoder.") for name in names):
         raise UnfitWeightsError(
             f"is MoCo v3's {MOCO_SMALL} with {MOCO_SMALL_HEADS} attention heads, the model has {own}; "
             f"give backbone.model_args: {{num_heads: {MOCO_SMALL_HEADS}}}"
@@ -127,19 +122,8 @@ def _versions(model: nn.Module) -> dict[str, int]:
     return {name: tensor._version for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
-def _check_written(model: nn.Module, before: Mapping[str, int], fresh: tuple[str, ...]) -> None:
-    """Checks that every tensor of the model was written, whichever code wrote it."""
-    after = _versions(model)
-    missing = [name for name in after if after[name] == before.get(name) and not name.startswith(fresh)]
-    Fit({}, model, missing, leftover=[], misshapen=[]).check()
-
-
 def _load_archive(model: nn.Module, path: Path, strict: bool) -> None:
-    """Lets a model read an archive, and checks that it reads every array of the encoder.
-
-    Raises:
-        UnfitWeightsError: the model reads no archives, the archive lacks an array, or the model leaves one unread.
-    """
+    """Lets a model read an archive, and checks that the model reads every array of the encoder."""
     check_content(path)
     if not hasattr(model, "load_pretrained"):
         raise UnfitWeightsError(f"cannot be loaded ({type(model).__name__} of timm reads no {ARCHIVE} files)")
@@ -149,11 +133,9 @@ def _load_archive(model: nn.Module, path: Path, strict: bool) -> None:
         try:
             model.load_pretrained(str(path))
         except KeyError as error:
-            raise UnfitWeightsError(
-                f"cannot be loaded ({one_line(error)}); give {_archive_advice(names, str(error))}"
-            ) from error
-    root = os.path.commonpath(sorted(read))
-    root = f"{root}/" if root else ""  # the archive may hold other towers
+            advice = _archive_advice(names, str(error))
+            raise UnfitWeightsError(f"cannot be loaded ({one_line(error)}); give {advice}") from error
+    root = os.path.join(os.path.commonpath(read), "")  # the archive may hold other towers
     spare = CLASSIFIERS if strict else (*CLASSIFIERS, POOLING)
     for name in sorted(set(names) - read.keys()):
         if name.startswith(root) and not name.removeprefix(root).startswith(spare):
@@ -169,8 +151,7 @@ def _load_archive(model: nn.Module, path: Path, strict: bool) -> None:
 def _archive_advice(names: Iterable[str], name: str) -> str:
     """The config key that would help, given the archive's names and the name that is left over or missing."""
     if "/encoderblock_" in name:
-        blocks = {found[1] for found in map(re.compile(r".*/encoderblock_(\d+)/").match, names) if found}
-        argument = f"depth: {len(blocks)}"
+        argument = f"depth: {len(set(re.findall(r'/encoderblock_([0-9]+)/', ' '.join(names))))}"
     elif POOLING in name:
         argument = f"global_pool: {'map' if name in names else 'token'}"
     elif "/encoder_norm/" in name:
@@ -184,16 +165,15 @@ def _archive_advice(names: Iterable[str], name: str) -> str:
 def _noting_reads() -> Iterator[dict[str, int]]:
     """Collects the name of each array that is read from an archive, and the length of its first axis."""
     read: dict[str, int] = {}
-    archive_type = np.lib.npyio.NpzFile
-    plain = archive_type.__getitem__
+    plain = np.lib.npyio.NpzFile.__getitem__
 
     def note(archive: Any, name: str) -> Any:
         array = plain(archive, name)
         read[name] = len(array) if array.ndim else 1
         return array
 
-    archive_type.__getitem__ = note
+    np.lib.npyio.NpzFile.__getitem__ = note
     try:
         yield read
     finally:
-        archive_type.__getitem__ = plain
+        np.lib.npyio.NpzFile.__getitem__ = plain

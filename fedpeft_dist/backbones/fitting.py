@@ -3,16 +3,15 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from fedpeft_dist.backbones.errors import UnfitWeightsError
-from fedpeft_dist.backbones.names import layers_in
+from fedpeft_dist.backbones.weight_files import UnfitWeightsError
 
 State = Mapping[str, torch.Tensor]
 Filter = Callable[..., State]
@@ -33,17 +32,15 @@ CONSTANTS = (".num_batches_tracked", "relative_position_index", "relative_coords
 
 
 class Option(NamedTuple):
-    """An argument of a model that adds or removes some of its tensors."""
+    """An argument of a model that adds or removes tensors whose names match a pattern, and others along with them."""
 
     names: str
-    """Pattern of the tensors' names."""
     argument: str
     present: str | None
     """Value of the argument that adds the tensors; None if no value does."""
     absent: str | None
     """Value of the argument that removes the tensors; None if no value does."""
     along: str = r"^$"
-    """Pattern of other tensors that come or go with these."""
 
 
 OPTIONS = (
@@ -82,33 +79,24 @@ class Target:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a file's tensors fit a model. Classifiers do not matter."""
+    """How a file's tensors fit a model. Classifiers do not matter.
+
+    Missing tensors are the model's that the file lacks, leftover ones are the file's that the model lacks.
+    """
 
     state: State
-    """The file's tensors."""
     model: nn.Module
-    missing: list[str]
-    """Names of the model's tensors that the file lacks."""
-    leftover: list[str]
-    """Names of the file's tensors that the model lacks."""
-    misshapen: list[str]
-    """Names of tensors whose shapes differ."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the file fills the model. Tensors may be left over."""
-        return not self.missing and not self.misshapen
+    missing: Sequence[str]
+    leftover: Sequence[str] = ()
+    misshapen: Sequence[str] = ()
 
     def check(self) -> None:
         """
         Raises:
             UnfitWeightsError: a tensor of the model would stay random, or a tensor of the file would be left out.
         """
-        told = []
-        if self.missing:
-            told.append(f"lacks {len(self.missing)} of the model's tensors, {self.missing[0]!r} among them")
-        if self.leftover:
-            told.append(f"has {len(self.leftover)} more than the model, {self.leftover[0]!r} among them")
+        kinds = (("lacks {} of the model's tensors", self.missing), ("has {} more than the model", self.leftover))
+        told = [f"{text.format(len(names))}, {names[0]!r} among them" for text, names in kinds if names]
         if told:
             raise UnfitWeightsError(f"{', and '.join(told)}; give {self.advice()}")
         if self.misshapen:
@@ -131,8 +119,8 @@ class Fit:
             present.remove("reg_token")
         for option in OPTIONS:
             for names, value in ((present, option.present), (absent, option.absent)):
-                found = value is not None and any(re.search(option.names, name) for name in names)
-                if found and option.argument in known:
+                found = any(re.search(option.names, name) for name in names)
+                if found and value is not None and option.argument in known:
                     arguments[option.argument] = value
                     explained = re.compile(f"{option.names}|{option.along}")
                     present, absent = ([n for n in side if not explained.search(n)] for side in (present, absent))
@@ -161,7 +149,7 @@ class Fit:
 def compare(state: State, target: Target) -> Fit:
     """How a file's tensors, in timm's layout, fit a model."""
     own = target.model.state_dict()
-    stems = tuple(f"{name}.weight" for name in layers_in(target.model.pretrained_cfg, "first_conv"))
+    stems = [f"{name}.weight" for name in layers_in(target.model.pretrained_cfg, "first_conv")]
     needed = [name for name, tensor in own.items() if tensor.is_floating_point() and not name.startswith(target.heads)]
     fresh, spare = ((), ()) if target.strict else (LOOSE_FRESH, LOOSE_LEFTOVERS)
 
@@ -181,12 +169,17 @@ def compare(state: State, target: Target) -> Fit:
     )
 
 
+def layers_in(pretrained_cfg: Mapping[str, Any], key: Literal["classifier", "first_conv"]) -> tuple[str, ...]:
+    """Names of the classifier layers, or of the layers that take the image, from timm's config of a model."""
+    names = pretrained_cfg.get(key)
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
 def is_encoder(name: str) -> bool:
     """Whether a tensor's name may belong to an encoder."""
     return OTHER_PARTS.search(name.partition(".")[0]) is None
 
 
-def _count_blocks(names: Iterable[str]) -> dict[str, int]:
+def _count_blocks(names: Iterable[str]) -> Counter[str]:
     """Number of blocks of each stage. A network without stages has one stage with an empty name."""
-    blocks = {(found[1] or "", found[2]) for found in map(BLOCK.match, names) if found}
-    return dict(Counter(stage for stage, _ in blocks))
+    return Counter(stage for stage, _ in {(found[1] or "", found[2]) for found in map(BLOCK.match, names) if found})

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+GLYPH_VIT = "glyph_vit"
+"""The backbone's name in a config."""
 WEIGHTS_FILE = Path(__file__).with_name("glyph_vit.safetensors")
 IMAGE_SIZE = 32
 
@@ -27,7 +29,7 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 PRETRAINED_CFG: dict[str, Any] = {
-    "architecture": "glyph_vit",
+    "architecture": GLYPH_VIT,
     "input_size": (1, IMAGE_SIZE, IMAGE_SIZE),
     "fixed_input_size": True,
     "interpolation": "bilinear",
@@ -41,10 +43,7 @@ PRETRAINED_CFG: dict[str, Any] = {
 
 
 def build_glyph_vit(
-    num_classes: int,
-    pretrained: bool,
-    device: torch.device | str | None = None,
-    **model_args: Any,
+    num_classes: int, pretrained: bool, device: torch.device | str | None = None, **model_args: Any
 ) -> VisionTransformer:
     """The backbone with a fresh head: images [B, 1, 32, 32] to scores [B, num_classes].
 
@@ -61,12 +60,8 @@ def build_glyph_vit(
     """
     model = VisionTransformer(**{**ARCHITECTURE, **model_args}, num_classes=num_classes, device=device)
     model.pretrained_cfg = model.default_cfg = {**PRETRAINED_CFG, "num_classes": num_classes}
-    if pretrained:
-        _load_weights(model)
-    return model
-
-
-def _load_weights(model: VisionTransformer) -> None:
+    if not pretrained:
+        return model
     if model.pos_embed.is_meta:
         raise ValueError("backbone.pretrained: the meta device holds no weights; build with pretrained=False")
     packaged = load_file(WEIGHTS_FILE)
@@ -79,3 +74,4 @@ def _load_weights(model: VisionTransformer) -> None:
                 f"{theirs} in {WEIGHTS_FILE.name}; leave model_args empty or set backbone.pretrained to false"
             )
     model.load_state_dict(packaged, strict=False)  # the check above allows only the head to be missing
+    return model

@@ -1,25 +1,52 @@
-"""Finds timm's pre-trained weights on this machine, and downloads them.
+"""timm's models by name, and the files of their pre-trained weights.
 
 Training only looks at files on this machine. Only `fedpeft prefetch` downloads.
 """
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import timm
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+from timm.models._hub import _get_safe_alternatives
 
-from fedpeft_dist.backbones.errors import one_line
-from fedpeft_dist.backbones.names import names_with_weights
+from fedpeft_dist.backbones.glyph_vit import GLYPH_VIT
+from fedpeft_dist.backbones.weight_files import one_line
 from fedpeft_dist.config.errors import ConfigError
 
 DEFAULT_FILE = "pytorch_model.bin"
-# The safetensors files that timm prefers to pickles of these names.
-SAFE_NAMES = {DEFAULT_FILE: "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
+
+
+def check_name(name: str) -> None:
+    """Checks that a backbone of this name exists.
+
+    Raises:
+        ConfigError: timm has no such model, or no such pre-training of the model.
+    """
+    if name == GLYPH_VIT:
+        return
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], [*timm.list_models(), GLYPH_VIT], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise ConfigError(f"backbone.name: {name!r} is no timm model; {hint}")
+    try:
+        timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:
+        known = _names_with_weights(name)
+        raise ConfigError(
+            f"backbone.name: {name!r}: {one_line(error).rstrip('.')}{known and f'; known: {known}'}"
+        ) from None
+
+
+def _names_with_weights(name: str) -> str:
+    """The names under which timm has weights of the same architecture, with commas."""
+    return ", ".join(timm.list_models(name.partition(".")[0], pretrained=True))
 
 
 @dataclass(frozen=True)
@@ -33,116 +60,73 @@ class PretrainedWeights:
     cache: str | None = None
     """Folder for downloads; None for the hub's or torch's own."""
 
-    def find(self) -> Path | None:
-        """The file on this machine, or None. Never uses the network."""
-        repository, revision = self._repository
-        if self.source.get("file"):
-            paths = [self.source["file"]]
-        elif repository:
-            options = {"cache_dir": self.cache, "revision": revision}
-            paths = [try_to_load_from_cache(repository, name, **options) for name in self._hub_files()]
-        else:
-            paths = [self._url_file()]
-        return next((Path(path) for path in paths if isinstance(path, (str, Path)) and Path(path).is_file()), None)
+    def locate(self, download: bool = False) -> Path:
+        """The file on this machine. The network is used only for a download.
 
-    def require(self) -> Path:
-        """The file on this machine.
+        Args:
+            download: fetch the file if it is not on this machine.
 
         Raises:
-            ConfigError: timm has no such weights, or the file is not on this machine.
+            ConfigError: timm has no such weights, the file is not on this machine, or the download fails.
         """
-        self.check_exist()
-        found = self.find()
-        if found is None:
+        file, repository = self.source.get("file"), self.source.get("hf_hub_id")
+        origin = str(file) if file else f"huggingface.co/{repository}" if repository else self._url[0]
+        if not origin:
+            known = _names_with_weights(self.model)
             raise ConfigError(
-                f"backbone.pretrained: the weights of {self.model!r} ({self.origin}) are not on this machine; run "
+                f"backbone.pretrained: timm has no weights for {self.model!r}; give "
+                f"{known and f'a name with weights ({known}), '}backbone.checkpoint a local file, or pretrained: false"
+            )
+        paths = [file or self._url[1]]
+        if repository and not file:
+            paths = [self._from_hub(try_to_load_from_cache, name) for name in self._hub_files]
+        for path in paths:
+            if isinstance(path, (str, Path)) and Path(path).is_file():
+                return Path(path)
+        if not download:
+            raise ConfigError(
+                f"backbone.pretrained: the weights of {self.model!r} ({origin}) are not on this machine; run "
                 "`fedpeft prefetch CONFIG` where there is internet, give backbone.checkpoint a local file, "
                 "or pretrained: false"
             )
-        return found
-
-    def download(self) -> Path:
-        """The file on this machine, after a download if necessary.
-
-        Raises:
-            ConfigError: timm has no such weights, or the download fails.
-        """
-        self.check_exist()
-        found = self.find()
-        if found is not None:
-            return found
         try:
-            if self.source.get("file"):
+            if file:
                 raise FileNotFoundError("no such file")
-            return self._download_from_hub() if self._repository[0] else self._download_from_url()
+            if repository:
+                return self._download_from_hub()
+            url, path = self._url
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)  # writes beside the path, then renames
+            return path
         except Exception as error:  # each layer, from disk to proxy, fails with classes of its own
             raise ConfigError(
-                f"backbone.name: the weights of {self.model!r} cannot be downloaded from {self.origin} "
+                f"backbone.name: the weights of {self.model!r} cannot be downloaded from {origin} "
                 f"({one_line(error)}); try again where there is internet, or give backbone.checkpoint a local file"
             ) from error
 
-    def check_exist(self) -> None:
-        """Checks that timm has weights for the model.
-
-        Raises:
-            ConfigError: timm has none.
-        """
-        if self.origin:
-            return
-        known = names_with_weights(self.model)
-        choices = f"give a name with weights ({', '.join(known)}), " if known else "give "
-        raise ConfigError(
-            f"backbone.pretrained: timm has no weights for {self.model!r}; {choices}backbone.checkpoint a local file, "
-            "or pretrained: false"
-        )
-
     @property
-    def origin(self) -> str:
-        """The place, for messages; empty if timm has no weights."""
-        if self.source.get("file"):
-            return str(self.source["file"])
-        return f"huggingface.co/{self.source['hf_hub_id']}" if self._repository[0] else self._url[0]
-
-    @property
-    def _repository(self) -> tuple[str, str | None]:
-        """Name and revision of the hub's repository; an empty name if there is none."""
-        name, _, revision = (self.source.get("hf_hub_id") or "").partition("@")
-        return name, revision or None
-
-    @property
-    def _url(self) -> tuple[str, str]:
-        """Address and file name; both empty if there is no address."""
+    def _url(self) -> tuple[str, Path]:
+        """The address, empty if there is none, and the local file of its download."""
         url = self.source.get("url") or ""
-        return (url, Path(urlparse(url).path).name) if isinstance(url, str) else tuple(url)
+        url, name = (url, Path(urlparse(url).path).name) if isinstance(url, str) else url
+        return url, Path(self.cache or Path(torch.hub.get_dir(), "checkpoints"), name)
 
-    def _hub_files(self) -> Iterator[str]:
+    @property
+    def _hub_files(self) -> list[str]:
         """Names that the weights may have in the repository, in timm's order."""
         name = self.source.get("hf_hub_filename") or DEFAULT_FILE
-        if name.endswith(".bin"):
-            yield SAFE_NAMES.get(name, name.removesuffix(".bin") + ".safetensors")
-        yield name
+        return [*_get_safe_alternatives(name), name]
 
-    def _url_file(self) -> Path | None:
-        folder = Path(self.cache) if self.cache else Path(torch.hub.get_dir()) / "checkpoints"
-        return folder / self._url[1] if self._url[1] else None
+    def _from_hub(self, load: Callable[..., Any], name: str) -> Any:
+        repository, _, revision = self.source["hf_hub_id"].partition("@")
+        return load(repository, name, revision=revision or None, cache_dir=self.cache)
 
     def _download_from_hub(self) -> Path:
-        *safer, last = self._hub_files()
-        for name in safer:
+        for name in self._hub_files:
             try:
-                return self._download_file(name)
-            except LocalEntryNotFoundError:  # without a connection nothing is known about the repository
-                raise
-            except EntryNotFoundError:
-                continue
-        return self._download_file(last)
-
-    def _download_file(self, name: str) -> Path:
-        repository, revision = self._repository
-        return Path(hf_hub_download(repository, name, revision=revision, cache_dir=self.cache))
-
-    def _download_from_url(self) -> Path:
-        path = self._url_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(self._url[0], str(path), progress=False)  # writes beside the path, then renames
-        return path
+                return Path(self._from_hub(hf_hub_download, name))
+            except EntryNotFoundError as error:
+                failure = error
+                if isinstance(error, LocalEntryNotFoundError):  # without a connection nothing is known about the names
+                    break
+        raise failure

@@ -3,18 +3,12 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
+from timm.data import constants
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
@@ -31,9 +25,9 @@ class Normalization(NamedTuple):
         return Normalization(*(v if len(v) == channels else (sum(v) / len(v),) * channels for v in map(tuple, self)))
 
 
-IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-HALF = Normalization(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
-CLIP = Normalization(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+IMAGENET = Normalization(constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
+HALF = Normalization(constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)
+CLIP = Normalization(constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD)
 
 # Files beside the weights in which publishers state the normalization, and the keys of mean and std.
 NEIGHBOURS = {"preprocessor_config.json": ("image_mean", "image_std"), "config.json": ("mean", "std")}
@@ -87,23 +81,16 @@ def warn_of_origin(path: Path, names: Iterable[str], used: Normalization, backbo
 def _signs(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Normalization]]:
     """The signs of a checkpoint's origin and the publisher's normalization, the surest sign first."""
     for file, keys in NEIGHBOURS.items():
-        if found := _read_neighbour(path.with_name(file), keys):
-            yield f"{file} beside it", found
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # most folders have no such file
+            tree = json.loads(path.with_name(file).read_text(encoding="utf-8"))
+            tree = tree.get("pretrained_cfg", tree)
+            yield f"{file} beside it", Normalization(*(tuple(map(float, tree[key])) for key in keys))
     for name, (pattern, values) in product(names, TENSORS):
         if re.search(pattern, name):
             yield f"its tensor {name!r}", values
     for (pattern, values), word in product(FILES, re.split(r"[^a-z0-9]+", path.name.lower())):
         if re.fullmatch(pattern, word):
             yield f"{word!r} in its name", values
-
-
-def _read_neighbour(path: Path, keys: tuple[str, str]) -> Normalization | None:
-    try:
-        tree: Any = json.loads(path.read_text(encoding="utf-8"))
-        tree = tree.get("pretrained_cfg", tree)
-        return Normalization(*(tuple(float(value) for value in tree[key]) for key in keys))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # most folders have no such file
 
 
 def tensor_names(stored: Mapping[Any, Any], place: str = "") -> Iterable[str]:

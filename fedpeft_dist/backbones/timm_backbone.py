@@ -12,12 +12,11 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from fedpeft_dist.backbones.checkpoints import WeightsFile, loading_with
-from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
-from fedpeft_dist.backbones.glyph_vit import PRETRAINED_CFG, build_glyph_vit
-from fedpeft_dist.backbones.hub import PretrainedWeights
-from fedpeft_dist.backbones.names import GLYPH_VIT, check_name, layers_in
+from fedpeft_dist.backbones.fitting import layers_in
+from fedpeft_dist.backbones.glyph_vit import GLYPH_VIT, PRETRAINED_CFG, build_glyph_vit
+from fedpeft_dist.backbones.hub import PretrainedWeights, check_name
 from fedpeft_dist.backbones.normalization import normalization_of, warn_of_origin
-from fedpeft_dist.backbones.weight_files import check_checkpoint
+from fedpeft_dist.backbones.weight_files import UnfitWeightsError, check_checkpoint, one_line
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
 
@@ -69,13 +68,10 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA, too
         model, weights = _create(config, num_classes, image_size, device)
-    channels = getattr(model, "in_chans", None) or next(
-        module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)
-    )
+    first_conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = getattr(model, "in_chans", None) or first_conv.in_channels
     images = normalization_of(config, model.pretrained_cfg, channels)
-    warning = ""
-    if config.checkpoint is not None and config.mean is None and weights is not None:
-        warning = warn_of_origin(weights.path, weights.names, images, config.name)
+    uncertain = config.checkpoint is not None and config.mean is None and weights is not None
     return Backbone(
         model.eval(),
         *images,
@@ -83,7 +79,7 @@ def build_backbone(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         sha256="" if device == "meta" else _hash_tensors(model),
         interpolation="bilinear" if model.pretrained_cfg.get("interpolation") == "bilinear" else "bicubic",
-        warning=warning,
+        warning=warn_of_origin(weights.path, weights.names, images, config.name) if uncertain else "",
     )
 
 
@@ -119,9 +115,12 @@ def prefetch_weights(config: BackboneConfig) -> str | None:
         ConfigError: the name is unknown, timm has no weights for the model, or the download fails.
     """
     check_name(config.name)
-    if config.name == GLYPH_VIT or not config.pretrained or config.checkpoint is not None:
-        return None
-    return str(_pretrained_weights(config).download())
+    return str(_pretrained_weights(config).locate(download=True)) if starts_from_timm(config) else None
+
+
+def starts_from_timm(config: BackboneConfig) -> bool:
+    """Whether the weights are timm's, neither a local file's nor the package's."""
+    return config.pretrained and config.checkpoint is None and config.name != GLYPH_VIT
 
 
 def _default_cfg(config: BackboneConfig) -> Mapping[str, Any]:
@@ -146,8 +145,12 @@ def _create(
 ) -> tuple[nn.Module, WeightsFile | None]:
     """The model, and the file that its weights come from."""
     check_name(config.name)
-    weights = None if device == "meta" else _weights_file(config)
-    arguments = dict(config.model_args)
+    weights = None
+    if config.checkpoint is not None and device != "meta":
+        weights = WeightsFile(check_checkpoint(Path(config.checkpoint)), is_published=False)
+    elif starts_from_timm(config) and device != "meta":
+        weights = WeightsFile(_pretrained_weights(config).locate(), is_published=True)
+    arguments = config.model_args
     try:
         arguments = model_arguments(config, image_size)
         if config.name == GLYPH_VIT:
@@ -164,27 +167,14 @@ def _create(
     except ConfigError:
         raise
     except UnfitWeightsError as error:
-        assert weights is not None
-        if config.checkpoint is not None:
-            raise ConfigError(f"backbone.checkpoint: '{weights.path}' {error}") from error
-        raise ConfigError(
-            f"backbone.pretrained: the weights of {config.name!r} in '{weights.path}' {error}; "
-            "else give backbone.checkpoint a local file, or pretrained: false"
-        ) from error
+        told = f"backbone.checkpoint: '{weights.path}' {error}"
+        if weights.is_published:
+            told = f"backbone.pretrained: the weights of {config.name!r} in '{weights.path}' {error}; "
+            told += "else give backbone.checkpoint a local file, or pretrained: false"
+        raise ConfigError(told) from error
     except Exception as error:  # timm and PyTorch refuse arguments in many ways
         given = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
         raise ConfigError(f"backbone: {config.name} cannot be made with {given}: {one_line(error)}") from error
-
-
-def _weights_file(config: BackboneConfig) -> WeightsFile | None:
-    """The file that a model's weights come from; None if the model stays fresh, or the package carries its weights."""
-    if config.checkpoint is not None:
-        path = Path(config.checkpoint)
-        check_checkpoint(path)
-        return WeightsFile(path, is_published=False)
-    if not config.pretrained or config.name == GLYPH_VIT:
-        return None
-    return WeightsFile(_pretrained_weights(config).require(), is_published=True)
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from fedpeft_dist.backbones.errors import UnfitWeightsError
+from fedpeft_dist.config import errors
 from fedpeft_dist.config.errors import ConfigError
+
+one_line = partial(errors.one_line, most=300)
+"""The text of an error on one line, cut after 300 characters; the name of its class if it has no text."""
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".npz", *INDEX_SUFFIXES)
@@ -40,11 +45,12 @@ HARMLESS = {
 }
 
 
+class UnfitWeightsError(ValueError):
+    """Weights that cannot be used. The message goes on after the file's name: "lacks ...", "cannot be loaded ..."."""
+
+
 class _StandIn:
     """Replaces a harmless object, and does nothing."""
-
-    def __init__(self, *_: object) -> None:
-        pass
 
     def __new__(cls, *_: object) -> "_StandIn":
         return super().__new__(cls)
@@ -53,8 +59,8 @@ class _StandIn:
         pass
 
 
-def check_checkpoint(path: Path) -> None:
-    """Checks the path of a checkpoint.
+def check_checkpoint(path: Path) -> Path:
+    """Checks the path of a checkpoint, and returns the path.
 
     Raises:
         ConfigError: the file does not exist, its kind is unknown, or it is one of several files.
@@ -65,6 +71,7 @@ def check_checkpoint(path: Path) -> None:
         raise ConfigError(f"backbone.checkpoint: '{path}': no such file")
     if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):  # such as model-00001-of-00003.safetensors
         raise ConfigError(f"backbone.checkpoint: '{path}' is one of several files; give their .index.json")
+    return path
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -80,7 +87,13 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         return _read_index(path)
     if name.endswith(".safetensors"):
         return load_file(path)
-    stored = _read_pickle(path)
+    stand_ins: list[Any] = [(_StandIn, f"{module}.{name}") for module, names in HARMLESS.items() for name in names]
+    with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+        warnings.simplefilter("ignore")  # the error below says what matters
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise UnfitWeightsError(f"cannot be loaded ({_explain(path, error)})") from error
     if not isinstance(stored, Mapping):
         raise UnfitWeightsError(f"cannot be loaded (it holds a {type(stored).__name__}, not tensors by name)")
     return stored
@@ -117,20 +130,10 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
             state |= read_weights(part)
         except UnfitWeightsError as error:
             raise UnfitWeightsError(f"cannot be loaded ({name!r} {error})") from error
-    absent = [name for name in places if name not in state]
-    if absent:
-        raise UnfitWeightsError(f"cannot be loaded ({absent[0]!r} is not in {places[absent[0]]!r}, where it should be)")
+    for name, place in places.items():
+        if name not in state:
+            raise UnfitWeightsError(f"cannot be loaded ({name!r} is not in {place!r}, where it should be)")
     return state
-
-
-def _read_pickle(path: Path) -> Any:
-    stand_ins: list[Any] = [(_StandIn, f"{module}.{name}") for module, names in HARMLESS.items() for name in names]
-    with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-        warnings.simplefilter("ignore")  # the error below says what matters
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise UnfitWeightsError(f"cannot be loaded ({_explain(path, error)})") from error
 
 
 def _explain(path: Path, error: Exception) -> str:
@@ -138,7 +141,9 @@ def _explain(path: Path, error: Exception) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if "TorchScript" in text:
         return "it is a TorchScript archive; save the model's state_dict() in its place"
-    names = _unsafe_globals(path) or re.findall(r"GLOBAL ([\w.]+)", text)
+    names = re.findall(r"GLOBAL ([\w.]+)", text)
+    with suppress(Exception):  # a damaged file fails in many ways, and one that is too old lists no names
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) or names
     if names:
         more = f" and {len(names) - MOST_GLOBALS} more" if len(names) > MOST_GLOBALS else ""
         listed = ", ".join(sorted(names)[:MOST_GLOBALS])
@@ -147,11 +152,3 @@ def _explain(path: Path, error: Exception) -> str:
         return " ".join(text.split())[:200]
     reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(" Please")[0]
     return f"it is damaged, or no file of torch.save: {reason[:200]}; save its tensors anew with torch.save"
-
-
-def _unsafe_globals(path: Path) -> list[str]:
-    """Names of the classes and functions that a pickle calls; empty if the file is too old to list them."""
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a damaged file fails in many ways; the first error is shown instead
-        return []

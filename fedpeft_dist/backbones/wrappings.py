@@ -12,6 +12,7 @@ part that fills the model is the encoder.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,9 +22,8 @@ import torch
 from timm.models import clean_state_dict
 from torch import nn
 
-from fedpeft_dist.backbones.errors import UnfitWeightsError, one_line
 from fedpeft_dist.backbones.fitting import Filter, Fit, State, Target, compare, is_encoder
-from fedpeft_dist.backbones.huggingface_names import are_hugging_faces, to_timm
+from fedpeft_dist.backbones.weight_files import UnfitWeightsError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,32 @@ SECOND = {"student", "momentum_encoder", "encoder_k", "target_encoder", "target_
 # Prefixes of encoders whose classifier is a layer of the pre-training.
 WITHOUT_HEAD = ("base_encoder.", "encoder_q.")
 DEEPEST_DICT, DEEPEST_PREFIX = 3, 5
+
+# Tensors of Hugging Face's ViT, DeiT, DINOv2 and CLIP, by which their files are recognised.
+MARKS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
+UNUSED = ("pooler.", "embeddings.position_ids")
+
+# Applied in this order. timm's own filter then translates the rest of DINOv2's names.
+RENAMES = (
+    (r"^encoder\.layers?\.", "blocks."),
+    (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.(cls_token|class_embedding)$", "cls_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.position_embeddings?(\.weight)?$", "pos_embed"),
+    (r"^embeddings\.", ""),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^(post_layernorm|layernorm)\.", "norm."),
+    (r"\.(attention\.attention\.(?=query|key|value)|self_attn\.(?=[qkv]_proj))", ".attn."),
+    (r"\.(attention\.output\.dense|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
+    (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+)
+PROJECTION = re.compile(r"(.*\.attn\.)(query|key|value|[qkv]_proj)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -47,13 +73,13 @@ class Part:
 
     @property
     def fits(self) -> bool:
-        """Whether the part fills the model."""
-        return self.error is None and self.fit.is_complete
+        """Whether the part fills the model. Tensors may be left over."""
+        return self.error is None and not self.fit.missing and not self.fit.misshapen
 
     @property
     def rank(self) -> tuple[bool, int]:
         """Place in the order of preference; smaller is better."""
-        words = set(self.place.replace("/", ".").split("."))
+        words = set(re.split("[./]", self.place))
         order = next((i for i, word in enumerate(PREFERRED) if word in words), len(PREFERRED))
         return bool(words & SECOND), order
 
@@ -67,18 +93,15 @@ def find_encoder(stored: Mapping[str, Any], target: Target) -> State:
     parts = [part for place, state in _dictionaries(stored) for part in _parts(place, state, target)]
     if not parts:
         raise UnfitWeightsError("cannot be loaded (it holds no tensors by name)")
-    fitting = sorted((part for part in parts if part.fits), key=lambda part: part.rank)
+    fitting = [part for part in parts if part.fits]
     if not fitting:
         _refuse(min(parts, key=lambda part: len(part.fit.missing) + len(part.fit.misshapen)), stored, target)
-    best = fitting[0]
-    equal = [part.place for part in fitting if part.rank == best.rank]
+    best = min(fitting, key=lambda part: part.rank)
+    equal = [repr(part.place) for part in fitting if part.rank == best.rank]
     if len(equal) > 1:
-        raise UnfitWeightsError(
-            f"holds several parts that fit: {', '.join(map(repr, equal))}; save the tensors of one of them alone"
-        )
+        raise UnfitWeightsError(f"holds several parts that fit: {', '.join(equal)}; save the tensors of one alone")
     best.fit.check()
-    spare = best.fit.state.keys() - target.model.state_dict().keys()
-    if spare:
+    if spare := best.fit.state.keys() - target.model.state_dict().keys():
         logger.info("%d tensors have no place in the model and are left out, %r among them", len(spare), min(spare))
     return best.fit.state
 
@@ -95,22 +118,14 @@ def _dictionaries(stored: Mapping[Any, Any], place: str = "", depth: int = 0) ->
 
 def _parts(place: str, state: State, target: Target) -> list[Part]:
     """The parts of a dictionary. A part inside another part that fits is left out."""
-    counts = Counter(prefix for name in state for prefix in _prefixes(name))
+    ends = ((name, dot.end()) for name in state for dot in list(re.finditer(r"\.", name))[:DEEPEST_PREFIX])
+    counts = Counter(name[:end] for name, end in ends)
     enough = len(target.model.state_dict()) / 2
-    found: list[Part] = []
-    fitting: list[str] = []
+    found: dict[str, Part] = {}
     for prefix in ["", *sorted((p for p in counts if counts[p] >= enough), key=lambda p: p.count("."))]:
-        if not prefix.startswith(tuple(fitting)):
-            found.append(_part(place, prefix, state, target))
-            if found[-1].fits:
-                fitting.append(prefix)
-    return found
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    words = name.split(".")[:-1]
-    for count in range(1, min(len(words), DEEPEST_PREFIX) + 1):
-        yield ".".join(words[:count]) + "."
+        if not any(prefix.startswith(outer) and part.fits for outer, part in found.items()):
+            found[prefix] = _part(place, prefix, state, target)
+    return list(found.values())
 
 
 def _part(place: str, prefix: str, state: State, target: Target) -> Part:
@@ -118,20 +133,18 @@ def _part(place: str, prefix: str, state: State, target: Target) -> Part:
     beside = [name for name in state if not name.startswith(prefix) and is_encoder(name)]
     if prefix.endswith(WITHOUT_HEAD):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith(target.heads)}
-    if are_hugging_faces(inside):
-        inside = to_timm(inside)
+    if any(mark in inside for mark in MARKS):
+        inside = _to_timm(inside)
     error = None
-    adapted: State = inside
-    if target.filter is not None:
-        try:
-            adapted = apply_filter(target.filter, dict(inside), target.model)
-        except Exception as caught:  # filters fail in many ways on the file of another model
-            error = caught
-    fit = compare(adapted, target)
+    try:
+        inside = _apply_filter(target.filter, dict(inside), target.model) if target.filter else inside
+    except Exception as caught:  # filters fail in many ways on the file of another model
+        error = caught
+    fit = compare(inside, target)
     return Part(place + prefix, replace(fit, leftover=fit.leftover + beside), error)
 
 
-def apply_filter(function: Filter, state: State, model: nn.Module) -> State:
+def _apply_filter(function: Filter, state: State, model: nn.Module) -> State:
     """Calls a filter as timm does: some filters do not take the model."""
     try:
         return function(state, model)
@@ -139,13 +152,31 @@ def apply_filter(function: Filter, state: State, model: nn.Module) -> State:
         return function(state)
 
 
+def _to_timm(state: State) -> State:
+    """Hugging Face's tensors under timm's names, with queries, keys and values in one tensor."""
+    renamed: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith(UNUSED):
+            continue
+        for old, new in RENAMES:
+            name = re.sub(old, new, name)
+        if found := PROJECTION.fullmatch(name):
+            parts.setdefault(f"{found[1]}qkv.{found[3]}", {})[found[2][0]] = tensor
+        else:
+            renamed[name] = tensor
+    for name in ("cls_token", "pos_embed"):  # CLIP's tensors have no batch axis
+        if name in renamed:
+            renamed[name] = renamed[name].reshape(1, -1, renamed[name].shape[-1])
+    return renamed | {name: torch.cat([part[x] for x in "qkv"]) for name, part in parts.items() if len(part) == 3}
+
+
 def _refuse(part: Part, stored: Mapping[str, Any], target: Target) -> None:
     """Raises the error that says why the best part does not fit."""
     needed = sum(t.is_floating_point() for n, t in target.model.state_dict().items() if not n.startswith(target.heads))
     if len(part.fit.missing) == needed:
-        first, prefixes = part.fit.missing[0], Counter()
-        for _, state in _dictionaries(stored):
-            prefixes.update(name.split(".")[0] + "." for name in state if "." in name)
+        first, names = part.fit.missing[0], [name for _, state in _dictionaries(stored) for name in state]
+        prefixes = Counter(name.split(".")[0] + "." for name in names if "." in name)
         shown = ", ".join(f"'{prefix}'" for prefix, _ in prefixes.most_common(6)) or "none"
         raise UnfitWeightsError(
             f"lacks {needed} of the model's tensors, {first!r} among them, under every prefix of its names ({shown}); "

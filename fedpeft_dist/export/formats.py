@@ -1,64 +1,75 @@
 """The formats of an export: which methods fit each one, which files it writes, and the Python that loads them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 
 from fedpeft_dist.backbones.timm_backbone import classifier_names
-from fedpeft_dist.export.folder import README, SIGNATURE
 from fedpeft_dist.export.trained_run import TrainedRun
 from fedpeft_dist.methods.method import Method
 
 HERE = "PATH/TO/THIS/FOLDER"
+README = "README.md"
+SIGNATURE = "Written by `fedpeft export`."
+"""A line of every export's README, by which an older export is recognised."""
 
 
-class Format(Protocol):
-    limits: str
+class Format(ABC):
+    needs: Literal["merge", "to_peft"] | None = None
+    """The attribute of a method that is None if the format does not fit the method; None if the format fits all."""
+    limits = ""
     """The reason why a method may not fit, after "does not fit method 'prompt', "."""
 
-    def fits(self, method: Method) -> bool: ...
+    def fits(self, method: Method) -> bool:
+        return self.needs is None or getattr(method, self.needs) is not None
 
     def write(self, run: TrainedRun, folder: Path) -> None:
-        """Fills an empty folder."""
+        """Fills an empty folder with the format's files and a README.md."""
+        title, lines = self.fill(run, folder)
+        example = "".join(f"    {line}\n" for line in ("import timm", *lines))
+        (folder / README).write_text(
+            f"# {run.config.method.name} on {run.config.backbone.name}: {run.num_classes} classes of "
+            f"{run.config.data.name}\n\n{title}\n\n{example}\n{run.recipe.describe()}\n\n"
+            f"{SIGNATURE} The trained parameters' sha256: {run.metadata.get('weights_sha256', 'unknown')}.\n",
+            encoding="utf-8",
+        )
 
+    @abstractmethod
+    def fill(self, run: TrainedRun, folder: Path) -> tuple[str, list[str]]:
+        """Writes the format's files, and returns the README's title and lines of Python after `import timm`."""
+
+    @abstractmethod
     def expression(self, run: TrainedRun, folder: str) -> str:
         """Python that loads the folder's contents."""
 
 
-class TimmFormat:
+class TimmFormat(Format):
     """The whole trained model, for timm's `local-dir:` source."""
 
-    limits = "whose modules timm does not have"
+    needs, limits = "merge", "whose modules timm does not have"
 
-    def fits(self, method: Method) -> bool:
-        return method.merge is not None
-
-    def write(self, run: TrainedRun, folder: Path) -> None:
+    def fill(self, run: TrainedRun, folder: Path) -> tuple[str, list[str]]:
         write_model(run, run.method.merge(run.frozen, run.trained), folder)
-        lines = [
-            "import timm",
+        return "The whole trained model, for timm:", [
             f"model = {self.expression(run, HERE)}",
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         ]
-        _write_readme(run, folder, "The whole trained model, for timm:", lines)
 
     def expression(self, run: TrainedRun, folder: str) -> str:
         return f"{_timm_model(folder)}.eval()"
 
 
-class PeftFormat:
+class PeftFormat(Format):
     """The method's tensors and the classifier. If timm cannot make the backbone by name, it lies in `base`."""
 
-    limits = "which Hugging Face peft does not know"
+    needs, limits = "to_peft", "which Hugging Face peft does not know"
 
-    def fits(self, method: Method) -> bool:
-        return method.to_peft is not None
-
-    def write(self, run: TrainedRun, folder: Path) -> None:
+    def fill(self, run: TrainedRun, folder: Path) -> tuple[str, list[str]]:
         keys, tensors = run.method.to_peft(run.backbone.model, run.trained)
         adapter = {
             **keys,
@@ -73,59 +84,43 @@ class PeftFormat:
         if not run.timm_has_weights:
             (folder / "base").mkdir()
             write_model(run, run.frozen, folder / "base")
-        lines = [
-            "import timm",
+        return f"An adapter ({keys['peft_type']}) with the trained classifier, for Hugging Face peft:", [
             "from peft import PeftModel",
             f"model = {self.expression(run, HERE)}",
             _transform_line(run),
         ]
-        title = f"An adapter ({keys['peft_type']}) with the trained classifier, for Hugging Face peft:"
-        _write_readme(run, folder, title, lines)
 
     def expression(self, run: TrainedRun, folder: str) -> str:
         base = _timm_model(f"{folder}/base")
         if run.timm_has_weights:
             arguments = {"num_classes": run.num_classes, **run.architecture[1]}
-            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-            base = f"timm.create_model({run.config.backbone.name!r}, pretrained=True, {given})"
+            base = f"timm.create_model({run.config.backbone.name!r}, pretrained=True, {_arguments(arguments)})"
         return f"PeftModel.from_pretrained({base}, {folder!r}).eval()"
 
 
-class SafetensorsFormat:
+class SafetensorsFormat(Format):
     """The trained parameters by name. The file's metadata describes them in strings, some of which hold JSON."""
 
-    limits = ""
-
-    def fits(self, method: Method) -> bool:
-        return True
-
-    def write(self, run: TrainedRun, folder: Path) -> None:
-        config = run.config
+    def fill(self, run: TrainedRun, folder: Path) -> tuple[str, list[str]]:
         metadata = {
             **run.metadata,
-            "backbone": config.backbone.model_dump_json(),
-            "method": config.method.model_dump_json(),
-            "data": config.data.name,
+            "backbone": run.config.backbone.model_dump_json(),
+            "method": run.config.method.model_dump_json(),
+            "data": run.config.data.name,
             "classes": json.dumps(run.num_classes),
             **run.recipe.metadata(),
         }
         _write_tensors(folder / "trainable.safetensors", run.trained, metadata)
-        lines = [
-            "import timm",
+        return "The trained parameters by name:", [
             "from safetensors import safe_open",
             f'with safe_open("{HERE}/trainable.safetensors", framework="pt") as file:',
             "    metadata = file.metadata()  # backbone, method, classes, image_size, crop_mode, mean, std, ...",
             "    tensors = {name: file.get_tensor(name) for name in file.keys()}",
             _transform_line(run),
         ]
-        _write_readme(run, folder, "The trained parameters by name:", lines)
 
     def expression(self, run: TrainedRun, folder: str) -> str:
         return f"safetensors.torch.load_file({folder + '/trainable.safetensors'!r})"
-
-
-def _timm_model(folder: str) -> str:
-    return f"timm.create_model({'local-dir:' + folder!r}, pretrained=True)"
 
 
 def write_model(run: TrainedRun, state: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -137,9 +132,7 @@ def write_model(run: TrainedRun, state: Mapping[str, torch.Tensor], folder: Path
         "fixed_input_size": bool(own.get("fixed_input_size")),
         "num_classes": run.num_classes,
         "pool_size": None,
-        "first_conv": own.get("first_conv"),
-        "classifier": own.get("classifier"),
-        "license": own.get("license"),
+        **{key: own.get(key) for key in ("first_conv", "classifier", "license")},
     }
     config = {
         "architecture": name,
@@ -152,33 +145,24 @@ def write_model(run: TrainedRun, state: Mapping[str, torch.Tensor], folder: Path
     _write_json(folder / "config.json", config)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = {}) -> None:
     # Copies, because safetensors refuses tensors that share memory, such as tied ones.
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    save_file(copies, path, metadata={"format": "pt", **(metadata or {})})
+    save_file(copies, path, metadata={"format": "pt", **metadata})
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _timm_model(folder: str) -> str:
+    return f"timm.create_model({'local-dir:' + folder!r}, pretrained=True)"
+
+
 def _transform_line(run: TrainedRun) -> str:
     """Python that prepares a picture as the run did."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in run.recipe.timm_arguments().items())
-    return f"transform = timm.data.create_transform({arguments})"
+    return f"transform = timm.data.create_transform({_arguments(run.recipe.timm_arguments())})"
 
 
-def _write_readme(run: TrainedRun, folder: Path, title: str, lines: Sequence[str]) -> None:
-    config = run.config
-    text = [
-        f"# {config.method.name} on {config.backbone.name}: {run.num_classes} classes of {config.data.name}",
-        "",
-        title,
-        "",
-        *(f"    {line}" for line in lines),
-        "",
-        run.recipe.describe(),
-        "",
-        f"{SIGNATURE} The trained parameters' sha256: {run.metadata.get('weights_sha256', 'unknown')}.",
-    ]
-    (folder / README).write_text("\n".join(text) + "\n", encoding="utf-8")
+def _arguments(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

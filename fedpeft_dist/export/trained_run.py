@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fedpeft_dist.backbones.glyph_vit import ARCHITECTURE, TIMM_NAME
-from fedpeft_dist.backbones.names import GLYPH_VIT
+from fedpeft_dist.backbones import timm_backbone
+from fedpeft_dist.backbones.glyph_vit import ARCHITECTURE, GLYPH_VIT, TIMM_NAME
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone, classifiers_of, model_arguments
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
@@ -57,8 +57,7 @@ class TrainedRun:
     def timm_has_weights(self) -> bool:
         """Whether timm itself can make the backbone before training, by name."""
         backbone = self.config.backbone
-        told = any(key in backbone.model_args for key in SOURCE_ARGUMENTS)
-        return backbone.pretrained and backbone.checkpoint is None and backbone.name != GLYPH_VIT and not told
+        return timm_backbone.starts_from_timm(backbone) and backbone.model_args.keys().isdisjoint(SOURCE_ARGUMENTS)
 
 
 def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
@@ -76,7 +75,9 @@ def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
             f"`fedpeft train {directory.config_file}` finishes it"
         )
     trained, metadata = directory.read_trainable()
-    num_classes = _count_classes(config, trained)
+    heads = [trained[f"{name}.weight"] for name in classifiers_of(config.backbone) if f"{name}.weight" in trained]
+    # A method may train no classifier that has a name.
+    num_classes = len(heads[0]) if heads else count_classes(config.data)
     seed = derive_seed(config.seed, "backbone")
     backbone = build_backbone(config.backbone, num_classes, config.data.image_size, seed)
     check_same(metadata["backbone_sha256"], backbone.sha256, file, "backbone")
@@ -99,11 +100,3 @@ def _likely_recipe(config: RunConfig, backbone: Backbone, file: Path) -> ImageRe
         )
     recipe = ImageRecipe.of(config.data, backbone.interpolation, backbone.mean, backbone.std, cropped=False)
     return replace(recipe, upright=False)
-
-
-def _count_classes(config: RunConfig, trained: Mapping[str, torch.Tensor]) -> int:
-    """The number of classes of the trained classifier or, if the method trains none that has a name, of the data."""
-    for name in classifiers_of(config.backbone):
-        if f"{name}.weight" in trained:
-            return len(trained[f"{name}.weight"])
-    return count_classes(config.data)

@@ -8,18 +8,17 @@ Shapes: L lanes, B batch, R = L * B rows, D and E channels.
 from collections.abc import Callable
 
 import torch
+from timm.layers import activations
+from torch import nn
 
 from fedpeft_dist.lanes.parameters import ALIGNMENT
 
-
-def fold(x: torch.Tensor) -> torch.Tensor:
-    """[L, B, ...] to rows [L*B, ...]."""
-    return x.flatten(0, 1)
-
-
-def unfold(x: torch.Tensor, num_lanes: int) -> torch.Tensor:
-    """Rows [L*B, ...] to [L, B, ...]."""
-    return x.unflatten(0, (num_lanes, -1))
+# The CPU kernels of these activations use another formula for a tensor's last elements. So does the kernel of the GELU
+# that is approximated by tanh.
+PLACE_ROUNDING = (
+    nn.SiLU, nn.Sigmoid, nn.LogSigmoid, nn.Mish, nn.Softplus,
+    activations.Swish, activations.Sigmoid, activations.Mish, activations.GELUTanh, activations.QuickGELU,
+)  # fmt: skip
 
 
 def lane_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -41,19 +40,18 @@ def lane_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def lane_bias(x: torch.Tensor, bias: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
     """Adds each lane's own bias [L, D] to rows [R, ...] that have D channels at `channel_dim`."""
-    return (unfold(x, len(bias)) + _over_channels(x, bias, channel_dim)).flatten(0, 1)
+    return (x.unflatten(0, (len(bias), -1)) + _over_channels(x, bias, channel_dim)).flatten(0, 1)
 
 
 def lane_affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
     """x * scale + bias with each lane's own scale and bias, both [L, D]; x as in `lane_bias`."""
     scale, bias = (_over_channels(x, t, channel_dim) for t in (scale, bias))
-    return torch.addcmul(bias, unfold(x, scale.shape[0]), scale).flatten(0, 1)
+    return torch.addcmul(bias, x.unflatten(0, (len(scale), -1)), scale).flatten(0, 1)
 
 
 def lane_tokens(tokens: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Each lane's own tokens [L, T, D], repeated for each of its samples: [R, T, D]."""
-    num_lanes = tokens.shape[0]
-    return tokens.unsqueeze(1).expand(-1, num_rows // num_lanes, -1, -1).flatten(0, 1)
+    return tokens.unsqueeze(1).expand(-1, num_rows // len(tokens), -1, -1).flatten(0, 1)
 
 
 def lane_aligned(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, num_lanes: int) -> torch.Tensor:
@@ -65,13 +63,30 @@ def lane_aligned(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
     padding = -size % ALIGNMENT
     if padding == 0:
         return function(x)
-    lanes = torch.nn.functional.pad(x.reshape(num_lanes, size), (0, padding))
+    lanes = nn.functional.pad(x.reshape(num_lanes, size), (0, padding))
     return function(lanes)[:, :size].reshape(x.shape)
+
+
+class AlignedActivation(nn.Module):
+    """Pads the input of an activation, so that the rounding of an element does not depend on its place."""
+
+    def __init__(self, activation: nn.Module):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lane_aligned(self.activation, x, num_lanes=1)
+
+
+def align_activations(model: nn.Module) -> None:
+    """Wraps the frozen activations whose rounding depends on an element's place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PLACE_ROUNDING) or getattr(module, "approximate", None) == "tanh":
+            model.set_submodule(name, AlignedActivation(module))
 
 
 def _over_channels(x: torch.Tensor, per_lane: torch.Tensor, channel_dim: int) -> torch.Tensor:
     """[L, D] in x's type, shaped to broadcast over x unfolded to [L, B, ...]."""
-    shape = [1] * (x.dim() + 1)
-    shape[0] = per_lane.shape[0]
+    shape = [len(per_lane), *[1] * x.dim()]
     shape[channel_dim if channel_dim < 0 else channel_dim + 1] = per_lane.shape[1]
     return per_lane.to(x.dtype).view(shape)

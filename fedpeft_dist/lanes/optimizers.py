@@ -1,4 +1,4 @@
-"""Client optimizers over the rows of the parameter matrix, and the changes to gradients before a step.
+"""Client optimizers over the rows of the parameter matrix, the clipping of gradients, and fp16's dynamic loss scale.
 
 Each row is a client with its own step count. A row that is not active in a step keeps its parameters and moments to the
 bit, without weight decay: values are chosen with `where`, never multiplied by 0.
@@ -7,19 +7,18 @@ Shapes: L lanes, W columns of the parameter matrix.
 """
 
 import math
-from typing import Protocol
 
 import torch
 
 from fedpeft_dist.config.schema import AdamWConfig, ClientOptimizerConfig, SgdConfig
 
-
-class LaneOptimizer(Protocol):
-    def reset(self, lane: int) -> None:
-        """Clears a lane's history for its next client."""
-
-    def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: float) -> None:
-        """Updates the active rows (bool [L, 1]) of theta [L, W] in place. May overwrite grad."""
+INITIAL_SCALE = 2.0**12
+"""Loss scale of a client's first step. It is lower than usual, because a client that must lower it loses steps in every
+round."""
+GROWTH_INTERVAL = 200
+"""Steps without an overflow after which a lane's loss scale doubles."""
+MAX_TABLE = 1_000_000
+"""Largest number of steps in a table. Only a beta very close to 1 needs a longer one."""
 
 
 class LaneSgd:
@@ -30,10 +29,12 @@ class LaneSgd:
         self.momentum = torch.zeros_like(theta) if config.momentum else None
 
     def reset(self, lane: int) -> None:
+        """Clears a lane's history for its next client."""
         if self.momentum is not None:
             self.momentum[lane].zero_()
 
     def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: float) -> None:
+        """Updates the active rows (bool [L, 1]) of theta [L, W] in place. May overwrite grad."""
         config = self.config
         if config.weight_decay:
             grad.add_(theta, alpha=config.weight_decay)
@@ -54,16 +55,14 @@ class LaneAdamW:
 
     def __init__(self, config: AdamWConfig, theta: torch.Tensor):
         self.config = config
-        self.mean = torch.zeros_like(theta)
-        self.square = torch.zeros_like(theta)
+        self.mean, self.square = torch.zeros_like(theta), torch.zeros_like(theta)
         self.steps = torch.zeros(theta.shape[0], 1, dtype=torch.int64, device=theta.device)
         self.mean_corrections = _bias_corrections(config.beta1).to(theta)
         self.root_corrections = _bias_corrections(config.beta2).sqrt().to(theta)
 
     def reset(self, lane: int) -> None:
-        self.mean[lane].zero_()
-        self.square[lane].zero_()
-        self.steps[lane] = 0
+        for history in (self.mean, self.square, self.steps):
+            history[lane] = 0
 
     def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: float) -> None:
         config = self.config
@@ -72,15 +71,53 @@ class LaneAdamW:
         square = (self.square * config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
         _keep_where(active, self.mean, mean)
         _keep_where(active, self.square, square)
-        step_size = lr / _look_up(self.mean_corrections, self.steps)
-        root = square.sqrt() / _look_up(self.root_corrections, self.steps)
+        # The tables begin with step 1. Later steps than theirs get the last entry.
+        mean_correction, root_correction = (
+            table[(self.steps - 1).clamp(0, len(table) - 1)] for table in (self.mean_corrections, self.root_corrections)
+        )
+        step_size, root = lr / mean_correction, square.sqrt() / root_correction
         decayed = theta * (1 - lr * config.weight_decay)
         _keep_where(active, theta, decayed - step_size * mean / (root + config.eps))
 
 
-def make_lane_optimizer(config: ClientOptimizerConfig, theta: torch.Tensor) -> LaneOptimizer:
+def make_lane_optimizer(config: ClientOptimizerConfig, theta: torch.Tensor) -> LaneSgd | LaneAdamW:
     """The optimizer that a config names, with state for every row of theta."""
     return {SgdConfig: LaneSgd, AdamWConfig: LaneAdamW}[type(config)](config, theta)
+
+
+class LaneLossScale:
+    """The factor of each lane's loss in fp16, by which its gradient is divided again.
+
+    The scale and its counter are a client's state. Both are reset for every client, so a client's result does not
+    depend on the client before it in the lane. A lane whose gradient overflows skips its own step and halves its scale.
+    """
+
+    def __init__(self, num_lanes: int, device: torch.device | str = "cpu"):
+        self.scale = torch.full((num_lanes,), INITIAL_SCALE, device=device)
+        self.good_steps = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+
+    def reset(self, lane: int) -> None:
+        self.scale[lane] = INITIAL_SCALE
+        self.good_steps[lane] = 0
+
+    def unscale(self, grad: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        """Divides each row of grad [L, W] by its scale, in place, and updates the scales of the active lanes.
+
+        Args:
+            active: bool [L, 1], the lanes that take a step.
+
+        Returns:
+            bool [L, 1]: the active lanes whose gradient is finite.
+        """
+        grad.div_(self.scale.to(grad.dtype).unsqueeze(1))
+        finite = torch.isfinite(grad).all(dim=1)
+        active = active.squeeze(1)
+        good = torch.where(finite, self.good_steps + 1, 0)
+        grow = good >= GROWTH_INTERVAL
+        scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
+        self.scale = torch.where(active, scale, self.scale)
+        self.good_steps = torch.where(active, torch.where(grow, 0, good), self.good_steps)
+        return (active & finite).unsqueeze(1)
 
 
 def clip_rows(grad: torch.Tensor, max_norm: float) -> None:
@@ -93,16 +130,7 @@ def _keep_where(active: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> N
     torch.where(active, new, old, out=old)
 
 
-MAX_TABLE = 1_000_000
-"""Largest number of steps in a table. Only a beta very close to 1 needs a longer one."""
-
-
 def _bias_corrections(beta: float) -> torch.Tensor:
     """1 - beta^t for t = 1, 2, ... until the value is 1 in float64: float64 [steps]."""
     length = 1 if beta == 0 else min(math.ceil(math.log(2**-54) / math.log(beta)), MAX_TABLE)
     return 1 - beta ** torch.arange(1, length + 1, dtype=torch.float64)
-
-
-def _look_up(table: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """The table's entry for each lane's step, counted from 1. Later steps get the last entry."""
-    return table[(steps - 1).clamp(0, len(table) - 1)]

@@ -11,8 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
+from torch import nn
 
 # An elementwise kernel may round differently in its vectorised body and in its scalar tail. Every tensor starts at a
 # multiple of 32 elements. So no tail falls inside a lane, and no result depends on the lane's number.
@@ -38,20 +40,14 @@ class ParameterLayout:
 
     def columns(self) -> list[tuple[str, int, int]]:
         """Each tensor's name, first column, and number of columns without padding."""
-        columns, start = [], 0
-        for name, shape in self.shapes.items():
-            size = math.prod(shape)
-            columns.append((name, start, size))
-            start += _aligned(size)
-        return columns
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        return list(zip(self.shapes, accumulate(map(_aligned, sizes), initial=0), sizes))
 
     def pad(self, vector: torch.Tensor) -> torch.Tensor:
         """A wire vector [P] as a row [W]. The padding is 0."""
         assert vector.shape == (self.num_parameters,)
-        row = vector.new_zeros(self.width)
-        for part, (_, start, size) in zip(self.split(vector).values(), self.columns()):
-            row[start : start + size] = part.reshape(-1)
-        return row
+        parts = [part.flatten() for part in self.split(vector).values()]
+        return torch.cat([nn.functional.pad(part, (0, -len(part) % ALIGNMENT)) for part in parts])
 
     def unpad(self, row: torch.Tensor) -> torch.Tensor:
         """A row [W] as a wire vector [P]."""
@@ -96,22 +92,17 @@ class LaneParameters:
         dtype: torch.dtype = torch.float32,
         with_grad: bool = True,
     ):
-        self.layout = layout
+        self.layout, self.num_lanes = layout, num_lanes
         self.theta = torch.zeros(num_lanes, layout.width, device=device, dtype=dtype)
-        self.views: dict[str, torch.Tensor] = {}
-        for name, start, size in layout.columns():
-            shape = (num_lanes, *layout.shapes[name])
-            self.views[name] = self.theta[:, start : start + size].view(shape).detach()
-        if not with_grad:
-            return
-        self.grad = torch.zeros_like(self.theta)
-        for name, start, size in layout.columns():
-            view = self.views[name].requires_grad_()
-            view.grad = self.grad[:, start : start + size].view(view.shape)
+        self.views = self._views_of(self.theta)
+        if with_grad:
+            self.grad = torch.zeros_like(self.theta)
+            for name, grad in self._views_of(self.grad).items():
+                self.views[name].requires_grad_().grad = grad
 
-    @property
-    def num_lanes(self) -> int:
-        return self.theta.shape[0]
+    def _views_of(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        shapes, columns = self.layout.shapes, self.layout.columns()
+        return {n: matrix[:, start : start + size].view(-1, *shapes[n]).detach() for n, start, size in columns}
 
     def load(self, lane: int, row: torch.Tensor) -> None:
         """Copies a client's parameters, a padded row [W], into a lane."""

@@ -24,8 +24,8 @@ def derive_seed(seed: int, purpose: str, *ids: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def mix(keys: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finalizer: a bijection of int64. Any input bit flips about half of the output bits."""
+def random_bits(keys: torch.Tensor) -> torch.Tensor:
+    """64 random bits for each int64 key: splitmix64's finalizer, a bijection. An input bit flips about half of them."""
     x = keys + _INCREMENT
     x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
     x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
@@ -34,23 +34,18 @@ def mix(keys: torch.Tensor) -> torch.Tensor:
 
 def fold_in(keys: torch.Tensor, values: torch.Tensor | int) -> torch.Tensor:
     """New keys from keys and integers, elementwise with broadcasting; int64 in, int64 out."""
-    return mix(mix(keys) ^ values)
+    return random_bits(random_bits(keys) ^ values)
 
 
 def uniform(keys: torch.Tensor) -> torch.Tensor:
     """A float32 in [0, 1) with 24 random bits for each key."""
-    return _shift_right(mix(keys), 40).to(torch.float32) * 2.0**-24
+    return _shift_right(random_bits(keys), 40).to(torch.float32) * 2.0**-24
 
 
 def uniform_by_id(ids: np.ndarray, seed: int, purpose: str, *more: int) -> np.ndarray:
     """A number in [0, 1) for each id, int64 [S], from the key of a seed, a purpose and more ids: float64 [S]."""
     keys = fold_in(torch.tensor(derive_seed(seed, purpose, *more)), torch.from_numpy(ids))
     return uniform(keys).double().numpy()
-
-
-def random_bits(keys: torch.Tensor) -> torch.Tensor:
-    """64 random bits per key: int64."""
-    return mix(keys)
 
 
 def unit_interval(bits: torch.Tensor) -> torch.Tensor:

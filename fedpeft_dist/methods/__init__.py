@@ -1,4 +1,4 @@
-"""PEFT methods: one file each. METHODS maps a method's config class to the method. No other list of methods exists."""
+"""PEFT methods. METHODS maps a method's config class to the method. No other list of methods exists."""
 
 from dataclasses import replace
 
@@ -9,15 +9,12 @@ from fedpeft_dist.config.schema import MethodConfig, RunConfig, Section
 from fedpeft_dist.config.schema import method as sections
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods.adapter import Adapter
-from fedpeft_dist.methods.bias import Bias
-from fedpeft_dist.methods.full import Full
-from fedpeft_dist.methods.head import Head
+from fedpeft_dist.methods.in_place import Bias, Full, Head, Norm
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.methods.lora import Lora
 from fedpeft_dist.methods.method import Method
-from fedpeft_dist.methods.norm import Norm
 from fedpeft_dist.methods.prompt import Prompt
-from fedpeft_dist.methods.structure import check_backbone, check_structure, find_shared_layers, twin
+from fedpeft_dist.methods.structure import check_backbone, check_structure, copy_model, find_shared_layers
 
 METHODS: dict[type[Section], type[Method]] = {
     sections.FullConfig: Full,
@@ -44,7 +41,7 @@ def attach_method(backbone: Backbone, config: MethodConfig, seed: int) -> LaneMo
     Raises:
         ConfigError: the method does not fit the backbone.
     """
-    backbone = replace(backbone, plain=twin(backbone.model), shared_layers=find_shared_layers(backbone))
+    backbone = replace(backbone, plain=copy_model(backbone.model), shared_layers=find_shared_layers(backbone))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return make_method(config).build(backbone)

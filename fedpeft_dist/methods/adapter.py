@@ -15,8 +15,8 @@ from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import AdapterConfig
 from fedpeft_dist.lanes.ops import lane_aligned, lane_linear
-from fedpeft_dist.methods.head import train_head
-from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+from fedpeft_dist.methods.in_place import train_head
+from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method
 
 MIXERS = ("attn", "conv_dw", "factoratt_crpe", "token_mixer", "xca")
@@ -58,32 +58,19 @@ class Adapter(Method):
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config = backbone.model, self.config
-        mlps = find_block_mlps(backbone)
+        kind, blocks = type(model).__name__, dict(model.named_modules())
+        mixing = {name: block for name, block in blocks.items() if any(hasattr(block, mixer) for mixer in MIXERS)}
+        found = {f"{name}.mlp": getattr(block, "mlp", None) for name, block in mixing.items()}
+        mlps = {name: mlp for name, mlp in found.items() if isinstance(getattr(mlp, "fc2", None), nn.Linear)}
         if not mlps:
-            raise ConfigError(
-                f"method.name: 'adapter' finds no blocks with an mlp beside {' or '.join(MIXERS)} in "
-                f"{type(model).__name__}"
-            )
-        widths = [mlp.fc2.out_features for _, mlp in mlps]
-        if config.shared and len(set(widths)) > 1:
-            raise ConfigError(
-                f"method.shared: true needs blocks of one width, {type(model).__name__} has {sorted(set(widths))}; "
-                "give shared: false"
-            )
+            mixers = " or ".join(MIXERS)
+            raise ConfigError(f"method.name: 'adapter' finds no blocks with an mlp beside {mixers} in {kind}")
+        widths = sorted({mlp.fc2.out_features for mlp in mlps.values()})
+        if config.shared and len(widths) > 1:
+            raise ConfigError(f"method.shared: true needs blocks of one width, {kind} has {widths}; give shared: false")
         device = next(model.parameters()).device
         shared = LaneAdapter("adapter", widths[0], config.bottleneck, device) if config.shared else None
-        for (name, mlp), width in zip(mlps, widths):
-            own = shared or LaneAdapter(f"{name}.adapter", width, config.bottleneck, device)
-            replace_module(model, name, AdaptedMlp(mlp, own))
-        train_head(backbone)
-        return FoldedLaneModel(backbone)
-
-
-def find_block_mlps(backbone: Backbone) -> list[tuple[str, nn.Module]]:
-    """The MLPs of blocks that also mix tokens, in order, as (name, module with a linear fc2)."""
-    found = []
-    for name, module in backbone.model.named_modules():
-        mlp = getattr(module, "mlp", None)
-        if any(hasattr(module, mixer) for mixer in MIXERS) and isinstance(getattr(mlp, "fc2", None), nn.Linear):
-            found.append((f"{name}.mlp", mlp))
-    return found
+        for name, mlp in mlps.items():
+            own = shared or LaneAdapter(f"{name}.adapter", mlp.fc2.out_features, config.bottleneck, device)
+            model.set_submodule(name, AdaptedMlp(mlp, own))
+        return train_head(backbone)

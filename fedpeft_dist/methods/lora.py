@@ -18,8 +18,8 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import LoraConfig
 from fedpeft_dist.lanes.dropout import make_dropout
 from fedpeft_dist.lanes.ops import lane_linear
-from fedpeft_dist.methods.head import train_head
-from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+from fedpeft_dist.methods.in_place import train_head
+from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method, Tensors
 
 # The places of a target in a block: `proj` is the attention's, never the patch embedding's.
@@ -40,8 +40,7 @@ class LaneLora(LaneModule):
     def __init__(self, name: str, linear: nn.Linear, config: LoraConfig):
         super().__init__()
         device = linear.weight.device
-        a = torch.empty(config.rank, linear.in_features, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        a = nn.init.kaiming_uniform_(torch.empty(config.rank, linear.in_features, device=device), a=math.sqrt(5))
         self.declare("a", name + A, a)
         self.declare("b", name + B, torch.zeros(linear.out_features, config.rank, device=device))
         self.linear = linear
@@ -58,25 +57,20 @@ class Lora(Method):
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config = backbone.model, self.config
-        endings = {target: tuple(f".{place}" for place in TARGETS[target]) for target in dict.fromkeys(config.targets)}
-        matched = dict.fromkeys(endings, 0)
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, nn.Linear) or module in backbone.shared_layers:
-                continue
-            for target, ending in endings.items():
-                if f".{name}".endswith(ending):
-                    attention = replace_module(model, name, LaneLora(name, module, config))
-                    if target == "qkv" and hasattr(attention, "qkv_bias_separate"):
-                        attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 would read only the frozen weight
-                    matched[target] += 1
-        for target, count in matched.items():
-            if not count:
-                places = " or ".join(TARGETS[target])
-                raise ConfigError(
-                    f"method.targets: {target!r} matches no linear layer ({places}) in {type(model).__name__}"
-                )
-        train_head(backbone)
-        return FoldedLaneModel(backbone)
+        linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        layers = [(name, linear) for name, linear in linears if linear not in backbone.shared_layers]
+        endings = {target: tuple(f".{place}" for place in TARGETS[target]) for target in config.targets}
+        for target, ending in endings.items():
+            if not any(f".{name}".endswith(ending) for name, _ in layers):
+                sought = f"{target!r} matches no linear layer ({' or '.join(TARGETS[target])})"
+                raise ConfigError(f"method.targets: {sought} in {type(model).__name__}")
+        for name, linear in layers:
+            if f".{name}".endswith(sum(endings.values(), ())):
+                model.set_submodule(name, LaneLora(name, linear, config))
+                attention = model.get_submodule(name.rpartition(".")[0])
+                if name.endswith("qkv") and hasattr(attention, "qkv_bias_separate"):
+                    attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 would read only the frozen weight
+        return train_head(backbone)
 
     def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:
         """Adds the matrices' products to the weights, in float64."""
@@ -84,8 +78,7 @@ class Lora(Method):
         for name, tensor in trained.items():
             if name.endswith(A):
                 layer = name.removesuffix(A)
-                weight = backbone[f"{layer}.weight"]
-                product = trained[layer + B].double() @ tensor.double()
+                weight, product = backbone[f"{layer}.weight"], trained[layer + B].double() @ tensor.double()
                 merged[f"{layer}.weight"] = (weight.double() + scale * product).to(weight.dtype)
             elif not name.endswith(B):
                 merged[name] = tensor
@@ -102,7 +95,7 @@ class Lora(Method):
                 f"--format peft: {type(model).__name__} reads the weight of qkv itself and would pass peft's layer by; "
                 "give --format timm or safetensors"
             )
-        adapter = {
+        return {
             "peft_type": "LORA",
             "r": config.rank,
             "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
@@ -112,5 +105,4 @@ class Lora(Method):
             "fan_in_fan_out": False,
             "init_lora_weights": True,
             "use_rslora": False,
-        }
-        return adapter, trained
+        }, trained

@@ -1,6 +1,6 @@
 """A PEFT method of a config: how it changes a backbone, and how its result goes to plain timm and Hugging Face peft.
 
-A method is one class in a file of its own, one line in METHODS (`methods/__init__.py`) and one section in
+A method is one class, one line in METHODS (`methods/__init__.py`) and one section in
 `config/schema/method.py`. Everything else asks the class.
 """
 
@@ -39,10 +39,3 @@ class Method(ABC):
         Raises:
             ConfigError: the method does not fit the backbone.
         """
-
-
-class InPlaceMethod(Method):
-    """A method that trains tensors of the backbone itself, under timm's names."""
-
-    def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:
-        return {**backbone, **trained}

@@ -17,7 +17,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import PromptConfig
 from fedpeft_dist.lanes.dropout import make_dropout
 from fedpeft_dist.lanes.ops import lane_tokens
-from fedpeft_dist.methods.head import train_head
+from fedpeft_dist.methods.in_place import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method
 
@@ -32,8 +32,7 @@ class PromptedBlocks(LaneModule):
         self.dropout = make_dropout(dropout, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = lane_tokens(self.tokens, x.shape[0]).to(x.dtype)
-        tokens = self.dropout(tokens)
+        tokens = self.dropout(lane_tokens(self.tokens, x.shape[0]).to(x.dtype))
         x = torch.cat([x[:, : self.prefix], tokens, x[:, self.prefix :]], dim=1)
         x = self.blocks(x)
         return torch.cat([x[:, : self.prefix], x[:, self.prefix + tokens.shape[1] :]], dim=1)
@@ -45,21 +44,16 @@ class Prompt(Method):
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config = backbone.model, self.config
         if not isinstance(model, VisionTransformer):
-            raise ConfigError(
-                f"method.name: 'prompt' fits plain ViTs (timm's VisionTransformer), not {type(model).__name__}"
-            )
-        blocks = list(model.blocks)
-        groups = [[block] for block in blocks] if config.depth == "deep" else [blocks]
+            kind = type(model).__name__
+            raise ConfigError(f"method.name: 'prompt' fits plain ViTs (timm's VisionTransformer), not {kind}")
+        groups = [[block] for block in model.blocks] if config.depth == "deep" else [list(model.blocks)]
         patch = math.prod(model.patch_embed.patch_size)
         bound = math.sqrt(6 / (backbone.channels * patch + model.embed_dim))
         device = next(model.parameters()).device
         prompted = []
         for index, group in enumerate(groups):
             initial = torch.empty(config.tokens, model.embed_dim, device=device).uniform_(-bound, bound)
-            name = f"blocks.{index}.prompt"
-            prompted.append(
-                PromptedBlocks(nn.Sequential(*group), name, initial, model.num_prefix_tokens, config.dropout)
-            )
+            blocks, name = nn.Sequential(*group), f"blocks.{index}.prompt"
+            prompted.append(PromptedBlocks(blocks, name, initial, model.num_prefix_tokens, config.dropout))
         model.blocks = nn.Sequential(*prompted)
-        train_head(backbone)
-        return FoldedLaneModel(backbone)
+        return train_head(backbone)

@@ -9,14 +9,15 @@ Shapes: L lanes, B batch, K classes, C channels, H x W pixels.
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedpeft_dist.backbones.errors import one_line
 from fedpeft_dist.backbones.timm_backbone import Backbone
+from fedpeft_dist.backbones.weight_files import one_line
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods.lane_model import LaneModel, LaneModule, stop_caching
@@ -25,43 +26,31 @@ FEW, MORE = 2, 3
 """Two batch sizes. The leading size of a tensor that holds samples is proportional to the batch size."""
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares all tensors."""
-    return _uncached(copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}))
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model without values, on the meta device."""
-    memo: dict[int, torch.Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
-    return _uncached(copy.deepcopy(model, memo))
-
-
-def _uncached(model: nn.Module) -> nn.Module:
-    stop_caching(model)
-    return model
+def copy_model(model: nn.Module, on_meta: bool = False) -> nn.Module:
+    """A copy of the modules that shares all tensors or, on the meta device, has tensors without values."""
+    memo = {id(t): t.to("meta") if on_meta else t for t in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.to("meta"), requires_grad=False) if on_meta else p for p in model.parameters()}
+    copied = copy.deepcopy(model, memo)
+    stop_caching(copied)
+    return copied
 
 
 def check_backbone(backbone: Backbone, name: str) -> None:
-    """Checks that a backbone classifies each image by itself.
-
-    Args:
-        backbone: a backbone on the meta device, before a method changes it.
-        name: the backbone's name, for messages.
+    """Checks that a backbone on the meta device, before a method changes it, classifies each image by itself.
 
     Raises:
         ConfigError: the backbone does not take images of this size, gives no score for each class, or compares the
             samples of a batch with each other.
     """
-    model, sizes = meta_copy(backbone.model), []
-    for batch in (FEW, MORE):
-        try:
+    model, sizes = copy_model(backbone.model, on_meta=True), []
+    try:
+        for batch in (FEW, MORE):
             with torch.no_grad(), _OutputSizes() as outputs:
                 scores = model(_images(backbone, batch))
-        except Exception as error:  # models refuse image sizes in many ways
-            size = f"data.image_size: {backbone.image_size}"
-            raise ConfigError(f"{size} does not fit backbone.name: {name} ({one_line(error)})") from error
-        sizes.append(outputs.sizes)
+            sizes.append(outputs.sizes)
+    except Exception as error:  # models refuse image sizes in many ways
+        size = f"data.image_size: {backbone.image_size}"
+        raise ConfigError(f"{size} does not fit backbone.name: {name} ({one_line(error)})") from error
     if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
         raise ConfigError(f"backbone.name: {name} gives no score for each class; give a model that classifies images")
     if any(few * MORE**2 == more * FEW**2 for few, more in zip(*sizes) if few):
@@ -73,55 +62,42 @@ def check_backbone(backbone: Backbone, name: str) -> None:
 
 def find_shared_layers(backbone: Backbone) -> frozenset[nn.Module]:
     """The layers whose input has no sample axis, such as an MLP that makes position biases from coordinates."""
-    model = meta_copy(backbone.model)
-    names = {layer: name for name, layer in model.named_modules()}
-    shared = _without_sample_axis(names, lambda batch: model(_images(backbone, batch)))
-    return frozenset(backbone.model.get_submodule(names[layer]) for layer in shared)
+    model = copy_model(backbone.model, on_meta=True)
+    originals = dict(zip(model.modules(), backbone.model.modules()))
+    shared = _without_sample_axis(originals, lambda batch: model(_images(backbone, batch)))
+    return frozenset(originals[layer] for layer in shared)
 
 
 def check_structure(model: LaneModel, method: str) -> None:
-    """Runs a model on the meta device as the evaluation does, then as local training does.
-
-    Args:
-        method: the method's name, for messages.
+    """Runs a model with a method, on the meta device, as the evaluation does, then as local training does.
 
     Raises:
         ConfigError: the model does not run on several lanes, has a trained layer that all samples share, or a trained
             tensor that the scores do not depend on.
     """
-    misfit = f"method.name: {method!r} does not fit {type(model.backbone.model).__name__}"
+    backbone = model.backbone
+    misfit = f"method.name: {method!r} does not fit {type(backbone.model).__name__}"
+    layers = [module for module in backbone.model.modules() if isinstance(module, LaneModule)]
+    parameters = LaneParameters(model.layout, FEW, "meta")
+    keys = torch.zeros(FEW, MORE, dtype=torch.int64, device="meta")
     try:
-        with torch.no_grad():
-            shared = _shared_lane_modules(model)
-        if shared:
-            raise ConfigError(f"{misfit}: {shared[0]} works on a table that all samples share")
+        with torch.no_grad():  # this run also fills the backbone's caches
+            model.bind(LaneParameters(model.layout, 1, "meta", with_grad=False))
+            shared = _without_sample_axis(layers, lambda batch: model.logits(_images(backbone, batch).unsqueeze(0)))
+        tables = [name for layer in shared for name, _ in layer.declared.values()]
+        if tables:
+            raise ConfigError(f"{misfit}: {tables[0]} works on a table that all samples share")
         with torch.enable_grad():
-            idle = _idle_tensors(model)
+            model.bind(parameters)
+            scores = model.logits(_images(backbone, FEW * MORE).unflatten(0, (FEW, MORE)), keys)
+            gradients = torch.autograd.grad(scores.sum(), list(parameters.views.values()), allow_unused=True)
     except ConfigError:
         raise
     except Exception as error:  # a backbone may fail on a replaced layer in any way
         raise ConfigError(f"{misfit}: it cannot run with several lanes ({one_line(error)})") from error
+    idle = [name for name, gradient in zip(parameters.views, gradients) if gradient is None]
     if idle:
         raise ConfigError(f"{misfit}: the scores do not depend on {idle[0]}, one of {len(idle)} such tensors")
-
-
-def _shared_lane_modules(model: LaneModel) -> list[str]:
-    """Names on the wire of trained layers without a sample axis. The run also fills the backbone's caches."""
-    model.bind(LaneParameters(model.layout, 1, "meta", with_grad=False))
-    layers = [m for m in model.backbone.model.modules() if isinstance(m, LaneModule)]
-    shared = _without_sample_axis(layers, lambda batch: model.logits(_images(model.backbone, batch).unsqueeze(0)))
-    return [name for layer in shared for name, _ in layer.declared.values()]
-
-
-def _idle_tensors(model: LaneModel) -> list[str]:
-    """Names on the wire of trained tensors that no gradient reaches."""
-    parameters = LaneParameters(model.layout, FEW, "meta")
-    model.bind(parameters)
-    images = _images(model.backbone, FEW * MORE).unflatten(0, (FEW, MORE))
-    keys = torch.zeros(FEW, MORE, dtype=torch.int64, device="meta")
-    scores = model.logits(images, keys).sum()
-    gradients = torch.autograd.grad(scores, list(parameters.views.values()), allow_unused=True)
-    return [name for name, gradient in zip(parameters.views, gradients) if gradient is None]
 
 
 class _OutputSizes(TorchDispatchMode):
@@ -144,28 +120,21 @@ def _images(backbone: Backbone, batch: int) -> torch.Tensor:
 
 def _without_sample_axis(layers: Iterable[nn.Module], run: Callable[[int], object]) -> list[nn.Module]:
     """The layers that get a tensor whose leading size does not grow with the batch size, the argument of `run`."""
-    few, more = (_input_shapes(layers, run, batch) for batch in (FEW, MORE))
-
-    def grows(layer: nn.Module) -> bool:
-        pairs = zip(few[layer], more[layer])
-        return all(a[1:] == b[1:] and a[0] * MORE == b[0] * FEW for a, b in pairs if a)
-
-    return [layer for layer in few if not grows(layer)]
-
-
-def _input_shapes(
-    layers: Iterable[nn.Module], run: Callable[[int], object], batch: int
-) -> dict[nn.Module, list[torch.Size]]:
-    shapes = defaultdict(list)
+    runs: list[dict[nn.Module, list[torch.Size]]] = []
 
     def note(layer: nn.Module, inputs: tuple[object, ...]) -> None:
         if inputs and isinstance(inputs[0], torch.Tensor):
-            shapes[layer].append(inputs[0].shape)
+            runs[-1][layer].append(inputs[0].shape)
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note))
+        for batch in (FEW, MORE):
+            runs.append(defaultdict(list))
+            run(batch)
+
+    def grows(few: torch.Size, more: torch.Size) -> bool:
+        return few[1:] == more[1:] and few[0] * MORE == more[0] * FEW
+
+    few, more = runs
+    return [layer for layer in few if not all(grows(*pair) for pair in zip(few[layer], more[layer]) if pair[0])]

@@ -12,7 +12,7 @@ import torch
 
 from fedpeft_dist.config.schema import SamplePrivacy
 from fedpeft_dist.data.pixels import send
-from fedpeft_dist.lanes.loss_scale import LaneLossScale
+from fedpeft_dist.lanes.optimizers import LaneLossScale
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.privacy.mechanisms import clip_factors, column_blocks, grid_bits, noise_on_grid, row_norms, truncate

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft_dist.backbones.errors import one_line
+from fedpeft_dist.backbones.weight_files import one_line
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout

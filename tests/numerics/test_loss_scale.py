@@ -18,8 +18,8 @@ import torch
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.federation.simulation import build_simulation
-from fedpeft_dist.lanes import loss_scale
-from fedpeft_dist.lanes.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, LaneLossScale
+from fedpeft_dist.lanes import optimizers
+from fedpeft_dist.lanes.optimizers import GROWTH_INTERVAL, INITIAL_SCALE, LaneLossScale
 from fedpeft_dist.training.trainer import RoundStart, Trainer
 
 from .cases import (
@@ -56,7 +56,7 @@ class Step:
 
 @pytest.fixture
 def low_scale(monkeypatch) -> None:
-    monkeypatch.setattr(loss_scale, "INITIAL_SCALE", SCALE)
+    monkeypatch.setattr(optimizers, "INITIAL_SCALE", SCALE)
 
 
 def make_fp16_trainer(method: str, optimizer: str, images: ImageSet | None = None, precision: str = "fp16"):

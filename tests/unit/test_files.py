@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_dist.export.folder import write_folder
+from fedpeft_dist.export import write_folder
 from fedpeft_dist.runtime.files import write_text
 
 LONGEST = ["x" * 251 + ".txt", "é" * 125 + ".txt", "x" * 3 + "😀" * 62 + ".txt"]

@@ -28,7 +28,7 @@ from fedpeft_dist.federation.ahead import compute_cost
 from fedpeft_dist.lanes.ops import lane_affine
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods import METHODS, build_lane_model
-from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, replace_module
+from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method, Tensors
 from tests.data_fixtures import data_config, run_tree
 
@@ -56,7 +56,7 @@ class Scale(Method):
     """A made-up method that merges."""
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
-        replace_module(backbone.model, "head", LaneScale("head", backbone.model.get_submodule("head")))
+        backbone.model.set_submodule("head", LaneScale("head", backbone.model.get_submodule("head")))
         return FoldedLaneModel(backbone)
 
     def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:

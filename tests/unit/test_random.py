@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from fedpeft_dist.lanes.random import derive_seed, fold_in, mix, permutation, uniform
+from fedpeft_dist.lanes.random import derive_seed, fold_in, permutation, random_bits, uniform
 
 INCREMENT = 0x9E3779B97F4A7C15
 WORD = (1 << 64) - 1
@@ -49,14 +49,14 @@ def test_mix_equals_the_published_numbers_of_splitmix64() -> None:
         16408922859458223821,
     ]
     counters = keys_of(*(1234567 + i * INCREMENT for i in range(5)))
-    assert mix(counters).tolist() == [signed(value) for value in published]
+    assert random_bits(counters).tolist() == [signed(value) for value in published]
 
 
 def test_mix_equals_the_reference_on_python_ints() -> None:
     random_keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, size=500, dtype=np.int64).tolist()
     extremes = [0, 1, -1, 2**63 - 1, -(2**63), INCREMENT, -INCREMENT]
     keys = random_keys + extremes
-    assert mix(keys_of(*keys)).tolist() == [reference_mix(key) for key in keys]
+    assert random_bits(keys_of(*keys)).tolist() == [reference_mix(key) for key in keys]
 
 
 def test_fold_in_is_two_mixes_broadcast_over_keys_and_values() -> None:
@@ -112,10 +112,10 @@ def test_draws_of_neighbouring_keys_and_sites_are_uncorrelated() -> None:
 def test_every_output_bit_is_balanced_and_every_input_bit_flips_half_of_them() -> None:
     n = 4096
     keys = fold_in(torch.tensor(9), torch.arange(n))
-    out = mix(keys)
+    out = random_bits(keys)
     assert np.abs(bits_of(out).mean(axis=0) - 0.5).max() < 5 * 0.5 / math.sqrt(n)
     for bit in range(64):
-        flipped = bits_of(out ^ mix(keys ^ signed(1 << bit)))
+        flipped = bits_of(out ^ random_bits(keys ^ signed(1 << bit)))
         assert abs(flipped.sum(axis=1).mean() - 32) < 5 * 4 / math.sqrt(n), bit
         assert np.abs(flipped.mean(axis=0) - 0.5).max() < 6 * 0.5 / math.sqrt(n), bit
 

@@ -19,9 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedpeft_dist.backbones.errors import UnfitWeightsError
 from fedpeft_dist.backbones.timm_backbone import build_backbone
-from fedpeft_dist.backbones.weight_files import read_weights
+from fedpeft_dist.backbones.weight_files import UnfitWeightsError, read_weights
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
 from tests.tiny import VIT_ARGS, VIT_NAME

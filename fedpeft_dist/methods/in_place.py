@@ -1,0 +1,141 @@
+"""The methods that train the backbone's own tensors, under timm's names, and the classifier of every other method.
+
+    full  every parameter; without pre-training it is the paper's "scratch"
+    head  the classifier alone (linear probing), which every other PEFT method trains, too
+    bias  every parameter called `bias`, and the head (BitFit, Zaken et al. 2022, arXiv 2106.10199)
+    norm  scale and bias of every normalisation layer, and the head
+
+A layer that ends with the addition of its bias becomes the layer without a bias, followed by each lane's own addition.
+The large product stays one product over all lanes.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm, LayerNorm2d
+from torch import nn
+
+from fedpeft_dist.backbones.timm_backbone import Backbone, classifier_names
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.lanes.ops import lane_affine, lane_bias, lane_linear
+from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, VmapLaneModel
+from fedpeft_dist.methods.method import Method, Tensors
+
+# The dimension of the channels in a norm layer's output. Only exact types: a subclass may do more after the addition.
+NORM_CHANNEL_DIM = {nn.LayerNorm: -1, LayerNorm: -1, LayerNorm2d: 1, nn.BatchNorm2d: 1, nn.GroupNorm: 1}
+CHANNEL_DIM = {nn.Linear: -1, nn.Conv2d: 1, **NORM_CHANNEL_DIM}
+
+
+class LaneLinear(LaneModule):
+    """A linear layer with each lane's own weight and bias; [R, ..., D] to [R, ..., E]."""
+
+    def __init__(self, name: str, linear: nn.Linear):
+        super().__init__()
+        self.bias = None
+        for attribute, initial in linear.named_parameters():
+            self.declare(attribute, f"{name}.{attribute}", initial)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lane_linear(x, self.weight, self.bias)
+
+
+class LaneNorm(LaneModule):
+    """A normalisation with each lane's own scale and bias."""
+
+    def __init__(self, name: str, layer: nn.Module):
+        super().__init__()
+        self.declare("scale", f"{name}.weight", layer.weight)
+        self.declare("bias", f"{name}.bias", layer.bias)
+        layer.weight = layer.bias = None
+        self.layer, self.channel_dim = layer, CHANNEL_DIM[type(layer)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lane_affine(self.layer(x), self.scale, self.bias, self.channel_dim)
+
+
+class LaneBias(LaneModule):
+    """A frozen layer with each lane's own bias."""
+
+    def __init__(self, name: str, layer: nn.Module):
+        super().__init__()
+        self.declare("bias", f"{name}.bias", layer.bias)
+        layer.bias = None
+        self.layer, self.channel_dim = layer, CHANNEL_DIM[type(layer)]
+
+    def __getattr__(self, name: str) -> Any:
+        """Gives the model other attributes of the layer, such as a convolution's kernel size."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(self.layer, name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lane_bias(self.layer(x), self.bias, self.channel_dim)
+
+
+class InPlaceMethod(Method):
+    """A method that trains tensors of the backbone itself, under timm's names."""
+
+    def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:
+        return {**backbone, **trained}
+
+
+class Full(InPlaceMethod):
+    def build(self, backbone: Backbone) -> VmapLaneModel:
+        return VmapLaneModel(backbone)
+
+
+class Head(InPlaceMethod):
+    def build(self, backbone: Backbone) -> FoldedLaneModel:
+        return train_head(backbone)
+
+
+class Bias(InPlaceMethod):
+    def build(self, backbone: Backbone) -> FoldedLaneModel:
+        model, kind = backbone.model, type(backbone.model).__name__
+        layers = [(name, m) for name, m in model.named_modules() if name not in classifier_names(model)]
+        biased = [(name, m) for name, m in layers if getattr(m, "bias", None) is not None]
+        if not biased:
+            raise ConfigError(f"method.name: 'bias' finds no bias outside the head of {kind}")
+        for name, layer in biased:
+            if type(layer) not in CHANNEL_DIM:
+                raise ConfigError(f"method.name: 'bias' does not fit {kind}: {name} is a {type(layer).__name__}")
+            model.set_submodule(name, LaneBias(name, layer))
+        return train_head(backbone)
+
+
+class Norm(InPlaceMethod):
+    def build(self, backbone: Backbone) -> FoldedLaneModel:
+        model, kind = backbone.model, type(backbone.model).__name__
+        for name, layer in model.named_modules():
+            own = type(layer).__name__
+            if "norm" in own.lower() and type(layer) not in NORM_CHANNEL_DIM and hasattr(layer, "weight"):
+                raise ConfigError(f"method.name: 'norm' does not fit {kind}: {name} is a {own}")
+        norms = [(name, m) for name, m in model.named_modules() if type(m) in NORM_CHANNEL_DIM]
+        norms = [(name, m) for name, m in norms if m.weight is not None and m.bias is not None]
+        if not norms:
+            known = "LayerNorm, BatchNorm2d, GroupNorm"
+            raise ConfigError(f"method.name: 'norm' finds no {known} with scale and bias in {kind}")
+        for name, layer in norms:
+            model.set_submodule(name, LaneNorm(name, layer))
+        return train_head(backbone)
+
+
+def train_head(backbone: Backbone) -> FoldedLaneModel:
+    """Gives every lane its own classifier, beside the modules that a method has put into the backbone.
+
+    Raises:
+        ConfigError: the classifier is not a linear layer.
+    """
+    names = classifier_names(backbone.model)
+    if not names:
+        raise ConfigError(f"backbone.name: {type(backbone.model).__name__} names no classifier; use method full")
+    for name in names:
+        classifier = backbone.model.get_submodule(name)
+        if not isinstance(classifier, nn.Linear):
+            told = f"the classifier {name!r} is a {type(classifier).__name__}, not a linear layer"
+            raise ConfigError(f"backbone.name: {told}; use method full")
+        backbone.model.set_submodule(name, LaneLinear(name, classifier))
+    return FoldedLaneModel(backbone)
