@@ -11,8 +11,7 @@ clipping norm.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from decimal import ROUND_CEILING, Context
 from functools import lru_cache
 from typing import Literal, TypeAlias
@@ -45,10 +44,7 @@ _LOG_TOLERANCE = 1e-4
 
 
 def gaussian_event(
-    noise_multiplier: float,
-    sampling_probability: float,
-    max_batch: int | None = None,
-    dataset_size: int | None = None,
+    noise_multiplier: float, sampling_probability: float, max_batch: int | None = None, dataset_size: int | None = None
 ) -> DpEvent:
     """A sum of clipped contributions with Gaussian noise. Each contribution is sampled independently.
 
@@ -81,12 +77,17 @@ def epsilon(releases: Releases, dp_delta: float, accountant: AccountantName) -> 
     """
     if not any(count for _, count in releases):
         return 0.0
-    with _quiet():
-        book = _open(releases, accountant)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # rdp warns about orders that it skips; the remaining orders still bound epsilon
+    try:
+        book = _open([event for event, _ in releases], accountant)
         for event, count in releases:
             if count:
                 book.compose(event, count)
         spent = float(book.get_epsilon(dp_delta))
+    finally:
+        logger.setLevel(level)
     if not math.isfinite(spent):
         raise ConfigError(f"privacy.dp_delta: {dp_delta:g} is too small for the accountant {accountant}; give more")
     return spent
@@ -144,13 +145,11 @@ def delta_noise_multiplier(noise_multiplier: float, count_noise: float) -> float
     return (noise_multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
 
 
-def _open(releases: Releases, accountant: AccountantName) -> PrivacyAccountant:
-    events = [event for event, _ in releases]
+def _open(events: list[DpEvent], accountant: AccountantName) -> PrivacyAccountant:
     if accountant == "pld":
         return PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, min(map(_interval, events)))
     replaces = any(isinstance(event, SampledWithoutReplacementDpEvent) for event in events)
-    relation = NeighboringRelation.REPLACE_ONE if replaces else NeighboringRelation.REPLACE_SPECIAL
-    return RdpAccountant(neighboring_relation=relation)
+    return RdpAccountant(None, NeighboringRelation.REPLACE_ONE if replaces else NeighboringRelation.REPLACE_SPECIAL)
 
 
 def _interval(event: DpEvent) -> float:
@@ -160,15 +159,3 @@ def _interval(event: DpEvent) -> float:
     # Two estimates of the deviation of a sampled Gaussian's loss: few samples with much noise; and the other cases.
     deviation = probability * math.sqrt(math.expm1(min(noise**-2, 700.0)))
     return _GRID * min(deviation, math.sqrt(probability) / noise)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences rdp's warnings about orders that it skips. The remaining orders still bound epsilon."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

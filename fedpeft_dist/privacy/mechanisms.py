@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from fedpeft_dist.lanes.parameters import ALIGNMENT
@@ -119,15 +120,11 @@ def _normal(keys: torch.Tensor, columns: slice, secure: bool) -> torch.Tensor:
 
 def secure_bits(shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
     """Random int64 numbers from the operating system, 64 bits each."""
-    data = bytearray(os.urandom(8 * math.prod(shape)))
-    if not data:
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-    return torch.frombuffer(data, dtype=torch.int64).view(shape).to(device)
+    data = np.frombuffer(os.urandom(8 * math.prod(shape)), dtype=np.int64)
+    return torch.tensor(data, device=device).view(shape)
 
 
 def _box_muller(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Standard normal numbers from two independent sets of random bits (Box and Muller 1958)."""
-    radius = torch.sqrt(
-        -2.0 * torch.log(1.0 - unit_interval(first))
-    )  # the argument is in (0, 1], so the logarithm is finite
-    return radius * torch.cos(2.0 * math.pi * unit_interval(second))
+    positive = 1.0 - unit_interval(first)  # in (0, 1], so the logarithm is finite
+    return torch.sqrt(-2.0 * torch.log(positive)) * torch.cos(2.0 * math.pi * unit_interval(second))

@@ -7,7 +7,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from fedpeft_dist.training.private_training import clipped_sums
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -24,6 +23,7 @@ from fedpeft_dist.privacy.mechanisms import (
     secure_bits,
     truncate,
 )
+from fedpeft_dist.training.gradients import clipped_sums
 
 CLIP_NORMS = [1.0, 0.1, 1e-6, 3.7e4]
 numbers = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-45, 3.4e38, -3.4e38, math.inf, math.nan])
