@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from dp_accounting import DpEvent
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
@@ -67,9 +68,15 @@ class PrivacyPlan(ABC):
         """A line for the user if dp_delta is so large that the guarantee means little."""
 
     def _figures(self, rounds: int, **figures: Any) -> dict[str, Any]:
-        privacy = self.privacy
-        shared = {"dp_delta": privacy.dp_delta, "accountant": self.accountant, "clip_norm": privacy.clip_norm}
-        return {"name": privacy.name, "epsilon": self.epsilon(rounds), **shared, **figures}
+        name, dp_delta, clip_norm = self.privacy.name, self.privacy.dp_delta, self.privacy.clip_norm
+        spent = {"name": name, "epsilon": self.epsilon(rounds), "dp_delta": dp_delta}
+        return {**spent, "accountant": self.accountant, "clip_norm": clip_norm, **figures}
+
+    def _warning(self, clients: str, released: str, largest: int) -> str:
+        return (
+            f"privacy.dp_delta: {self.privacy.dp_delta:g} is at least {clients}, so a mechanism that sometimes "
+            f"publishes {released}; give less than {1 / largest:.2g}"
+        )
 
     def _spent(self, releases: Releases) -> float:
         return accounting.epsilon(releases, self.privacy.dp_delta, self.accountant)
@@ -169,11 +176,8 @@ class SamplePlan(PrivacyPlan):
             return None
         named = ", ".join(f"{client} ({self.sizes[client]} samples)" for client in found[:_NAMED])
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        return (
-            f"privacy.dp_delta: {self.privacy.dp_delta:g} is at least 1 / n for {len(found)} of {len(self.sizes)} "
-            f"clients, so a mechanism that sometimes publishes a sample would pass: {named}{more}; give less than "
-            f"{1 / self.sizes[found].max():.2g}"
-        )
+        clients = f"1 / n for {len(found)} of {len(self.sizes)} clients"
+        return self._warning(clients, f"a sample would pass: {named}{more}", self.sizes[found].max())
 
     def _kinds(self, rounds: int, active: bool = False) -> list[_Kind]:
         """The kind of every client, or of those that have taken part, after so many rounds."""
@@ -235,18 +239,14 @@ class UserPlan(PrivacyPlan):
     def warning(self) -> str | None:
         if self.privacy.dp_delta * self.population < 1:
             return None
-        return (
-            f"privacy.dp_delta: {self.privacy.dp_delta:g} is at least 1 / N for {self.population} clients, so a "
-            "mechanism that sometimes publishes a client's delta would pass; give less than "
-            f"{1 / self.population:.2g}"
-        )
+        return self._warning(f"1 / N for {self.population} clients", "a client's delta would pass", self.population)
 
     def _releases(self, noise: float, rounds: int) -> Releases:
         """The releases of the first rounds. The events of later rounds have a count of 0."""
         counts = Counter(self.available[:rounds])
         return tuple((self._event(noise, clients), counts[clients]) for clients in sorted({*self.available} - {0}))
 
-    def _event(self, noise: float, available: int) -> accounting.DpEvent:
+    def _event(self, noise: float, available: int) -> DpEvent:
         if self.privacy.sampling == "without_replacement":
             return accounting.without_replacement_event(noise, available, min(self.cohort, available))
         return accounting.gaussian_event(noise, self._probability(available))

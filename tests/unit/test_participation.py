@@ -15,7 +15,6 @@ from scipy.stats import chi2
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.participation.conditions import Availability
 from fedpeft_dist.participation.course import LocalWork
 from fedpeft_dist.participation.plan import Participation
 from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, make_participation, write_trace
@@ -263,7 +262,6 @@ def test_diurnal_follows_the_time_of_day() -> None:
         assert_frequency(int(availability.of(clients, number).sum()), population, probability)
     around_the_world = {**one_zone, "spread": 1.0}
     spread = make_participation(population, 1, availability=around_the_world, seconds_per_round=21600.0).availability
-    assert isinstance(spread, Availability)
     assert spread.share == pytest.approx(0.4)
     on = np.stack([spread.of(clients, number) for number in range(8)])
     for row in on:

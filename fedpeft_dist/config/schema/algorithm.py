@@ -1,8 +1,4 @@
-"""How the global parameters are trained.
-
-`client`: local training. `algorithm`: what clients add to their gradients and send, and how the server combines that.
-`server`: how the global parameters follow the mean delta.
-"""
+"""Training: the sections `client` (local training), `algorithm` (how deltas are made and combined) and `server`."""
 
 import math
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -87,8 +83,8 @@ class AlgorithmSection(Section):
         """As `problems`, with the other sections of a run's config."""
         proximal = config.client.proximal
         return {
-            f"client.proximal: {proximal} is algorithm fedprox by another name, and does not go with algorithm "
-            f"{self.name}; give client.proximal: 0.0": bool(proximal) and self.name != "fedavg"
+            f"client.proximal: {proximal} is fedprox's algorithm.mu by another name, and goes with algorithm fedavg "
+            "alone; give client.proximal: 0.0": proximal > 0.0 and self.name != "fedavg"
         }
 
 
@@ -104,13 +100,6 @@ class FedProxConfig(AlgorithmSection):
     name: Literal["fedprox"]
     mu: NonNegative = 0.01
     """Weight of the proximal term: mu * (theta - global) is added to the gradient."""
-
-    def conflicts(self, config: "RunConfig") -> dict[str, bool]:
-        message = (
-            f"client.proximal: {config.client.proximal} is algorithm fedprox by another name; give algorithm.mu, and "
-            "client.proximal: 0.0"
-        )
-        return {message: bool(config.client.proximal)}
 
 
 class ScaffoldConfig(AlgorithmSection):
@@ -142,10 +131,7 @@ class RobustSection(AlgorithmSection):
 
 
 class TrimmedMeanConfig(RobustSection):
-    """For each parameter, the mean without the smallest and the largest deltas (Yin et al. 2018, arXiv 1803.01498).
-
-    Clients count alike.
-    """
+    """The mean without the smallest and largest deltas (Yin et al. 2018, arXiv 1803.01498); clients count alike."""
 
     name: Literal["trimmed_mean"]
     trim: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.2

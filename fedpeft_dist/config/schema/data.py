@@ -1,7 +1,4 @@
-"""The `data` section: which images, how they are prepared, and which client holds which of them.
-
-What other sections or rooms must know of a data set, its class says in a ClassVar.
-"""
+"""The `data` section: which images, how they are prepared, and which client holds which of them."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -84,7 +81,7 @@ PartitionConfig = Annotated[
 
 
 class DataSection(Section):
-    """The keys of every data set."""
+    """The keys of every data set. A ClassVar says what other sections or rooms must know of it."""
 
     root_is_identity: ClassVar[bool] = False
     """Whether the folder `root` alone says which data set is meant. Elsewhere root is only where the files lie."""
@@ -138,9 +135,8 @@ class Resisc45Config(DataSection):
     split_seed: Annotated[int, Field(ge=0)] = 0
     train_list: UserPath | None = None
     """A text file with the name of one training image a line, relative to the class folders. A file's name without its
-    folder will do if only one file has that name. Goes with `test_list`."""
+    folder will do if only one file has that name. Goes with `test_list`, which names the test images alike."""
     test_list: UserPath | None = None
-    """A text file with the name of one test image a line."""
 
 
 class PcamConfig(DataSection):

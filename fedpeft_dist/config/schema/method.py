@@ -15,10 +15,8 @@ class BackboneConfig(Section):
     """Start from timm's weights, which `fedpeft prefetch` downloads beforehand, or the package's for `glyph_vit`."""
     checkpoint: UserPath | None = None
     """A local file whose weights replace timm's: .safetensors, .pth, .pth.tar, .pt, .bin, .npz, or the .index.json of
-    several .safetensors or .bin files.
-
-    The weights may be wrapped as public pre-trainings wrap them. They must fill the whole model except its classifier,
-    and hold no more of an encoder than the model has."""
+    several .safetensors or .bin files. The weights may be wrapped as public pre-trainings wrap them. They must fill the
+    whole model except its classifier, and hold no more of an encoder than the model has."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments for `timm.create_model`, passed unchanged."""
     mean: Channels | None = None

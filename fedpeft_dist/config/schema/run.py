@@ -30,8 +30,7 @@ class OutputConfig(Section):
     root: UserPath = "runs"
     """Folder of all runs, relative to the folder that the command runs in."""
     name: RunName | None = None
-    """The run's directory below `root`, such as `lora4` or `ablation/lora4`; null derives it from the config's path and
-    content."""
+    """The run's folder below `root`, such as `lora4` or `ablation/lora4`; null: from the config and its path."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 1
     """Rounds between two checkpoints; 0 writes one at the end only."""
 
@@ -42,8 +41,6 @@ class OutputConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run."""
-
     seed: Annotated[int, Field(ge=0)] = 1
     backbone: BackboneConfig = BackboneConfig()
     method: MethodConfig = BiasConfig(name="bias")
@@ -58,8 +55,9 @@ class RunConfig(Section):
 
     def problems(self) -> dict[str, bool]:
         data, federation, partition = self.data, self.federation, self.data.partition.name
-        clients, is_pool = data.clients, partition == "pool"
-        lists = (getattr(data, "train_list", None), getattr(data, "test_list", None))
+        clients, is_pool, is_held_out = data.clients, partition == "pool", data.validation > 0.0
+        lists = [getattr(data, name, None) is None for name in ("train_list", "test_list")]
+        unmet = "needs data.validation above 0.0 (the share held out from every client)"
         return {
             f"data.clients: null goes with the natural partition only; give a number for {partition!r}": (
                 clients is None and partition != "natural"
@@ -71,28 +69,21 @@ class RunConfig(Section):
                 for key, (low, high) in (("crop_scale", data.crop_scale), ("crop_ratio", data.crop_ratio))
             },
             "data.train_list and data.test_list go together: give both, or neither for a random split": (
-                (lists[0] is None) != (lists[1] is None)
+                any(lists) and not all(lists)
             ),
             f"data.partition.name: 'pool' goes with synthetic data only, not {data.name!r}": (
                 is_pool and data.name != "synthetic"
             ),
             "data.validation: a pool's clients share their samples, so none can be held out; give 0.0": (
-                is_pool and data.validation > 0.0
+                is_pool and is_held_out
             ),
             **self._privacy_problems(),
             **self.algorithm.conflicts(self),
             "runtime.compile: true does not go with method 'full', which runs under vmap; give false": (
                 self.runtime.compile and self.method.name == "full"
             ),
-            **{
-                f"{key} needs data.validation above 0.0 (the share held out from every client)": (
-                    is_needed and data.validation == 0.0
-                )
-                for key, is_needed in (
-                    ("federation.evaluate_on: validation", federation.evaluate_on == "validation"),
-                    ("federation.evaluate_clients: true", federation.evaluate_clients),
-                )
-            },
+            f"federation.evaluate_on: validation {unmet}": not is_held_out and federation.evaluate_on == "validation",
+            f"federation.evaluate_clients: true {unmet}": not is_held_out and federation.evaluate_clients,
         }
 
     def _privacy_problems(self) -> dict[str, bool]:
