@@ -5,14 +5,13 @@ The round ends when the server has all the updates that it wants, or at the dead
 since the start of the round.
 """
 
-import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
-from fedpeft_dist.lanes.wire import Traffic
-from fedpeft_dist.participation.devices import Devices
-from fedpeft_dist.participation.dropout import STAYS
+from fedpeft_dist.config.schema import ParticipationConfig
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,8 @@ class LocalWork:
     """The local training of one client in one round."""
 
     num_samples: int
-    """Samples of a local epoch."""
+    """Samples of a local epoch. Its last batch may be short."""
     batch_size: int
-    """Samples of a batch. The last batch of a local epoch may be short."""
     num_steps: int
     """Local steps that the client takes if nothing stops it."""
 
@@ -33,22 +31,18 @@ class LocalWork:
 
     def samples(self, steps: int) -> int:
         """The number of samples that the first steps use. A sample counts once for each use."""
-        if not steps:
-            return 0
-        epochs, batches = divmod(steps, self.batches)
+        epochs, batches = divmod(steps, max(self.batches, 1))
         return epochs * self.num_samples + batches * self.batch_size
 
     def steps_within(self, seconds: float, samples_per_second: float) -> int:
         """The number of steps that end within a time; 0 if the time is negative."""
-        if seconds < 0:
-            return 0
+        seconds = max(seconds, 0.0)
         if self.samples(self.num_steps) / samples_per_second <= seconds:
             return self.num_steps
-        samples = seconds * samples_per_second
-        epochs = int(samples // self.num_samples)
-        batches = int((samples - epochs * self.num_samples) // self.batch_size)
+        epochs, rest = divmod(seconds * samples_per_second, self.num_samples)
+        batches = int(rest // self.batch_size)
         # The last, short batch of an epoch ends only when the epoch ends.
-        return min(epochs * self.batches + min(batches, self.batches - 1), self.num_steps)
+        return min(int(epochs) * self.batches + min(batches, self.batches - 1), self.num_steps)
 
 
 @dataclass(frozen=True)
@@ -80,8 +74,8 @@ class RoundPlan:
     def figures(self) -> dict[str, float]:
         """The round's numbers for the log, without its cohort."""
         counts = ("selected", "dropped", "late", "surplus", "partial", "wasted_samples")
-        figures = {name: getattr(self, name) for name in counts}
-        return figures if self.seconds is None else {**figures, "simulated_seconds": self.seconds}
+        times = {} if self.seconds is None else {"simulated_seconds": self.seconds}
+        return {name: getattr(self, name) for name in counts} | times
 
 
 class Course(NamedTuple):
@@ -104,65 +98,30 @@ class Course(NamedTuple):
         return self.work.samples(min(self.steps, done))
 
 
-@dataclass(frozen=True)
-class RoundRules:
-    """The rules that all rounds of a run share."""
+def plan_round(courses: Sequence[Course], wanted: int, config: ParticipationConfig) -> RoundPlan:
+    """The plan that follows from all courses of a round.
 
-    traffic: Traffic
-    """Bytes that a client receives, and bytes that it sends."""
-    deadline: float | None
-    """Time at which a round ends at the latest; None if the server waits for all clients."""
-    keeps_partial: bool
-    """Whether a client that cannot meet the deadline may report the local steps that fit."""
-    takes_time: bool
-    """Whether clients take simulated time."""
-
-    def course(self, client: int, work: LocalWork, speeds: Devices, *, lost_after: float) -> Course:
-        """The course of a client.
-
-        Args:
-            lost_after: share of its local steps after which the client is lost, or STAYS.
-        """
-        speed = speeds.samples_per_second
-        received = self.traffic.downlink / speeds.downlink_bytes_per_second
-        sending = self.traffic.uplink / speeds.uplink_bytes_per_second
-        deadline = math.inf if self.deadline is None else self.deadline
-        left = deadline - received - sending
-        steps = work.steps_within(left, speed)
-        if lost_after != STAYS:
-            steps, outcome = int(lost_after * work.num_steps), "lost"
-            ends = received + work.samples(steps) / speed
-        elif left >= 0 and (steps == work.num_steps or (steps and self.keeps_partial)):
-            outcome, ends = "reports", min(received + work.samples(steps) / speed + sending, deadline)
-        else:
-            steps, outcome, ends = work.num_steps, "late", deadline
-        return Course(client, work, speed, received=received, steps=steps, ends=ends, outcome=outcome)
-
-    def plan(self, courses: Sequence[Course], wanted: int) -> RoundPlan:
-        """The plan that follows from all courses of a round.
-
-        Args:
-            courses: one for each selected client, in the order drawn.
-            wanted: number of updates that complete the cohort.
-        """
-        # Sorting is stable: clients that report at the same time stay in the order drawn.
-        reports = sorted((course for course in courses if course.outcome == "reports"), key=lambda course: course.ends)
-        counted = reports[:wanted]
-        end = self._end(counted, courses, is_full=len(counted) == wanted)
-        ids = {course.client for course in counted}
-        return RoundPlan(
-            steps={course.client: course.steps for course in sorted(counted, key=lambda course: course.client)},
-            selected=len(courses),
-            dropped=sum(course.outcome == "lost" for course in courses),
-            late=sum(course.outcome == "late" for course in courses),
-            surplus=len(reports) - len(counted),
-            partial=sum(course.steps < course.work.num_steps for course in counted),
-            wasted_samples=sum(course.samples_until(end) for course in courses if course.client not in ids),
-            seconds=end if self.takes_time else None,
-        )
-
-    def _end(self, counted: Sequence[Course], courses: Sequence[Course], is_full: bool) -> float:
-        """When the round ends. Without a deadline the server waits until every client has reported or is lost."""
-        if is_full:
-            return max((course.ends for course in counted), default=0.0)
-        return max(course.ends for course in courses) if self.deadline is None else self.deadline
+    Args:
+        courses: one for each selected client, in the order drawn.
+        wanted: number of updates that complete the cohort.
+    """
+    # Sorting is stable: clients that report at the same time stay in the order drawn.
+    reports = sorted((course for course in courses if course.outcome == "reports"), key=attrgetter("ends"))
+    counted = reports[:wanted]
+    # Without a deadline the server waits until its cohort is complete, or every client has reported or is lost.
+    if len(counted) == wanted or config.deadline is None:
+        end = max((course.ends for course in (counted if len(counted) == wanted else courses)), default=0.0)
+    else:
+        end = config.deadline
+    steps = {course.client: course.steps for course in sorted(counted, key=attrgetter("client"))}
+    outcomes = Counter(course.outcome for course in courses)
+    return RoundPlan(
+        steps=steps,
+        selected=len(courses),
+        dropped=outcomes["lost"],
+        late=outcomes["late"],
+        surplus=len(reports) - len(counted),
+        partial=sum(course.steps < course.work.num_steps for course in counted),
+        wasted_samples=sum(course.samples_until(end) for course in courses if course.client not in steps),
+        seconds=None if config.devices.name == "none" else end,
+    )

@@ -17,12 +17,9 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import Partition
 from fedpeft_dist.lanes.wire import Traffic
-from fedpeft_dist.participation.availability import KEY as TRACE_KEY
-from fedpeft_dist.participation.availability import make_availability
-from fedpeft_dist.participation.course import LocalWork, RoundPlan, RoundRules
-from fedpeft_dist.participation.devices import make_devices
-from fedpeft_dist.participation.dropout import make_dropout
-from fedpeft_dist.participation.sampling import Draw, WeightedOrder, first, poisson_draw, uniform_order
+from fedpeft_dist.participation.conditions import STAYS, Devices, Dropout, make_availability, make_devices
+from fedpeft_dist.participation.course import Course, LocalWork, RoundPlan, plan_round
+from fedpeft_dist.participation.sampling import Draw, first, poisson_draw, uniform_order, weighted_order
 from fedpeft_dist.participation.traces import digest
 
 _CHUNK = 2**20
@@ -42,21 +39,15 @@ class Participation:
     def __init__(self, config: RunConfig, partition: Partition, traffic: Traffic):
         federation, self.client_config = config.federation, config.client
         self.config, self.cohort = federation.participation, federation.cohort
-        self.is_user_level, self.is_sample_level = config.privacy.name == "user", config.privacy.name == "sample"
+        self.privacy_name, self.traffic = config.privacy.name, traffic
         self.partition, self.holders = partition, partition.holders()
         """Every client's samples, and the clients that have some: int64 [H], or None if all have."""
         self.population = partition.num_clients if self.holders is None else len(self.holders)
         """H."""
         self.availability = make_availability(self.config, partition.num_clients, config.seed, self.holders)
-        self.dropout = make_dropout(self.config.dropout, partition.num_clients, config.seed)
+        self.dropout = Dropout(self.config.dropout, partition.num_clients, config.seed)
         self.devices = make_devices(self.config.devices, partition.num_clients, config.seed)
-        self.rules = RoundRules(
-            traffic,
-            self.config.deadline,
-            keeps_partial=self.config.late == "partial",
-            takes_time=self.config.devices.name != "none",
-        )
-        self._weighted = WeightedOrder(partition.sizes()) if self.config.name == "weighted" else None
+        self._size_ends = np.cumsum(partition.sizes()) if self.config.name == "weighted" else None
         sections = (self.config.availability, self.config.dropout, self.config.devices)
         self.sha256 = digest(section.path for section in sections if section.name == "trace")
         """SHA-256 of the traces' content; the empty text if there are none."""
@@ -81,42 +72,41 @@ class Participation:
         Raises:
             ConfigError: the config wants more clients than exist, or no client can meet the deadline.
         """
-        cohort, wanted = f"federation.cohort: {self.cohort}", self.num_selected
-        if self.cohort > self.population:
+        cohort, population, config = self.cohort, self.population, self.config
+        if cohort > population:
             raise ConfigError(
-                f"{cohort} is larger than the {self.population} clients that have samples, of "
-                f"{self.partition.num_clients}, and others are never selected; give at most {self.population}"
+                f"federation.cohort: {cohort} is larger than the {population} clients that have samples, of "
+                f"{self.partition.num_clients}, and others are never selected; give at most {population}"
             )
-        if wanted > self.population:
+        if self.num_selected > population:
             raise ConfigError(
-                f"federation.participation.over_selection: {self.config.over_selection} selects {wanted} clients of a "
-                f"population of {self.population}; give at most {self.population / self.cohort:.6g}"
+                f"federation.participation.over_selection: {config.over_selection} selects {self.num_selected} clients "
+                f"of a population of {population}; give at most {population / cohort:.6g}"
             )
-        if self.availability is not None and self.cohort > self.availability.most:
+        if self.availability is not None and cohort > (most := self.availability.most):
             raise ConfigError(
-                f"{cohort} is larger than the {self.availability.most} clients that are ever available at once, by "
-                f"{TRACE_KEY}: '{self.config.availability.path}'; give at most {self.availability.most}"
+                f"federation.cohort: {cohort} is larger than the {most} clients that are ever available at once, by "
+                f"federation.participation.availability.path: '{config.availability.path}'; give at most {most}"
             )
-        if self.config.deadline is not None:
-            self._check_deadline(self.config.deadline)
-
-    def _check_deadline(self, deadline: float) -> None:
-        devices, traffic, partial = self.devices, self.rules.traffic, self.rules.keeps_partial
+        if config.deadline is None:
+            return
         sizes, places = np.unique(self.partition.sizes(), return_inverse=True)  # many clients share few sizes
-        works = [self._work(int(size)) for size in sizes]
-        samples = np.array([work.samples(min(work.num_steps, 1 if partial else work.num_steps)) for work in works])
-        seconds = (
-            traffic.downlink / devices.downlink_bytes_per_second + traffic.uplink / devices.uplink_bytes_per_second
-        )
-        seconds += samples[places] / devices.samples_per_second
+        works, partial = [self._work(int(size)) for size in sizes], config.late == "partial"
+        samples = np.array([work.samples(min(work.num_steps, 1) if partial else work.num_steps) for work in works])
+        seconds = sum(self._transfer_seconds(self.devices)) + samples[places] / self.devices.samples_per_second
         seconds[sizes[places] == 0] = math.inf  # a client without samples is never selected
-        if seconds.min() > deadline:
-            what = "a single local step" if partial else "all its local steps"
-            sent = "as many" if traffic.uplink == traffic.downlink else f"{traffic.uplink:,}"
+        if seconds.min() > config.deadline:
+            what, (uplink, downlink) = "a single local step" if partial else "all its local steps", self.traffic
             raise ConfigError(
-                f"federation.participation.deadline: {deadline:g} seconds are met by no client: the fastest needs "
-                f"{seconds.min():.4g} to receive {traffic.downlink:,} bytes, take {what} and send {sent}; give more"
+                f"federation.participation.deadline: {config.deadline:g} seconds are met by no client: the fastest "
+                f"needs {seconds.min():.4g} to receive {downlink:,} bytes, take {what} and send "
+                f"{'as many' if uplink == downlink else f'{uplink:,}'}; give more"
             )
+
+    def _transfer_seconds(self, speeds: Devices) -> tuple[np.ndarray | float, np.ndarray | float]:
+        """The time to receive the parameters, and the time to send an update."""
+        uplink, downlink = self.traffic
+        return downlink / speeds.downlink_bytes_per_second, uplink / speeds.uplink_bytes_per_second
 
     def describe(self) -> str | None:
         """A line on how many clients a round can choose from; None if it can choose from all."""
@@ -151,7 +141,7 @@ class Participation:
         Under user-level privacy `cohort` clients are expected in every round, because the noise is scaled for them.
         Otherwise fewer are expected if fewer are available.
         """
-        clients = self.available(round_number) if self.is_user_level else self.population
+        clients = self.available(round_number) if self.privacy_name == "user" else self.population
         return min(1.0, self.cohort / clients) if clients else 0.0
 
     def select(self, round_number: int) -> np.ndarray:
@@ -161,8 +151,9 @@ class Participation:
             return clients if self.availability is None else clients[self.availability.of(clients, round_number)]
 
         wanted = min(self.num_selected, self.population)
-        if self._weighted is not None:
-            return first(self._weighted(wanted, Draw(self._cohort_seed, round_number, available)), wanted)
+        if self.config.name == "weighted":
+            draw = Draw(self._cohort_seed, round_number, available)
+            return first(weighted_order(self._size_ends, wanted, draw), wanted)
         draw = Draw(self._cohort_seed, round_number, lambda places: available(self._at(places)))
         if self.config.name == "poisson":
             return poisson_draw(self.population, self.sampling_probability(round_number), draw)
@@ -172,16 +163,29 @@ class Participation:
         """The plan of a round, counted from 0: a function of the config, the seed and the round alone."""
         selected = self.select(round_number)
         lost_after = self.dropout.progress(selected, round_number).tolist()
-        courses = [
-            self.rules.course(client, self._work(self.partition.size(client)), speeds, lost_after=share)
-            for client, speeds, share in zip(selected.tolist(), self.devices.of(selected), lost_after)
-        ]
+        courses = list(map(self._course, selected.tolist(), self.devices.of(selected), lost_after))
         wanted = len(courses) if self.config.name == "poisson" else min(self.cohort, len(courses))
-        return self.rules.plan(courses, wanted)
+        return plan_round(courses, wanted, self.config)
+
+    def _course(self, client: int, speeds: Devices, lost_after: float) -> Course:
+        """The course of a client that is lost after a share of its local steps, or STAYS."""
+        work, speed = self._work(self.partition.size(client)), speeds.samples_per_second
+        received, sending = self._transfer_seconds(speeds)
+        deadline = math.inf if self.config.deadline is None else self.config.deadline
+        left = deadline - received - sending
+        steps = work.steps_within(left, speed)
+        if lost_after != STAYS:
+            steps, outcome = int(lost_after * work.num_steps), "lost"
+            ends = received + work.samples(steps) / speed
+        elif left >= 0 and (steps == work.num_steps or (steps and self.config.late == "partial")):
+            outcome, ends = "reports", min(received + work.samples(steps) / speed + sending, deadline)
+        else:
+            steps, outcome, ends = work.num_steps, "late", deadline
+        return Course(client, work, speed, received=received, steps=steps, ends=ends, outcome=outcome)
 
     def _local_work(self, num_samples: int) -> LocalWork:
         batch_size, num_steps = self.client_config.batch_size, self.client_config.num_steps(num_samples)
-        if self.is_sample_level and num_samples:  # every step draws its batch, and all batches have one expected size
+        if self.privacy_name == "sample" and num_samples:  # every step draws a batch of one expected size
             batch_size = min(batch_size, num_samples)
             num_samples = batch_size * -(-num_samples // batch_size)
         return LocalWork(num_samples, batch_size, num_steps)

@@ -8,7 +8,7 @@ Shapes: N clients, M cohort.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,13 +41,12 @@ def uniform_order(population: int, chunk: int, draw: Draw) -> Iterator[np.ndarra
     """
     generator = random.Random(draw.key("cohort"))
     drawn = generator.sample(range(population), chunk)
-    yield draw.available(np.array(drawn, dtype=np.int64))
     seen = set(drawn)
+    yield draw.available(np.array(drawn, dtype=np.int64))
     while _FEW * len(seen) < population:
         drawn, chunk = [], len(seen)
         while len(drawn) < chunk:
-            client = generator.randrange(population)
-            if client not in seen:
+            if (client := generator.randrange(population)) not in seen:
                 seen.add(client)
                 drawn.append(client)
         yield draw.available(np.array(drawn, dtype=np.int64))
@@ -55,32 +54,29 @@ def uniform_order(population: int, chunk: int, draw: Draw) -> Iterator[np.ndarra
     yield order.permutation(draw.available(_without(np.arange(population), seen)))
 
 
-class WeightedOrder:
+def weighted_order(ends: np.ndarray, chunk: int, draw: Draw) -> Iterator[np.ndarray]:
     """Clients drawn one after another without replacement, in proportion to the sizes of the clients that are left.
 
     Args:
-        sizes: samples of each client, int64 [N]. A client of size 0 is never drawn.
+        ends: sum of the samples of each client and of all clients before it, int64 [N]. A client of size 0 is never
+            drawn.
+        chunk: size of the first chunk of candidates.
     """
-
-    def __init__(self, sizes: np.ndarray):
-        self.sizes = sizes
-        self.ends = np.cumsum(sizes)
-
-    def __call__(self, chunk: int, draw: Draw) -> Iterator[np.ndarray]:
-        generator = np.random.default_rng(draw.key("weighted cohort"))
-        seen: set[int] = set()
-        is_fruitful = True
-        # If half of a chunk has been drawn before, the clients seen hold most of the samples. Then the loop ends.
-        while _FEW * len(seen) < len(self.sizes) and is_fruitful:
-            # Draw with replacement and skip repeated clients: this draws from the rest in proportion to size.
-            places = np.searchsorted(self.ends, generator.integers(self.ends[-1], size=chunk), side="right")
-            found = [client for client in dict.fromkeys(places.tolist()) if client not in seen]
-            seen.update(found)
-            yield draw.available(np.array(found, dtype=np.int64))
-            is_fruitful, chunk = 2 * len(found) >= chunk, len(seen)
-        rest = draw.available(_without(np.flatnonzero(self.sizes), seen))
-        # Sorting by exponential times, each with the client's size as its rate, gives the same distribution at once.
-        yield rest[np.argsort(generator.standard_exponential(len(rest)) / self.sizes[rest])]
+    generator = np.random.default_rng(draw.key("weighted cohort"))
+    seen: set[int] = set()
+    is_fruitful = True
+    # If half of a chunk has been drawn before, the clients seen hold most of the samples. Then the loop ends.
+    while _FEW * len(seen) < len(ends) and is_fruitful:
+        # Draw with replacement and skip repeated clients: this draws from the rest in proportion to size.
+        places = np.searchsorted(ends, generator.integers(ends[-1], size=chunk), side="right")
+        found = [client for client in dict.fromkeys(places.tolist()) if client not in seen]
+        seen.update(found)
+        yield draw.available(np.array(found, dtype=np.int64))
+        is_fruitful, chunk = 2 * len(found) >= chunk, len(seen)
+    sizes = np.diff(ends, prepend=0)
+    rest = draw.available(_without(np.flatnonzero(sizes), seen))
+    # Sorting by exponential times, each with the client's size as its rate, gives the same distribution at once.
+    yield rest[np.argsort(generator.standard_exponential(len(rest)) / sizes[rest])]
 
 
 def poisson_draw(population: int, probability: float, draw: Draw) -> np.ndarray:
@@ -90,18 +86,14 @@ def poisson_draw(population: int, probability: float, draw: Draw) -> np.ndarray:
     return draw.available(np.array(random.Random(key).sample(range(population), count), dtype=np.int64))
 
 
-def first(chunks: Iterable[np.ndarray], wanted: int) -> np.ndarray:
+def first(chunks: Iterator[np.ndarray], wanted: int) -> np.ndarray:
     """The first `wanted` clients of some chunks, or all if there are fewer: int64."""
-    found: list[np.ndarray] = []
-    for chunk in chunks:
+    found = [next(chunks)]
+    while sum(map(len, found)) < wanted and (chunk := next(chunks, None)) is not None:
         found.append(chunk)
-        if sum(map(len, found)) >= wanted:
-            break
     return np.concatenate(found)[:wanted]
 
 
 def _without(clients: np.ndarray, seen: set[int]) -> np.ndarray:
     """The clients, ascending, that are not in `seen`."""
-    left = np.ones(len(clients), dtype=bool)
-    left[np.searchsorted(clients, np.fromiter(seen, dtype=np.int64, count=len(seen)))] = False
-    return clients[left]
+    return np.delete(clients, np.searchsorted(clients, np.fromiter(seen, dtype=np.int64, count=len(seen))))

@@ -3,26 +3,24 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fedpeft_dist.config.errors import ConfigError
 
-_KINDS = {"i8": "whole number", "f8": "number"}
+_KINDS = {"i8": (int, "whole number"), "f8": (float, "number")}
 
 
-@dataclass(frozen=True)
 class TraceFile:
-    """A CSV file, and the config key that names it."""
+    """A CSV file that a section of `federation.participation` names."""
 
-    key: str
-    path: str
+    def __init__(self, section: str, path: str):
+        self.path, self.name = path, f"federation.participation.{section}.path: '{path}'"
 
     def error(self, problem: str) -> ConfigError:
         """An error that names the key and the file before the problem."""
-        return ConfigError(f"{self.key}: '{self.path}' {problem}")
+        return ConfigError(f"{self.name} {problem}")
 
     def read(self, columns: Mapping[str, str], population: int, *, every_client: bool = False) -> np.ndarray:
         """The rows of the file, whose first line names exactly these columns in this order.
@@ -39,8 +37,7 @@ class TraceFile:
             ConfigError: the file cannot be read, or it has other columns, no rows, a value of another type, an unknown
                 client, or no row for a client that needs one.
         """
-        rows = self._parse(columns)
-        clients = rows["client"]
+        clients = (rows := self._parse(columns))["client"]
         unknown = clients[(clients < 0) | (clients >= population)]
         if len(unknown):
             raise self.error(f"names client {unknown[0]}, which does not exist; clients are 0 to {population - 1}")
@@ -51,41 +48,35 @@ class TraceFile:
         return rows
 
     def _parse(self, columns: Mapping[str, str]) -> np.ndarray:
-        names = ",".join(columns)
+        names, rows = ",".join(columns), ()
         try:
-            with open(self.path, encoding="utf-8-sig") as file:
+            with open(self.path, encoding="utf-8-sig") as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # numpy warns if there are no rows
                 header = ",".join(name.strip() for name in file.readline().split(","))
-                if header != names:
-                    raise self.error(f"begins with {header[:120]!r}; its first line should be {names}")
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)  # numpy warns if there are no rows
+                if header == names:
                     rows = np.loadtxt(file, dtype=list(columns.items()), delimiter=",", comments=None, ndmin=1)
-        except ConfigError:  # ConfigError is a ValueError
-            raise
-        except OSError as error:
-            raise self.error(f"cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
-            raise self.error(f"cannot be read as text ({error})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise self.error(f"cannot be read ({getattr(error, 'strerror', error)})") from None
         except (ValueError, OverflowError):
             raise self.error(f"cannot be read: {self._wrong_line(columns)}; give {names}") from None
+        if header != names:
+            raise self.error(f"begins with {header[:120]!r}; its first line should be {names}")
         if not len(rows):
             raise self.error(f"has no rows; give some below the line {names}")
         return rows
 
     def _wrong_line(self, columns: Mapping[str, str]) -> str:
         """The first line that cannot be read. The line numbers in numpy's own errors are inconsistent."""
-        with open(self.path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                values = line.split(",")
-                if number == 1 or not line.strip():
-                    continue
-                if len(values) != len(columns):
-                    return f"line {number} has {len(values)} columns"
-                for value, (name, kind) in zip(values, columns.items()):
-                    try:
-                        {"i8": int, "f8": float}.get(kind, str)(value)
-                    except ValueError:
-                        return f"line {number} has {value.strip()[:40]!r} for {name}, no {_KINDS[kind]}"
+        for number, line in enumerate(Path(self.path).read_text("utf-8-sig").split("\n")[1:], 2):
+            values = line.split(",")
+            if line.strip() and len(values) != len(columns):
+                return f"line {number} has {len(values)} columns"
+            for value, (name, kind) in zip(values if line.strip() else (), columns.items()):
+                convert, what = _KINDS.get(kind, (str, "text"))
+                try:
+                    convert(value)
+                except ValueError:
+                    return f"line {number} has {value.strip()[:40]!r} for {name}, no {what}"
         return "a number is out of range"
 
 

@@ -11,28 +11,19 @@ clipping norm.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from decimal import ROUND_CEILING, Context
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
-from dp_accounting import (
-    DpEvent,
-    GaussianDpEvent,
-    NeighboringRelation,
-    PoissonSampledDpEvent,
-    PrivacyAccountant,
-    SampledWithoutReplacementDpEvent,
-    TruncatedSubsampledGaussianDpEvent,
-)
+import dp_accounting as dp
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from fedpeft_dist.config.errors import ConfigError
 
-Releases: TypeAlias = tuple[tuple[DpEvent, int], ...]
+Releases: TypeAlias = tuple[tuple[dp.DpEvent, int], ...]
 """Events, and how often each is released. An event that will be released later has a count of 0: it costs nothing, but
 pld's grid is fine enough for it. So epsilon never falls during a run."""
 AccountantName: TypeAlias = Literal["pld", "rdp"]
@@ -45,11 +36,8 @@ _LOG_TOLERANCE = 1e-4
 
 
 def gaussian_event(
-    noise_multiplier: float,
-    sampling_probability: float,
-    max_batch: int | None = None,
-    dataset_size: int | None = None,
-) -> DpEvent:
+    noise_multiplier: float, sampling_probability: float, max_batch: int | None = None, dataset_size: int | None = None
+) -> dp.DpEvent:
     """A sum of clipped contributions with Gaussian noise. Each contribution is sampled independently.
 
     Args:
@@ -58,14 +46,14 @@ def gaussian_event(
         dataset_size: number of contributions to sample from; needed with max_batch.
     """
     if max_batch is not None:
-        return TruncatedSubsampledGaussianDpEvent(dataset_size, sampling_probability, max_batch, noise_multiplier)
-    event = GaussianDpEvent(noise_multiplier)
-    return event if sampling_probability == 1.0 else PoissonSampledDpEvent(sampling_probability, event)
+        return dp.TruncatedSubsampledGaussianDpEvent(dataset_size, sampling_probability, max_batch, noise_multiplier)
+    event = dp.GaussianDpEvent(noise_multiplier)
+    return event if sampling_probability == 1.0 else dp.PoissonSampledDpEvent(sampling_probability, event)
 
 
-def without_replacement_event(noise_multiplier: float, population: int, cohort: int) -> DpEvent:
+def without_replacement_event(noise_multiplier: float, population: int, cohort: int) -> dp.DpEvent:
     """A sum over a cohort of fixed size. Replacing a client moves the sum by at most twice the clipping norm."""
-    return SampledWithoutReplacementDpEvent(population, cohort, GaussianDpEvent(noise_multiplier / 2))
+    return dp.SampledWithoutReplacementDpEvent(population, cohort, dp.GaussianDpEvent(noise_multiplier / 2))
 
 
 @lru_cache(maxsize=2**14)
@@ -81,12 +69,17 @@ def epsilon(releases: Releases, dp_delta: float, accountant: AccountantName) -> 
     """
     if not any(count for _, count in releases):
         return 0.0
-    with _quiet():
-        book = _open(releases, accountant)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # rdp warns about orders that it skips; the remaining orders still bound epsilon
+    try:
+        book = _open([event for event, _ in releases], accountant)
         for event, count in releases:
             if count:
                 book.compose(event, count)
         spent = float(book.get_epsilon(dp_delta))
+    finally:
+        logger.setLevel(level)
     if not math.isfinite(spent):
         raise ConfigError(f"privacy.dp_delta: {dp_delta:g} is too small for the accountant {accountant}; give more")
     return spent
@@ -144,31 +137,17 @@ def delta_noise_multiplier(noise_multiplier: float, count_noise: float) -> float
     return (noise_multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
 
 
-def _open(releases: Releases, accountant: AccountantName) -> PrivacyAccountant:
-    events = [event for event, _ in releases]
+def _open(events: list[dp.DpEvent], accountant: AccountantName) -> dp.PrivacyAccountant:
     if accountant == "pld":
-        return PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, min(map(_interval, events)))
-    replaces = any(isinstance(event, SampledWithoutReplacementDpEvent) for event in events)
-    relation = NeighboringRelation.REPLACE_ONE if replaces else NeighboringRelation.REPLACE_SPECIAL
-    return RdpAccountant(neighboring_relation=relation)
+        return PLDAccountant(dp.NeighboringRelation.REPLACE_SPECIAL, min(map(_interval, events)))
+    replaces = any(isinstance(event, dp.SampledWithoutReplacementDpEvent) for event in events)
+    return RdpAccountant(None, dp.NeighboringRelation["REPLACE_ONE" if replaces else "REPLACE_SPECIAL"])
 
 
-def _interval(event: DpEvent) -> float:
+def _interval(event: dp.DpEvent) -> float:
     """The grid's spacing for an event. The grid's error should be a small part of the variance of the privacy loss."""
     probability = getattr(event, "sampling_probability", 1.0)
-    noise = (event.event if isinstance(event, PoissonSampledDpEvent) else event).noise_multiplier
+    noise = (event.event if isinstance(event, dp.PoissonSampledDpEvent) else event).noise_multiplier
     # Two estimates of the deviation of a sampled Gaussian's loss: few samples with much noise; and the other cases.
     deviation = probability * math.sqrt(math.expm1(min(noise**-2, 700.0)))
     return _GRID * min(deviation, math.sqrt(probability) / noise)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences rdp's warnings about orders that it skips. The remaining orders still bound epsilon."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

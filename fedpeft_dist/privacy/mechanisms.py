@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from fedpeft_dist.lanes.parameters import ALIGNMENT
@@ -109,25 +110,18 @@ def keyed_normal(keys: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _normal(keys: torch.Tensor, columns: slice, secure: bool) -> torch.Tensor:
-    """Standard normal numbers for some columns, from the keys or the operating system: float64 [R, columns]."""
+    """Standard normal numbers for some columns, by Box and Muller (1958), from the keys or the operating system."""
     if secure:
         shape = (len(keys), columns.stop - columns.start)
-        return _box_muller(secure_bits(shape, keys.device), secure_bits(shape, keys.device))
-    places = fold_in(keys.unsqueeze(1), torch.arange(columns.start, columns.stop, device=keys.device))
-    return _box_muller(random_bits(fold_in(places, 0)), random_bits(fold_in(places, 1)))
+        first, second = (secure_bits(shape, keys.device) for _ in range(2))
+    else:
+        places = fold_in(keys.unsqueeze(1), torch.arange(columns.start, columns.stop, device=keys.device))
+        first, second = (random_bits(fold_in(places, number)) for number in range(2))
+    positive = 1.0 - unit_interval(first)  # in (0, 1], so the logarithm is finite
+    return torch.sqrt(-2.0 * torch.log(positive)) * torch.cos(2.0 * math.pi * unit_interval(second))
 
 
 def secure_bits(shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
     """Random int64 numbers from the operating system, 64 bits each."""
-    data = bytearray(os.urandom(8 * math.prod(shape)))
-    if not data:
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-    return torch.frombuffer(data, dtype=torch.int64).view(shape).to(device)
-
-
-def _box_muller(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Standard normal numbers from two independent sets of random bits (Box and Muller 1958)."""
-    radius = torch.sqrt(
-        -2.0 * torch.log(1.0 - unit_interval(first))
-    )  # the argument is in (0, 1], so the logarithm is finite
-    return radius * torch.cos(2.0 * math.pi * unit_interval(second))
+    data = np.frombuffer(os.urandom(8 * math.prod(shape)), dtype=np.int64)
+    return torch.tensor(data, device=device).view(shape)

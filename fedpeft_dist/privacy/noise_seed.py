@@ -1,16 +1,15 @@
-"""What the noise of a private run follows from, and where cohorts are secret, too, these.
+"""The seed of a private run's noise and, where cohorts are secret, of these.
 
-Two releases must never have the same noise, or their difference would have none. So the noise does not follow from the
-config's seed alone, but from that and all else that makes a run's releases what they are: its config, noise
-multipliers, traces and backbone, every image of its training split, and what it is computed with. A run keeps its noise
-seed in its checkpoints, which are as secret as the config's seed.
+Two releases must never have the same noise, or their difference would have none. So the noise follows from the config's
+seed and from all that makes a run's releases: its config, noise multipliers, traces and backbone, every image of its
+training split, and the machinery that computes them. A run keeps its noise seed in its checkpoints, which are as secret
+as the config's seed.
 """
 
 import hashlib
 import json
 import secrets
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -26,23 +25,26 @@ from fedpeft_dist.runtime.versions import library_versions
 def derive_noise_seed(
     config: RunConfig, digests: Iterable[str], train: ImageSet, noise_multipliers: torch.Tensor, runtime: Runtime
 ) -> int:
-    """The same for runs that release the same, be it for fewer or more rounds; every rank must call it.
+    """The same seed for runs that release the same, be it for fewer or more rounds; every rank must call it.
 
     Args:
-        config: with what `auto` stood for.
+        config: with the values that `auto` stood for.
         digests: of the data set, the backbone and the traces.
-        train: what clients train on; read as a whole, by rank 0.
+        train: the clients' training images. Rank 0 reads all of them.
         noise_multipliers: float64, on the CPU.
     """
     if not runtime.is_main:
         return _from_main(0, runtime)
     keys = result_keys(config) | {"runtime.compile": config.runtime.compile}
     keys.pop("privacy.stop_at_epsilon")
-    if config.client.schedule.name != "cosine":  # whose rates depend on how many rounds there will be
+    if config.client.schedule.name != "cosine":  # a cosine's rates depend on the number of rounds
         keys.pop("federation.rounds")
-    # The target says nothing that the multipliers do not; where these are given, clients of later rounds join them.
+    # The multipliers say all that the target says. If the config gives them, clients of later rounds join them.
     is_calibrated = keys.pop("privacy.epsilon") is not None
-    content = hashlib.sha256(json.dumps([keys, *digests, *_rounding(runtime)], sort_keys=True).encode())
+    rounding = [library_versions()]  # runs that round gradients differently release different things
+    if runtime.device.type == "cuda":
+        rounding += [torch.cuda.get_device_name(runtime.device), runtime.world_size]
+    content = hashlib.sha256(json.dumps([keys, *digests, *rounding], sort_keys=True).encode())
     content.update(train.digest())
     if is_calibrated:
         content.update(noise_multipliers.numpy())
@@ -50,17 +52,10 @@ def derive_noise_seed(
 
 
 def draw_noise_seed(runtime: Runtime) -> int:
-    """One from the operating system, the same on all ranks; every rank must call it."""
+    """A seed from the operating system, the same on all ranks; every rank must call it."""
     return _from_main(secrets.randbits(62) if runtime.is_main else 0, runtime)
 
 
-def _rounding(runtime: Runtime) -> list[Any]:
-    """What gradients are rounded by: two runs that differ only in this release different things."""
-    if runtime.device.type != "cuda":
-        return [library_versions()]
-    return [library_versions(), torch.cuda.get_device_name(runtime.device), runtime.world_size]
-
-
 def _from_main(value: int, runtime: Runtime) -> int:
-    """Rank 0's; the others give 0."""
+    """The value of rank 0; the others give 0."""
     return int(sum_over_ranks(torch.tensor([value], device=runtime.device), runtime))

@@ -48,13 +48,8 @@ def summarize(privacy: PrivacyConfig, figures: dict[str, Any] | None) -> dict[st
     if privacy.name == "none":
         return None
     if isinstance(privacy, PaperNoise):
-        figures = {
-            "name": privacy.name,
-            "epsilon": None,
-            "dp_delta": None,
-            "noise_std": privacy.standard_deviation,
-            "clip_norm": None,
-        }
+        figures = {"name": privacy.name, **dict.fromkeys(("epsilon", "dp_delta", "noise_std", "clip_norm"))}
+        figures["noise_std"] = privacy.standard_deviation
     return {**figures, "guarantee": guarantee(privacy), "outside": list(outside(privacy))}
 
 
@@ -72,18 +67,17 @@ def describe(privacy: PrivacyConfig, figures: dict[str, Any] | None, warning: st
             f"privacy: paper_noise adds noise of standard deviation {privacy.standard_deviation:.4g} to every gradient "
             "and clips nothing: it carries no guarantee"
         ]
-    lines = [
+    if privacy.secure_noise:
+        secrecy = (
+            "secure_noise draws from the operating system, so this run cannot be repeated; never publish the results "
+            "of an interrupted round"
+        )
+    else:
+        secrecy = "noise and draws follow from the seed: keep it secret, or give secure_noise: true"
+    return [
         f"privacy: epsilon {figures['epsilon']:.4g} at delta {figures['dp_delta']:g} at the end of the run, by "
         f"{figures['accountant']}; protects {guarantee(privacy)}",
         f"privacy: {', '.join(outside(privacy))} are outside the guarantee",
+        *([] if warning is None else [f"warning: {warning}"]),
+        f"privacy: {secrecy}",
     ]
-    if warning is not None:
-        lines.append(f"warning: {warning}")
-    if privacy.secure_noise:
-        lines.append(
-            "privacy: secure_noise draws from the operating system, so this run cannot be repeated; never publish the "
-            "results of an interrupted round"
-        )
-    else:
-        lines.append("privacy: noise and draws follow from the seed: keep it secret, or give secure_noise: true")
-    return lines

@@ -65,8 +65,7 @@ class NoisyMean:
 
     def next_clip_norm(self, extra: int) -> float:
         """C moved towards the quantile of the deltas' norms (Andrew et al. 2021, arXiv 1905.03871, algorithm 1)."""
-        adaptive = self.privacy.adaptive
-        if adaptive is None:
+        if (adaptive := self.privacy.adaptive) is None:
             return self.clip_norm
         share = float(extra) * 2.0**-_COUNT_BITS / 2 / self.expected_cohort + 0.5
         exponent = -adaptive.lr * (share - adaptive.quantile)

@@ -15,9 +15,7 @@ from scipy.stats import chi2
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.participation.availability import Diurnal
 from fedpeft_dist.participation.course import LocalWork
-from fedpeft_dist.participation.dropout import make_dropout
 from fedpeft_dist.participation.plan import Participation
 from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, make_participation, write_trace
 
@@ -264,7 +262,6 @@ def test_diurnal_follows_the_time_of_day() -> None:
         assert_frequency(int(availability.of(clients, number).sum()), population, probability)
     around_the_world = {**one_zone, "spread": 1.0}
     spread = make_participation(population, 1, availability=around_the_world, seconds_per_round=21600.0).availability
-    assert isinstance(spread, Diurnal)
     assert spread.share == pytest.approx(0.4)
     on = np.stack([spread.of(clients, number) for number in range(8)])
     for row in on:
@@ -312,8 +309,7 @@ def test_a_dropout_trace_decides_who_is_lost_and_when(tmp_path: Path) -> None:
 
 
 def test_nobody_is_lost_without_dropout() -> None:
-    config = make_participation(4, 4).config.dropout
-    assert np.isinf(make_dropout(config, 4, 1).progress(np.arange(4), 0)).all()
+    assert np.isinf(make_participation(4, 4).dropout.progress(np.arange(4), 0)).all()
 
 
 # --- local work --------------------------------------------------------------------------------------------------

@@ -1,10 +1,36 @@
-"""The `method` section: which parameters are trained."""
+"""The `backbone` section: the timm model and its weights. The `method` section: which parameters are trained."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedpeft_dist.config.schema.types import Count, Fraction, Positive, Section
+from fedpeft_dist.config.paths import UserPath
+from fedpeft_dist.config.schema.types import Channels, Count, Fraction, Positive, Section
+
+
+class BackboneConfig(Section):
+    name: str = "vit_base_patch16_224.augreg_in21k"
+    """A timm model's name, with its pre-training tag, or `glyph_vit`, the small model that the package carries."""
+    pretrained: bool = True
+    """Start from timm's weights, which `fedpeft prefetch` downloads beforehand, or the package's for `glyph_vit`."""
+    checkpoint: UserPath | None = None
+    """A local file whose weights replace timm's: .safetensors, .pth, .pth.tar, .pt, .bin, .npz, or the .index.json of
+    several .safetensors or .bin files. The weights may be wrapped as public pre-trainings wrap them. They must fill the
+    whole model except its classifier, and hold no more of an encoder than the model has."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments for `timm.create_model`, passed unchanged."""
+    mean: Channels | None = None
+    """Mean of each channel, for images scaled to 0 .. 1; null: timm's for `name`. A checkpoint may need another."""
+    std: Channels | None = None
+    """Standard deviation of each channel. Goes with `mean`."""
+
+    def problems(self) -> dict[str, bool]:
+        mean, std = self.mean and list(self.mean), self.std and list(self.std)
+        return {
+            f"mean: {mean} without std; give both, or neither": bool(mean and not std),
+            f"std: {std} without mean; give both, or neither": bool(std and not mean),
+            f"std: {std} holds 0; give values above 0 and up to 1": 0.0 in (std or ()),
+        }
 
 
 class FullConfig(Section):

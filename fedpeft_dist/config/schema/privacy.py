@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fedpeft_dist.config.schema.types import Count, Positive, Section
 
@@ -34,21 +34,15 @@ class AccountedPrivacy(Section):
     """Draw noise, batches and, under user-level privacy, cohorts from the operating system's randomness. Such a run
     cannot be repeated. Otherwise all draws follow from the seed, which must then be kept secret."""
 
-    @model_validator(mode="after")
-    def _one_of_epsilon_and_noise(self) -> "AccountedPrivacy":
-        if self.epsilon is not None and self.noise_multiplier is not None:
-            raise ValueError(
-                f"epsilon: {self.epsilon} and noise_multiplier: {self.noise_multiplier} are both given, and each "
-                "follows from the other; give one of them"
-            )
-        if self.epsilon is None and self.noise_multiplier is None:
-            raise ValueError("neither epsilon nor noise_multiplier is given; give one, such as epsilon: 5.0")
-        if self.stop_at_epsilon is not None and self.epsilon is not None:
-            raise ValueError(
-                f"stop_at_epsilon: {self.stop_at_epsilon} goes with noise_multiplier; with epsilon: {self.epsilon} the "
-                "noise is such that the budget lasts for all rounds"
-            )
-        return self
+    def problems(self) -> dict[str, bool]:
+        epsilon, noise, limit = self.epsilon, self.noise_multiplier, self.stop_at_epsilon
+        return {
+            f"epsilon: {epsilon} and noise_multiplier: {noise} are both given, and each follows from the other; give "
+            "one of them": None not in (epsilon, noise),
+            "neither epsilon nor noise_multiplier is given; give one, such as epsilon: 5.0": not (epsilon or noise),
+            f"stop_at_epsilon: {limit} goes with noise_multiplier; with epsilon: {epsilon} the noise is such that the "
+            "budget lasts for all rounds": None not in (limit, epsilon),
+        }
 
 
 class SamplePrivacy(AccountedPrivacy):
@@ -65,14 +59,11 @@ class SamplePrivacy(AccountedPrivacy):
     slots: Literal["auto"] | Count = "auto"
     """Number of samples whose gradients a rank takes side by side; auto: `runtime.lanes` batches, if memory allows."""
 
-    @model_validator(mode="after")
-    def _truncation_needs_pld(self) -> "SamplePrivacy":
-        if self.max_batch is not None and self.accountant != "pld":
-            raise ValueError(
-                f"max_batch: {self.max_batch} is accounted for by pld alone, not by {self.accountant}; give "
-                "accountant: pld, or max_batch: null"
-            )
-        return self
+    def problems(self) -> dict[str, bool]:
+        return super().problems() | {
+            f"max_batch: {self.max_batch} is accounted for by pld alone, not by {self.accountant}; give accountant: "
+            "pld, or max_batch: null": self.max_batch is not None and self.accountant != "pld"
+        }
 
 
 class AdaptiveClipping(Section):
@@ -101,13 +92,12 @@ class UserPrivacy(AccountedPrivacy):
     """Method of accounting. auto: pld, or rdp for without_replacement, which pld cannot account for."""
     adaptive: AdaptiveClipping | None = None
 
-    @model_validator(mode="after")
-    def _fields_agree(self) -> "UserPrivacy":
-        if self.sampling == "without_replacement" and self.accountant == "pld":
-            raise ValueError(
-                "accountant: pld cannot account for sampling: without_replacement; give rdp, or sampling: poisson"
+    def problems(self) -> dict[str, bool]:
+        return super().problems() | {
+            "accountant: pld cannot account for sampling: without_replacement; give rdp, or sampling: poisson": (
+                self.sampling == "without_replacement" and self.accountant == "pld"
             )
-        return self
+        }
 
     @property
     def accountant_name(self) -> Literal["pld", "rdp"]:

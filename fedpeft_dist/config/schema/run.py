@@ -1,24 +1,46 @@
-"""A whole run, and the rules that its sections must meet together."""
+"""A whole run, the rules that its sections must meet together, and its machine and files: `runtime` and `output`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedpeft_dist.config.schema.algorithm import AlgorithmConfig, FedAvgConfig
-from fedpeft_dist.config.schema.backbone import BackboneConfig
-from fedpeft_dist.config.schema.client import ClientConfig
+from fedpeft_dist.config.paths import RunName, UserPath, check_run_place
+from fedpeft_dist.config.schema.algorithm import AlgorithmConfig, ClientConfig, FedAvgConfig, ServerConfig
 from fedpeft_dist.config.schema.data import Cifar100Config, DataConfig
 from fedpeft_dist.config.schema.federation import FederationConfig
-from fedpeft_dist.config.schema.method import BiasConfig, MethodConfig
+from fedpeft_dist.config.schema.method import BackboneConfig, BiasConfig, MethodConfig
 from fedpeft_dist.config.schema.privacy import NoPrivacy, PrivacyConfig
-from fedpeft_dist.config.schema.runtime import OutputConfig, RuntimeConfig
-from fedpeft_dist.config.schema.server import ServerConfig
-from fedpeft_dist.config.schema.types import Section
+from fedpeft_dist.config.schema.types import Count, Section
+
+
+class RuntimeConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the computation; auto: bf16 on CUDA, fp32 on the CPU."""
+    lanes: Literal["auto"] | Count = "auto"
+    """Clients that a rank trains side by side; auto: as many as its share of the cohort needs and memory allows."""
+    threads: Count = 1
+    """CPU threads of each rank."""
+    compile: bool = False
+    """Compile the model with torch.compile, which may round differently; not for method full."""
+    evaluate_batch: Count = 256
+
+
+class OutputConfig(Section):
+    root: UserPath = "runs"
+    """Folder of all runs, relative to the folder that the command runs in."""
+    name: RunName | None = None
+    """The run's folder below `root`, such as `lora4` or `ablation/lora4`; null: from the config and its path."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 1
+    """Rounds between two checkpoints; 0 writes one at the end only."""
+
+    @model_validator(mode="after")
+    def _place_leaves_room(self) -> "OutputConfig":
+        check_run_place(self.root, self.name)
+        return self
 
 
 class RunConfig(Section):
-    """A whole run."""
-
     seed: Annotated[int, Field(ge=0)] = 1
     backbone: BackboneConfig = BackboneConfig()
     method: MethodConfig = BiasConfig(name="bias")
@@ -31,81 +53,64 @@ class RunConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "RunConfig":
-        data, federation = self.data, self.federation
-        if data.clients is None and data.partition.name != "natural":
-            raise ValueError(
-                f"data.clients: null goes with the natural partition only; give a number for {data.partition.name!r}"
-            )
-        if data.clients is not None and federation.cohort > data.clients:
-            raise ValueError(
-                f"federation.cohort: {federation.cohort} is larger than the population, data.clients: {data.clients}; "
-                f"give at most {data.clients}"
-            )
-        for key in ("crop_scale", "crop_ratio"):
-            low, high = getattr(data, key)
-            if low > high:
-                raise ValueError(f"data.{key}: [{low}, {high}] is no range; give the smaller number first")
-        if data.name == "resisc45" and (data.train_list is None) != (data.test_list is None):
-            raise ValueError("data.train_list and data.test_list go together: give both, or neither for a random split")
-        if data.partition.name == "pool" and data.name != "synthetic":
-            raise ValueError(f"data.partition.name: 'pool' goes with synthetic data only, not {data.name!r}")
-        if data.partition.name == "pool" and data.validation:
-            raise ValueError("data.validation: a pool's clients share their samples, so none can be held out; give 0.0")
-        self._check_privacy()
-        self.algorithm.check(self)
-        if self.runtime.compile and self.method.name == "full":
-            raise ValueError("runtime.compile: true does not go with method 'full', which runs under vmap; give false")
-        needs_validation = {
-            "federation.evaluate_on: validation": federation.evaluate_on == "validation",
-            "federation.evaluate_clients: true": federation.evaluate_clients,
+    def problems(self) -> dict[str, bool]:
+        data, federation, partition = self.data, self.federation, self.data.partition.name
+        clients, is_pool, is_held_out = data.clients, partition == "pool", data.validation > 0.0
+        lists = [getattr(data, name, None) is None for name in ("train_list", "test_list")]
+        unmet = "needs data.validation above 0.0 (the share held out from every client)"
+        return {
+            f"data.clients: null goes with the natural partition only; give a number for {partition!r}": (
+                clients is None and partition != "natural"
+            ),
+            f"federation.cohort: {federation.cohort} is larger than the population, data.clients: {clients}; give at "
+            f"most {clients}": clients is not None and federation.cohort > clients,
+            **{
+                f"data.{key}: [{low}, {high}] is no range; give the smaller number first": low > high
+                for key, (low, high) in (("crop_scale", data.crop_scale), ("crop_ratio", data.crop_ratio))
+            },
+            "data.train_list and data.test_list go together: give both, or neither for a random split": (
+                any(lists) and not all(lists)
+            ),
+            f"data.partition.name: 'pool' goes with synthetic data only, not {data.name!r}": (
+                is_pool and data.name != "synthetic"
+            ),
+            "data.validation: a pool's clients share their samples, so none can be held out; give 0.0": (
+                is_pool and is_held_out
+            ),
+            **self._privacy_problems(),
+            **self.algorithm.conflicts(self),
+            "runtime.compile: true does not go with method 'full', which runs under vmap; give false": (
+                self.runtime.compile and self.method.name == "full"
+            ),
+            f"federation.evaluate_on: validation {unmet}": not is_held_out and federation.evaluate_on == "validation",
+            f"federation.evaluate_clients: true {unmet}": not is_held_out and federation.evaluate_clients,
         }
-        for key, needed in needs_validation.items():
-            if needed and data.validation == 0.0:
-                raise ValueError(f"{key} needs data.validation above 0.0 (the share held out from every client)")
-        return self
 
-    def _check_privacy(self) -> None:
-        privacy, participation = self.privacy, self.federation.participation
-        if privacy.name == "none":
-            return
-        if self.runtime.precision == "fp16":
-            raise ValueError(
-                f"runtime.precision: fp16 does not go with privacy.name: {privacy.name}, for its loss scale and the "
-                "steps that it skips depend on the data; give fp32, bf16 or auto"
-            )
-        if privacy.name == "sample" and self.client.clip_norm is not None:
-            raise ValueError(
-                f"client.clip_norm: {self.client.clip_norm} clips a batch's gradient, privacy.name: sample each "
-                "sample's; give privacy.clip_norm, and client.clip_norm: null"
-            )
-        if privacy.name == "sample" and self.data.partition.name == "pool":
-            raise ValueError(
-                "data.partition.name: pool does not go with privacy.name: sample, for its clients share their samples; "
-                "give another partition"
-            )
-        if privacy.name == "paper_noise":
-            return
-        if participation.over_selection != 1.0:
-            reason = {
-                "user": "who reports first is no random draw",
-                "sample": "what surplus clients send would reach the server uncounted",
-            }[privacy.name]
-            raise ValueError(
-                f"federation.participation.over_selection: {participation.over_selection} does not go with "
-                f"privacy.name: {privacy.name}, for {reason}; give 1.0"
-            )
-        if privacy.secure_noise and self.output.checkpoint_every != 1:
-            raise ValueError(
-                f"output.checkpoint_every: {self.output.checkpoint_every} does not go with privacy.secure_noise: "
-                "true, for rounds that are run again would draw new noise and count once; give 1"
-            )
-        if privacy.name != "user":
-            return
-        if participation.name != {"poisson": "poisson", "without_replacement": "uniform"}[privacy.sampling]:
-            raise ValueError(
-                f"federation.participation.name: {participation.name} does not go with privacy.name: user and "
-                f"privacy.sampling: {privacy.sampling}; give federation.participation.name: poisson, or, to draw a "
-                "fixed number at a larger epsilon, uniform with privacy.sampling: without_replacement"
-            )
+    def _privacy_problems(self) -> dict[str, bool]:
+        privacy, participation, clip_norm = self.privacy, self.federation.participation, self.client.clip_norm
+        is_sample, is_user = privacy.name == "sample", privacy.name == "user"
+        surplus = "what surplus clients send would reach the server uncounted"
+        reason = "who reports first is no random draw" if is_user else surplus
+        sampling = getattr(privacy, "sampling", None)
+        needed = {"poisson": "poisson", "without_replacement": "uniform"}.get(sampling)
+        return {
+            f"runtime.precision: fp16 does not go with privacy.name: {privacy.name}, for its loss scale and the steps "
+            "that it skips depend on the data; give fp32, bf16 or auto": (
+                self.runtime.precision == "fp16" and privacy.name != "none"
+            ),
+            f"client.clip_norm: {clip_norm} clips a batch's gradient, privacy.name: sample each sample's; give "
+            "privacy.clip_norm, and client.clip_norm: null": is_sample and clip_norm is not None,
+            "data.partition.name: pool does not go with privacy.name: sample, for its clients share their samples; "
+            "give another partition": is_sample and self.data.partition.name == "pool",
+            f"federation.participation.over_selection: {participation.over_selection} does not go with privacy.name: "
+            f"{privacy.name}, for {reason}; give 1.0": (is_sample or is_user) and participation.over_selection != 1.0,
+            f"output.checkpoint_every: {self.output.checkpoint_every} does not go with privacy.secure_noise: true, for "
+            "rounds that are run again would draw new noise and count once; give 1": (
+                getattr(privacy, "secure_noise", False) and self.output.checkpoint_every != 1
+            ),
+            f"federation.participation.name: {participation.name} does not go with privacy.name: user and "
+            f"privacy.sampling: {sampling}; give federation.participation.name: poisson, or, to draw a fixed number at "
+            "a larger epsilon, uniform with privacy.sampling: without_replacement": (
+                is_user and participation.name != needed
+            ),
+        }

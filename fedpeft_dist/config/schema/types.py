@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -17,3 +17,13 @@ Concentration = Annotated[float, Field(ge=1e-9, le=1e9)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="after")
+    def _refuse_problems(self) -> "Section":
+        for problem in (text for text, is_there in self.problems().items() if is_there):
+            raise ValueError(problem)
+        return self
+
+    def problems(self) -> dict[str, bool]:
+        """Each way in which valid fields may disagree, as a message, and whether they do. The first one is told."""
+        return {}
