@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.datasets import Contents, Dataset, ImageSet
@@ -54,11 +54,8 @@ class ImageStore:
         dataset = self._open()
         if dataset is not None:
             return dataset
-        lock = self._take_lock()
-        try:
+        with self._take_lock():
             return self._open() or self._build(read)
-        finally:
-            lock.release()
 
     def _open(self) -> Dataset | None:
         """None if the store is missing or damaged: a file is missing or has another size than was written.
@@ -68,34 +65,33 @@ class ImageStore:
         """
         try:
             meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
-            for name, size in meta["files"].items():
-                if (self.folder / name).stat().st_size != size:
-                    return None
-            train, test = (self._open_split(split, meta["files"]) for split in ("train", "test"))
+            if any((self.folder / name).stat().st_size != size for name, size in meta["files"].items()):
+                return None
+            train, test = (self._open_split(split) for split in ("train", "test"))
             return Dataset(train, test, tuple(meta["class_names"]), meta.get("cropped", False))
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
             return None
         except OSError as error:
             raise ConfigError(f"data.store: '{self.folder}' cannot be opened ({error.strerror or error})") from None
 
-    def _open_split(self, split: str, files: dict[str, int]) -> ImageSet:
+    def _open_split(self, split: str) -> ImageSet:
         images = np.load(self.folder / f"{split}_images.npy", mmap_mode="r")
-        labels = torch.from_numpy(np.load(self.folder / f"{split}_labels.npy"))
-        groups = None
-        if f"{split}_groups.npy" in files:
-            groups = torch.from_numpy(np.load(self.folder / f"{split}_groups.npy"))
-        return ImageSet(read_only_tensor(images), labels, groups)
+        labels, groups = self.folder / f"{split}_labels.npy", self.folder / f"{split}_groups.npy"
+        return ImageSet(
+            read_only_tensor(images),
+            torch.from_numpy(np.load(labels)),
+            torch.from_numpy(np.load(groups)) if groups.exists() else None,
+        )
 
-    def _take_lock(self) -> FileLock:
+    def _take_lock(self) -> AcquireReturnProxy:
         """Takes the lock for building the store; waits for as long as another process holds it."""
         lock = FileLock(self.lock_file)
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             before = self._failure()
             with suppress(Timeout):
-                lock.acquire(blocking=False)
-                return lock
-            lock.acquire()
+                return lock.acquire(blocking=False)
+            taken = lock.acquire()
         except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
@@ -106,18 +102,15 @@ class ImageStore:
             # If the builder we waited for failed, raise its error instead of building again.
             lock.release()
             raise ConfigError(after.partition("\n")[2])
-        return lock
+        return taken
 
     def _failure(self) -> str | None:
         """How the last attempt to build this store failed: a unique line, and the message."""
-        try:
+        with suppress(OSError):
             return self.failure_file.read_text(encoding="utf-8")
-        except OSError:
-            return None
 
     def _build(self, read: Callable[[], Contents]) -> Dataset:
         """Builds the store in a folder beside its place, then flushes and renames that folder. Needs the lock."""
-        _remove_abandoned(self.folder.parent)
         self._make_room()
         try:
             with warnings.catch_warnings():
@@ -139,7 +132,11 @@ class ImageStore:
         return dataset
 
     def _make_room(self) -> None:
-        """Removes a damaged store and makes an empty folder to build in."""
+        """Removes a damaged store and what killed builders left, and makes an empty folder to build in."""
+        for building in self.folder.parent.glob(".*.building"):
+            # Nobody holds the lock of a killed builder's store any more.
+            with suppress(Timeout, OSError), FileLock(building.with_suffix(".lock")).acquire(blocking=False):
+                shutil.rmtree(building, ignore_errors=True)
         try:
             if self.folder.exists():
                 print(f"{self.folder}: damaged, it is built anew", file=sys.stderr, flush=True)
@@ -162,10 +159,3 @@ def read_only_tensor(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Removes the folders of builders that were killed: nobody holds the lock of their stores any more."""
-    for building in root.glob(".*.building"):
-        with suppress(Timeout, OSError), FileLock(building.with_suffix(".lock")).acquire(blocking=False):
-            shutil.rmtree(building, ignore_errors=True)

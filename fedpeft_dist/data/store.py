@@ -1,14 +1,22 @@
 """Serves a split's batches on the device, by sample number: gather, resize and augment, normalise.
 
-Shapes: L lanes, B batch, C channels, H x W pixels.
+On the CPU, images stay where they are, usually in a memory map, and rows are copied out. A GPU gets all images at once
+if they fit. Otherwise a background thread gathers the next batch on the host while the GPU computes.
+
+Shapes: S samples, L lanes, B batch, R rows of a batch, C channels, H x W pixels.
 """
+
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.augment import Transform
 from fedpeft_dist.data.datasets import ImageSet
-from fedpeft_dist.data.pixels import Pixels, ResidentPixels, StreamedPixels, send
+
+UPLOAD_ROWS = 4096
+DEVICE_SHARE = 0.5
+"""The share of the device's free memory for the images of all splits. The rest is for training."""
 
 
 class DeviceStore:
@@ -40,7 +48,7 @@ class DeviceStore:
                 f"data: images of {own} channels for a backbone of {channels}; "
                 f"give backbone.model_args: {{in_chans: {own}}}"
             )
-        self.pixels: Pixels = ResidentPixels(images, device) if resident else StreamedPixels(images, device)
+        self.pixels = ResidentPixels(images, device) if resident else StreamedPixels(images, device)
         self.labels = images.labels.to(device)
         self.device, self.transform, self.channels = device, transform, channels
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
@@ -67,3 +75,103 @@ class DeviceStore:
         images = self.transform(images, None if keys is None else keys.flatten())
         images = (images - self.mean) / self.std  # grey images become channels here, by broadcasting
         return images.view(*indices.shape, *images.shape[1:]), self.labels[send(indices, self.device)]
+
+
+class ResidentPixels:
+    """Images that the device can read: in its own memory or, on the CPU, wherever they are."""
+
+    def __init__(self, images: ImageSet, device: torch.device):
+        self.device, self.images, self.rows = device, images.images, images.rows
+        if device.type != "cpu":
+            self.images, self.rows = upload(images, device), None
+
+    def gather(self, indices: torch.Tensor) -> torch.Tensor:
+        """The images of these samples (int64 [R], on the host): uint8 [R, C, H, W] on the device."""
+        indices = indices if self.rows is None else self.rows[indices]
+        return self.images.index_select(0, send(indices, self.device))
+
+    def prefetch(self, indices: torch.Tensor) -> None:
+        """Nothing to do."""
+
+
+class StreamedPixels:
+    """Images that stay on the host. Each batch is gathered into a page-locked buffer and copied from there.
+
+    Two buffers take turns: one is filled while the other is still being copied.
+    """
+
+    def __init__(self, images: ImageSet, device: torch.device):
+        self.images, self.rows, self.device = images.images, images.rows, device
+        self.on_cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.on_cuda else None
+        self.buffers: list[torch.Tensor | None] = [None, None]
+        self.copied: list[torch.cuda.Event | None] = [None, None]
+        self.turn = 0
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self.pending: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.cuda.Event | None]]] | None = None
+
+    def gather(self, indices: torch.Tensor) -> torch.Tensor:
+        """The images of these samples (int64 [R], on the host): uint8 [R, C, H, W] on the device."""
+        if self.pending is None or not torch.equal(self.pending[0], indices):
+            self.prefetch(indices)  # runs after an unwanted one
+        (_, brought), self.pending = self.pending, None
+        pixels, ready = brought.result()
+        if ready is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(ready)
+            pixels.record_stream(current)  # allocated on the other stream, which must not reuse it too early
+        return pixels
+
+    def prefetch(self, indices: torch.Tensor) -> None:
+        """Announces the samples of the next call of `gather`."""
+        self.pending = indices, self.worker.submit(self._bring, indices)
+
+    def _bring(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Returns the images on the device and the event that tells their arrival. Runs in the background thread."""
+        if not self.on_cuda:
+            return self._fill_buffer(indices).clone(), None
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            buffer, ready = self._fill_buffer(indices), torch.cuda.Event()
+            pixels = torch.empty_like(buffer, device=self.device).copy_(buffer, non_blocking=True)
+            ready.record(self.stream)
+            self.copied[self.turn] = ready
+        return pixels, ready
+
+    def _fill_buffer(self, indices: torch.Tensor) -> torch.Tensor:
+        """Fills the next buffer with these samples: uint8 [R, C, H, W] on the host."""
+        self.turn = 1 - self.turn
+        copied, buffer = self.copied[self.turn], self.buffers[self.turn]
+        if copied is not None:
+            copied.synchronize()
+        if buffer is None or len(buffer) < len(indices):
+            shape = (len(indices), *self.images.shape[1:])
+            buffer = self.buffers[self.turn] = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_cuda)
+        rows = indices if self.rows is None else self.rows[indices]
+        return torch.index_select(self.images, 0, rows, out=buffer[: len(indices)])
+
+
+def choose_resident(splits: list[ImageSet], device: torch.device) -> list[bool]:
+    """Tells for each split whether it is kept on the device: the first ones that fit into DEVICE_SHARE together."""
+    if device.type == "cpu":
+        return [True] * len(splits)
+    torch.cuda.empty_cache()  # returns memory that PyTorch kept from earlier runs of this process
+    budget, chosen = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0], []
+    for split in splits:
+        size = len(split) * split.images[0].nbytes
+        chosen.append(size <= budget)
+        budget -= size if size <= budget else 0
+    return chosen
+
+
+def upload(images: ImageSet, device: torch.device) -> torch.Tensor:
+    """Copies all samples to the device, piece by piece: uint8 [S, C, H, W]. The host need not hold all of them."""
+    there = torch.empty((len(images), *images.images.shape[1:]), dtype=torch.uint8, device=device)
+    for start in range(0, len(images), UPLOAD_ROWS):
+        piece = slice(start, start + UPLOAD_ROWS)
+        there[piece] = (images.images[piece] if images.rows is None else images.images[images.rows[piece]]).to(device)
+    return there
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor to the device. The host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

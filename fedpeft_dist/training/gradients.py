@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from fedpeft_dist.config.schema import SamplePrivacy
-from fedpeft_dist.data.pixels import send
+from fedpeft_dist.data.store import send
 from fedpeft_dist.lanes.loss_scale import LaneLossScale
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
 from fedpeft_dist.lanes.random import derive_seed

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 import pytest
 import timm
 import torch
-from fedpeft_dist.federation.cost import compute_cost
 from safetensors.torch import load_file
 
 from fedpeft_dist.backbones.timm_backbone import Backbone
@@ -25,6 +24,7 @@ from fedpeft_dist.data.source import DataSource, FileSource
 from fedpeft_dist.export import export_run
 from fedpeft_dist.export.formats import TimmFormat
 from fedpeft_dist.export.trained_run import TrainedRun
+from fedpeft_dist.federation.ahead import compute_cost
 from fedpeft_dist.lanes.ops import lane_affine
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods import METHODS, build_lane_model

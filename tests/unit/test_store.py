@@ -15,8 +15,7 @@ from fedpeft_dist.config.schema import SyntheticConfig
 from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.image_store import read_only_tensor
-from fedpeft_dist.data.pixels import StreamedPixels, choose_resident, upload
-from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.data.store import DeviceStore, StreamedPixels, choose_resident, upload
 from fedpeft_dist.lanes.random import fold_in
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -225,7 +224,7 @@ def test_splits_that_fit_on_the_device_are_kept_there_training_images_first(monk
 
 
 def test_uploading_goes_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpeft_dist.data.pixels.UPLOAD_ROWS", 4)
+    monkeypatch.setattr("fedpeft_dist.data.store.UPLOAD_ROWS", 4)
     images, rows = image_set(3), torch.tensor([9, 0, 4, 4, 2])
     assert torch.equal(upload(images, CPU), images.images)
     subset = replace(images, labels=images.labels[rows], rows=rows)
