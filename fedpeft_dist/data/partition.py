@@ -5,7 +5,6 @@ Shapes: N clients, S training samples, K classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,30 +16,12 @@ from fedpeft_dist.data.splits import SPLITS
 from fedpeft_dist.lanes.random import derive_seed, permutation
 
 
-class Partition(Protocol):
-    """The samples of every client. Only `largest_total`, `sizes` and `holders` cost O(N)."""
-
-    num_clients: int
-
-    def size(self, client: int) -> int:
-        """The number of samples of a client."""
-
-    def indices(self, client: int) -> torch.Tensor:
-        """The samples of a client: int64 [size]."""
-
-    def largest_total(self, num_clients: int) -> int:
-        """The number of samples that the largest clients have together."""
-
-    def sizes(self) -> np.ndarray:
-        """The size of every client: int64 [N]."""
-
-    def holders(self) -> np.ndarray | None:
-        """The clients that have samples, ascending, int64; None if all clients have some."""
-
-
 @dataclass(frozen=True)
 class IndexPartition:
-    """Every client has its own samples. They are listed one client after another."""
+    """Every client has its own samples, listed one client after another.
+
+    Only `largest_total`, `sizes` and `holders` cost O(N).
+    """
 
     offsets: np.ndarray
     """int64 [N + 1]."""
@@ -57,25 +38,33 @@ class IndexPartition:
         return len(self.offsets) - 1
 
     def size(self, client: int) -> int:
+        """The number of samples of a client."""
         return int(self.offsets[client + 1] - self.offsets[client])
 
     def indices(self, client: int) -> torch.Tensor:
+        """The samples of a client: int64 [size]."""
         return self.samples[self.offsets[client] : self.offsets[client + 1]]
 
     def largest_total(self, num_clients: int) -> int:
+        """The number of samples that the largest clients have together."""
         return int(np.sort(self.sizes())[-num_clients:].sum())
 
     def sizes(self) -> np.ndarray:
+        """The size of every client: int64 [N]."""
         return np.diff(self.offsets)
 
     def holders(self) -> np.ndarray | None:
+        """The clients that have samples, ascending, int64; None if all clients have some."""
         found = np.flatnonzero(self.sizes())
         return None if len(found) == self.num_clients else found
 
 
 @dataclass(frozen=True)
 class SharedPoolPartition:
-    """Client k reads a window of a shared pool, at an offset computed from k. Clients need no memory."""
+    """Client k reads a window of a shared pool, at an offset computed from k. Clients need no memory.
+
+    The methods are those of `IndexPartition`.
+    """
 
     num_clients: int
     samples_per_client: int
@@ -99,6 +88,9 @@ class SharedPoolPartition:
         return None
 
 
+Partition = IndexPartition | SharedPoolPartition
+
+
 def make_partition(config: schema.DataConfig, train: ImageSet, seed: int) -> Partition:
     """Splits the training samples as the config's partition says.
 
@@ -111,7 +103,7 @@ def make_partition(config: schema.DataConfig, train: ImageSet, seed: int) -> Par
         raise ConfigError(f"data.clients: {config.clients} is more than the {len(train)} training samples")
     split = SPLITS[type(config.partition)]
     rng = np.random.default_rng(derive_seed(seed, "partition"))
-    return IndexPartition.from_lists(split(config, train, rng))
+    return IndexPartition.from_lists([np.sort(part) for part in split(config, train, rng)])
 
 
 def hold_out(partition: IndexPartition, share: float, seed: int) -> tuple[IndexPartition, IndexPartition]:

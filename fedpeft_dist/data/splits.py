@@ -1,7 +1,7 @@
 """The ways to deal training samples out to clients. SPLITS maps a partition's config class to its function.
 
-A function takes (config, training set, numpy generator) and returns one int64 array of sample indices per client. No
-function prefers a client for its number: the samples that rounding leaves over are dealt out by chance.
+A function takes (config, training set, numpy generator) and returns one int64 array of sample indices per client, in
+any order. No function prefers a client for its number: the samples that rounding leaves over are dealt out by chance.
 
 Shapes: N clients, K classes.
 """
@@ -20,7 +20,7 @@ MAX_DRAWS = 1000
 
 def _split_iid(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
     order = rng.permutation(len(train))
-    return [np.sort(part) for part in np.split(order, _cut(_even(config.clients), len(train), rng))]
+    return np.split(order, _even_cuts(config, train, rng))
 
 
 def _split_dirichlet(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
@@ -36,11 +36,10 @@ def _split_dirichlet(config: schema.DataConfig, train: ImageSet, rng: np.random.
         cuts = _cut(shares, sizes[:, None], rng)
         return cuts, np.diff(cuts, axis=1, prepend=0, append=sizes[:, None]).sum(axis=0)
 
-    cuts = _draw_until_enough(draw, config, len(train), redraw=not partition.top_up)
-    lists = _deal_classes(labels, cuts, rng)
+    lists = _deal_classes(labels, _draw_until_enough(draw, config, len(train)), rng)
     if partition.top_up:
         _top_up(lists, partition.min_samples, rng)
-    return [np.sort(part) for part in lists]
+    return lists
 
 
 def _split_dirichlet_mix(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
@@ -57,7 +56,7 @@ def _split_dirichlet_mix(config: schema.DataConfig, train: ImageSet, rng: np.ran
     present = np.flatnonzero(left)
     left = left[present]
     mixes = rng.dirichlet(config.partition.alpha * left / len(train), size=config.clients)
-    lacking = np.diff(_cut(_even(config.clients), len(train), rng), prepend=0, append=len(train))
+    lacking = np.diff(_even_cuts(config, train, rng), prepend=0, append=len(train))
     counts = np.zeros(mixes.shape, dtype=np.int64)
     while lacking.any():
         chances = mixes * (left > 0)
@@ -70,7 +69,7 @@ def _split_dirichlet_mix(config: schema.DataConfig, train: ImageSet, rng: np.ran
         lacking -= drawn.sum(axis=1)
     cuts = np.zeros((present[-1] + 1, config.clients - 1), dtype=np.int64)
     cuts[present] = np.cumsum(counts.T, axis=1)[:, :-1]
-    return [np.sort(part) for part in _deal_classes(labels, cuts, rng)]
+    return _deal_classes(labels, cuts, rng)
 
 
 def _split_quantity(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
@@ -82,7 +81,7 @@ def _split_quantity(config: schema.DataConfig, train: ImageSet, rng: np.random.G
         return cuts, np.diff(cuts, prepend=0, append=len(train))
 
     cuts = _draw_until_enough(draw, config, len(train))
-    return [np.sort(part) for part in np.split(rng.permutation(len(train)), cuts)]
+    return np.split(rng.permutation(len(train)), cuts)
 
 
 def _cut(shares: np.ndarray, total: int | np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -99,36 +98,27 @@ def _cut(shares: np.ndarray, total: int | np.ndarray, rng: np.random.Generator) 
     return np.minimum(np.floor(ends).astype(np.int64), total)
 
 
-def _even(clients: int) -> np.ndarray:
-    return np.full(clients, 1 / clients)
+def _even_cuts(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> np.ndarray:
+    return _cut(np.full(config.clients, 1 / config.clients), len(train), rng)
 
 
 def _deal_classes(labels: np.ndarray, cuts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """The samples of every client: each class in random order, cut at its row of `cuts` [K, N - 1]."""
-    parts = [
-        np.split(rng.permutation(np.flatnonzero(labels == label)), own_cuts) for label, own_cuts in enumerate(cuts)
-    ]
+    parts = [np.split(rng.permutation(np.flatnonzero(labels == label)), own) for label, own in enumerate(cuts)]
     return [np.concatenate(own) for own in zip(*parts)]
 
 
 def _draw_until_enough(
-    draw: Callable[[], tuple[np.ndarray, np.ndarray]], config: schema.DataConfig, num_train: int, redraw: bool = True
+    draw: Callable[[], tuple[np.ndarray, np.ndarray]], config: schema.DataConfig, num_train: int
 ) -> np.ndarray:
-    """The cuts of the first draw (cuts, sizes [N]) whose sizes all reach `min_samples`.
-
-    Args:
-        redraw: False takes the very first draw.
-
-    Raises:
-        ConfigError: no draw can reach the sizes, or none of MAX_DRAWS has reached them.
-    """
+    """The cuts of the first draw (cuts, sizes [N]) whose sizes all reach `min_samples`, or will be topped up to it."""
     partition, clients = config.partition, config.clients
     where = f"data.partition.min_samples: {partition.min_samples}"
     if partition.min_samples * clients > num_train:
         raise ConfigError(f"{where} for {clients} clients needs more than the {num_train} training samples")
     for _ in range(MAX_DRAWS):
         cuts, sizes = draw()
-        if not redraw or sizes.min() >= partition.min_samples:
+        if getattr(partition, "top_up", False) or sizes.min() >= partition.min_samples:
             return cuts
     raise ConfigError(
         f"{where} is not met by any of {MAX_DRAWS} draws for {clients} clients with data.partition.alpha: "
@@ -170,14 +160,16 @@ def _split_shards(config: schema.DataConfig, train: ImageSet, rng: np.random.Gen
     by_class = shuffled[np.argsort(train.labels.numpy()[shuffled], kind="stable")]
     shards = np.array_split(by_class, clients * per_client)
     deal = rng.permutation(len(shards)).reshape(clients, per_client)
-    return [np.sort(np.concatenate([shards[shard] for shard in hand])) for hand in deal]
+    return [np.concatenate([shards[shard] for shard in hand]) for hand in deal]
 
 
 def _split_natural(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
     if train.groups is None:
         lacks = "data.client_column: null names no column that says whose a sample is; give one"
         if not config.natural_clients:
-            lacks = f"{config.name!r} knows no natural clients; data sets that do: {_data_sets_with_natural_clients()}"
+            sections = [section for section in schema.DataSection.__subclasses__() if section.natural_clients]
+            names = [get_args(section.model_fields["name"].annotation)[0] for section in sections]
+            lacks = f"{config.name!r} knows no natural clients; data sets that do: {', '.join(names)}"
         raise ConfigError(f"data.partition.name: 'natural', but {lacks}")
     groups = train.groups.numpy()
     names = np.unique(groups)
@@ -187,11 +179,6 @@ def _split_natural(config: schema.DataConfig, train: ImageSet, rng: np.random.Ge
             f"give null or {len(names)}"
         )
     return [np.flatnonzero(groups == name) for name in names]
-
-
-def _data_sets_with_natural_clients() -> str:
-    sections = [section for section in schema.DataSection.__subclasses__() if section.natural_clients]
-    return ", ".join(get_args(section.model_fields["name"].annotation)[0] for section in sections)
 
 
 SPLITS = {
