@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from timm.optim import param_groups_weight_decay
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -54,28 +55,22 @@ def pretrain(
     for name, value in (("steps", steps), ("batch_size", batch_size), ("held_out_images", held_out_images)):
         if value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")
-    if output.is_dir() or not _is_writable(output.absolute().parent):
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_dir() or not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ConfigError(f"--output: '{output}' cannot be written; give a file in a folder that can")
     started, threads_before = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         letters = letter_drawings()
         num_classes = int(letters[1].max()) + 1
-        model = _new_model(num_classes, seed)
-        optimizer = _optimizer(model)
-        generator = Generator().manual_seed(derive_seed(seed, "training letters"))
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * schedule(step, steps, math.ceil(steps / 15))
-            images, labels = sample_letters(letters, batch_size, generator)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if (step + 1) % 500 == 0:
-                report(f"step {step + 1} of {steps}: loss {loss.item():.3f}")
-        accuracy = _held_out_accuracy(model, letters, held_out_images, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "model"))
+            model = build_glyph_vit(num_classes, pretrained=False)
+        _train(
+            model, letters, steps, batch_size, Generator().manual_seed(derive_seed(seed, "training letters")), report
+        )
+        held_out = Generator().manual_seed(derive_seed(seed, "held-out letters"))
+        accuracy = _accuracy(model, letters, held_out_images, held_out)
     finally:
         torch.set_num_threads(threads_before)
     content = save({name: value for name, value in model.state_dict().items() if not name.startswith("head.")})
@@ -89,12 +84,6 @@ def pretrain(
     }
     report(", ".join(f"{key} {value}" for key, value in result.items()))
     return result
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether files can be put into a folder, which may not exist yet."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def letter_drawings() -> Drawings:
@@ -120,21 +109,30 @@ def schedule(step: int, steps: int, warmup_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
 
 
-def _new_model(num_classes: int, seed: int) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "model"))
-        return build_glyph_vit(num_classes, pretrained=False)
+def _train(
+    model: torch.nn.Module,
+    letters: Drawings,
+    steps: int,
+    batch_size: int,
+    generator: Generator,
+    report: Callable[[str], None],
+) -> None:
+    groups = param_groups_weight_decay(model, WEIGHT_DECAY)  # biases and norms do not decay
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps, math.ceil(steps / 15)))
+    for step in range(1, steps + 1):
+        images, labels = sample_letters(letters, batch_size, generator)
+        loss = F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        if step % 500 == 0:
+            report(f"step {step} of {steps}: loss {loss.item():.3f}")
 
 
-def _optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]  # biases, norms: no decay
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
-
-
-def _held_out_accuracy(model: torch.nn.Module, letters: Drawings, count: int, seed: int) -> float:
-    generator = Generator().manual_seed(derive_seed(seed, "held-out letters"))
+def _accuracy(model: torch.nn.Module, letters: Drawings, count: int, generator: Generator) -> float:
     model.eval()
     right = 0
     with torch.inference_mode():

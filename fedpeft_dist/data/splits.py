@@ -6,7 +6,6 @@ any order. No function prefers a client for its number: the samples that roundin
 Shapes: N clients, K classes.
 """
 
-from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -26,19 +25,10 @@ def _split_iid(config: schema.DataConfig, train: ImageSet, rng: np.random.Genera
 def _split_dirichlet(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
     """Each class has its own draw of shares from Dir(alpha, ..., alpha) over the clients (Yurochkin et al. 2019, arXiv
     1905.12022)."""
-    partition, clients = config.partition, config.clients
     labels = train.labels.numpy()
-    sizes = np.bincount(labels)
-
-    def draw() -> tuple[np.ndarray, np.ndarray]:
-        """The places where each class is cut, [K, N - 1], and the number of samples of each client, [N]."""
-        shares = rng.dirichlet(np.full(clients, partition.alpha), size=len(sizes))
-        cuts = _cut(shares, sizes[:, None], rng)
-        return cuts, np.diff(cuts, axis=1, prepend=0, append=sizes[:, None]).sum(axis=0)
-
-    lists = _deal_classes(labels, _draw_until_enough(draw, config, len(train)), rng)
-    if partition.top_up:
-        _top_up(lists, partition.min_samples, rng)
+    lists = _deal_classes(labels, _draw_cuts(config, np.bincount(labels), rng), rng)
+    if config.partition.top_up:
+        _top_up(lists, config.partition.min_samples, rng)
     return lists
 
 
@@ -75,12 +65,7 @@ def _split_dirichlet_mix(config: schema.DataConfig, train: ImageSet, rng: np.ran
 def _split_quantity(config: schema.DataConfig, train: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
     """The sizes are one draw from Dir(alpha, ..., alpha). Each client's samples are a random set (Li et al. 2022, arXiv
     2102.02079, quantity skew)."""
-
-    def draw() -> tuple[np.ndarray, np.ndarray]:
-        cuts = _cut(rng.dirichlet(np.full(config.clients, config.partition.alpha)), len(train), rng)
-        return cuts, np.diff(cuts, prepend=0, append=len(train))
-
-    cuts = _draw_until_enough(draw, config, len(train))
+    [cuts] = _draw_cuts(config, np.array([len(train)]), rng)
     return np.split(rng.permutation(len(train)), cuts)
 
 
@@ -108,16 +93,19 @@ def _deal_classes(labels: np.ndarray, cuts: np.ndarray, rng: np.random.Generator
     return [np.concatenate(own) for own in zip(*parts)]
 
 
-def _draw_until_enough(
-    draw: Callable[[], tuple[np.ndarray, np.ndarray]], config: schema.DataConfig, num_train: int
-) -> np.ndarray:
-    """The cuts of the first draw (cuts, sizes [N]) whose sizes all reach `min_samples`, or will be topped up to it."""
+def _draw_cuts(config: schema.DataConfig, totals: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The cuts [K, N - 1] of rows of `totals` [K] samples, whose shares are drawn from Dir(alpha, ..., alpha).
+
+    All rows are drawn again until every client has `min_samples`, unless the clients will be topped up.
+    """
     partition, clients = config.partition, config.clients
     where = f"data.partition.min_samples: {partition.min_samples}"
-    if partition.min_samples * clients > num_train:
-        raise ConfigError(f"{where} for {clients} clients needs more than the {num_train} training samples")
+    if partition.min_samples * clients > totals.sum():
+        raise ConfigError(f"{where} for {clients} clients needs more than the {totals.sum()} training samples")
     for _ in range(MAX_DRAWS):
-        cuts, sizes = draw()
+        shares = rng.dirichlet(np.full(clients, partition.alpha), size=len(totals))
+        cuts = _cut(shares, totals[:, None], rng)
+        sizes = np.diff(cuts, axis=1, prepend=0, append=totals[:, None]).sum(axis=0)
         if getattr(partition, "top_up", False) or sizes.min() >= partition.min_samples:
             return cuts
     raise ConfigError(
