@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from fedpeft_dist.runtime.files import write_atomically
 LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 1e-3, 0.05, 0.1
 THREADS = 1
 Drawings = tuple[Tensor, Tensor]  # drawings [C, F, S, S] uint8, the class of each of the C [C] int64
+Batch = tuple[Tensor, Tensor]  # images [N, 1, S, S] float32 in -1..1, labels [N]
 
 
 def pretrain(
@@ -66,22 +67,16 @@ def pretrain(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "model"))
             model = build_glyph_vit(num_classes, pretrained=False)
-        _train(
-            model, letters, steps, batch_size, Generator().manual_seed(derive_seed(seed, "training letters")), report
-        )
+        generator = Generator().manual_seed(derive_seed(seed, "training letters"))
+        _train(model, (sample_letters(letters, batch_size, generator) for _ in range(steps)), steps, report)
         held_out = Generator().manual_seed(derive_seed(seed, "held-out letters"))
         accuracy = _accuracy(model, letters, held_out_images, held_out)
     finally:
         torch.set_num_threads(threads_before)
     content = save({name: value for name, value in model.state_dict().items() if not name.startswith("head.")})
     write_atomically(output, lambda temporary: temporary.write_bytes(content))
-    result = {
-        "classes": num_classes,
-        "held_out_accuracy": accuracy,
-        "seconds": time.perf_counter() - started,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    result = {"classes": num_classes, "held_out_accuracy": accuracy, "seconds": time.perf_counter() - started}
+    result |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     report(", ".join(f"{key} {value}" for key, value in result.items()))
     return result
 
@@ -92,8 +87,8 @@ def letter_drawings() -> Drawings:
     return drawings, torch.tensor(merge_drawings(drawings))
 
 
-def sample_letters(letters: Drawings, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Distorted images [N, 1, S, S] float32 in -1..1, and labels [N]: all classes and fonts equally often."""
+def sample_letters(letters: Drawings, count: int, generator: Generator) -> Batch:
+    """Distorted images and their labels: all classes and fonts equally often."""
     drawings, classes = letters
     odds = 1 / classes.bincount()[classes].float()
     rows = torch.multinomial(odds, count, replacement=True, generator=generator)
@@ -109,19 +104,11 @@ def schedule(step: int, steps: int, warmup_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
 
 
-def _train(
-    model: torch.nn.Module,
-    letters: Drawings,
-    steps: int,
-    batch_size: int,
-    generator: Generator,
-    report: Callable[[str], None],
-) -> None:
+def _train(model: torch.nn.Module, batches: Iterable[Batch], steps: int, report: Callable[[str], None]) -> None:
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)  # biases and norms do not decay
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps, math.ceil(steps / 15)))
-    for step in range(1, steps + 1):
-        images, labels = sample_letters(letters, batch_size, generator)
+    for step, (images, labels) in enumerate(batches, start=1):
         loss = F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()

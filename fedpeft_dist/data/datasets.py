@@ -34,6 +34,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def places(self, samples: torch.Tensor) -> torch.Tensor:
+        """The places of samples (int64 [n]) among the images: int64 [n]."""
+        return samples if self.rows is None else self.rows[samples]
+
     def subset(self, size: int | None, seed: int) -> "ImageSet":
         """A random subset in the original order, which shares the images; everything if the size is None.
 
@@ -46,7 +50,7 @@ class ImageSet:
             raise ConfigError(f"data.max_train: {size} is more than the {len(self)} training samples there are")
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:size].sort().values
         groups = None if self.groups is None else self.groups[chosen]
-        return ImageSet(self.images, self.labels[chosen], groups, chosen if self.rows is None else self.rows[chosen])
+        return ImageSet(self.images, self.labels[chosen], groups, self.places(chosen))
 
     def digest(self, step: int = 1) -> bytes:
         """SHA-256 of all labels and groups, and of every `step`th image. Takes 0.3 s for all of CIFAR-100's images."""
@@ -55,7 +59,7 @@ class ImageSet:
         if self.groups is not None:
             digest.update(self.groups.numpy().tobytes())
         for samples in torch.arange(0, len(self), step).split(DIGEST_IMAGES):
-            digest.update(self.images[samples if self.rows is None else self.rows[samples]].numpy().tobytes())
+            digest.update(self.images[self.places(samples)].numpy().tobytes())
         return digest.digest()
 
 

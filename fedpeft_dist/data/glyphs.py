@@ -6,7 +6,7 @@ natural clients. Ink is bright, paper is dark. No digits are drawn anywhere here
 Shapes: C characters, F fonts, S the side of a square image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,10 +81,8 @@ class Letters:
 
     def render(self, images_per_letter: int, image_size: int, seed: int) -> ImageSet:
         """Distorted images of every letter in every font, ordered by font. A font is a natural client."""
-        pairs = (
-            _held(self.drawings).T.nonzero().repeat_interleave(images_per_letter, dim=0)
-        )  # every (font, letter) that exists
-        font_ids, rows = pairs.T.contiguous()
+        held = _held(self.drawings).T.nonzero()  # every pair of a font and a letter that exists
+        font_ids, rows = held.repeat_interleave(images_per_letter, dim=0).T.contiguous()
         images = distort(self.drawings[rows, font_ids, None], image_size, Generator().manual_seed(seed))
         return ImageSet((images * 255).round().to(torch.uint8), self.classes[rows], font_ids)
 
@@ -147,28 +145,18 @@ def merge_drawings(drawings: Tensor) -> list[int]:
     """
     held = _held(drawings)
     squares, aspects = _squares(drawings, held)  # [C, F, 24 * 24], [C, F]
-
-    def same_as_before(row: int) -> Tensor:
-        distance = (squares[:row] - squares[row]).abs().amax(-1)  # [row, F]
-        distance = torch.maximum(distance, (aspects[:row] - aspects[row]).abs() / 2)
-        return distance.masked_fill(~(held[:row] & held[row]), torch.nan).nanmedian(-1).values < SAME_DRAWING
-
-    return merge_rows(len(drawings), same_as_before)
+    medians = []
+    for square, aspect, own in zip(squares, aspects, held):
+        distance = torch.maximum((squares - square).abs().amax(-1), (aspects - aspect).abs() / 2)  # [C, F]
+        medians.append(distance.masked_fill(~(held & own), torch.nan).nanmedian(-1).values)
+    return merge_rows(torch.stack(medians) < SAME_DRAWING)
 
 
-def merge_rows(count: int, same_as_before: Callable[[int], Tensor]) -> list[int]:
-    """The classes of `count` rows, numbered in order of first appearance. Sameness is transitive.
+def merge_rows(same: Tensor) -> list[int]:
+    """The classes of rows, numbered in order of first appearance. Sameness, bool [C, C], is transitive."""
+    from scipy.sparse.csgraph import connected_components
 
-    Args:
-        same_as_before: tells which rows before a row are the same as that row: bool [row].
-    """
-    classes = list(range(count))
-    for row in range(1, count):
-        for other in same_as_before(row).nonzero().flatten().tolist():
-            old, new = max(classes[row], classes[other]), min(classes[row], classes[other])
-            classes = [new if value == old else value for value in classes]
-    order = {value: position for position, value in enumerate(dict.fromkeys(classes))}
-    return [order[value] for value in classes]
+    return connected_components(same.numpy(), directed=False)[1].tolist()
 
 
 def paste(crop: Tensor, scale: float) -> Tensor:

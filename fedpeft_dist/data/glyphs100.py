@@ -52,9 +52,8 @@ class Glyphs100Source(DataSource):
 def draw_letters() -> Letters:
     """All letters in all fonts of the training families and of the test family."""
     drawings = _draw(CHARACTERS)
-    blurred = _blurred(drawings)
-    classes = merge_rows(len(blurred), lambda row: _difference(blurred[:row], blurred[row]) < SAME_DRAWING)
-    return Letters(CHARACTERS, tuple(path.stem for path in _fonts()), drawings, torch.tensor(classes))
+    classes = torch.tensor(merge_rows(_look_alike(drawings, drawings)))
+    return Letters(CHARACTERS, tuple(path.stem for path in _fonts()), drawings, classes)
 
 
 def letters_of(*families: str) -> Letters:
@@ -65,9 +64,9 @@ def letters_of(*families: str) -> Letters:
 
 def classes_seen_in_latin() -> tuple[str, ...]:
     """The classes with a letter that looks like a Latin letter, which the embedded backbone was pre-trained on."""
-    letters, latin = draw_letters(), _blurred(_draw(ALPHABETS["latin"]))
-    nearest = torch.stack([_difference(latin, own).min() for own in _blurred(letters.drawings)])
-    return tuple(letters.class_names[label] for label in letters.classes[nearest < SAME_DRAWING].unique())
+    letters = draw_letters()
+    seen = _look_alike(letters.drawings, _draw(ALPHABETS["latin"])).any(dim=1)
+    return tuple(letters.class_names[label] for label in letters.classes[seen].unique())
 
 
 def _fonts() -> list[Path]:
@@ -85,15 +84,11 @@ def _draw(characters: str) -> Tensor:
     return torch.stack(fonts, dim=1)
 
 
-def _blurred(drawings: Tensor) -> Tensor:
-    """[C, F, S * S] in 0 .. 1."""
+def _look_alike(letters: Tensor, others: Tensor) -> Tensor:
+    """Whether each letter [C, F, S, S] looks like each of the others: bool [C, their C]."""
     matrix = blur(MASTER_SIZE, 1.0)
-    return (matrix @ (drawings.float() / 255) @ matrix.T).flatten(2)
-
-
-def _difference(blurred: Tensor, letter: Tensor) -> Tensor:
-    """The largest difference of a pixel, in the median font, of each letter [C, F, S * S] from one [F, S * S]: [C]."""
-    return (blurred - letter).abs().amax(-1).median(-1).values
+    letters, others = ((matrix @ (own.float() / 255) @ matrix.T).flatten(2) for own in (letters, others))
+    return torch.stack([(others - own).abs().amax(-1).median(-1).values < SAME_DRAWING for own in letters])
 
 
 def _family(name: str) -> str:

@@ -70,14 +70,13 @@ class HuggingFaceSource(FileSource):
 
     def _load_splits(self, offline: bool) -> "list[Split]":
         config, names = self.config, (self.config.train_split, self.config.test_split)
+        library = import_library()
         try:
-            with library_ready(offline) as library:
+            with library_ready(library, offline):
                 if any((Path(config.path) / mark).is_file() for mark in SAVED_MARKS):
                     found = library.load_from_disk(config.path)
                 else:
                     found = library.load_dataset(config.path, config.subset)
-        except ConfigError:
-            raise
         except Exception as error:  # the library raises errors of many classes
             for name in names:
                 if _is_saved_empty(Path(config.path) / name):
@@ -142,9 +141,22 @@ class Split:
 
     def labels(self) -> list[Any]:
         """The label of each row: a ClassLabel's name, or else the value itself."""
-        values, names = self._column("label_column"), self.listed_names()
+        values, names = self.values("label_column"), self.listed_names()
+        return values if names is None else [names[value] for value in values]
+
+    def values(self, key: str) -> list[Any]:
+        """The values of a column, each one number or text. A label is a valid number or text."""
+        values, names = list(self.rows[getattr(self.config, key)]), self.listed_names()
         for row, value in enumerate(values):
-            if isinstance(value, float) and not value.is_integer():
+            found = str(value)
+            if value is None or value != value:
+                found, remedy = "null", "every row needs a value"
+            elif isinstance(value, list | dict):
+                found = "a list" if isinstance(value, list) else "several fields"
+                remedy = "every row needs one number or text"
+            elif key != "label_column":
+                continue
+            elif isinstance(value, float) and not value.is_integer():
                 remedy = "a label is a whole number or text"
             elif names is not None and not -1 <= value < len(names):
                 remedy = f"valid are 0 to {len(names) - 1}"
@@ -152,8 +164,8 @@ class Split:
                 remedy = "labels count from 0, and -1 marks a sample without one; choose a split that has labels"
             else:
                 continue
-            raise self._wrong_value("label_column", row, str(value), remedy)
-        return values if names is None else [names[value] for value in values]
+            raise self._wrong_value(key, row, found, remedy)
+        return values
 
     def number_labels(self, labels: list[Any], classes: list[Any]) -> np.ndarray:
         """The place of each row's label among the classes of the training split: int64 [S]."""
@@ -168,8 +180,7 @@ class Split:
         """int64 [S]: the samples' clients, numbered in the order of their names."""
         if self.config.client_column is None:
             return None
-        clients = np.array([str(client) for client in self._column("client_column")])
-        return np.unique(clients, return_inverse=True)[1].astype(np.int64)
+        return np.unique([str(client) for client in self.values("client_column")], return_inverse=True)[1]
 
     def images(self) -> Iterator[EncodedImage]:
         """The encoded images, in order."""
@@ -190,17 +201,6 @@ class Split:
             content = Path(image["path"]) if content is None else content
             yield EncodedImage(name, content, "data.path", upright=self.config.upright)
 
-    def _column(self, key: str) -> list[Any]:
-        """The values of a column, each one number or text."""
-        values = list(self.rows[getattr(self.config, key)])
-        for row, value in enumerate(values):
-            if value is None or value != value:
-                raise self._wrong_value(key, row, "null", "every row needs a value")
-            if isinstance(value, list | dict):
-                what = "a list" if isinstance(value, list) else "several fields"
-                raise self._wrong_value(key, row, what, "every row needs one number or text")
-        return values
-
     def _wrong_value(self, key: str, row: int, found: str, remedy: str) -> ConfigError:
         where = f"data.{key}: {getattr(self.config, key)!r} of '{self.config.path}'"
         return ConfigError(f"{where} holds {found} in row {row} (from 0) of split {self.name!r}; {remedy}")
@@ -218,9 +218,8 @@ def import_library() -> Any:
 
 
 @contextmanager
-def library_ready(offline: bool) -> Iterator[Any]:
-    """The library without its own messages; offline, also without network and progress bars."""
-    library = import_library()
+def library_ready(library: Any, offline: bool) -> Iterator[None]:
+    """Silences the library's own messages; offline, also its progress bars and its network."""
     import huggingface_hub
 
     # The libraries read these values at every request, and the environment only once. Newer versions lack the second.
@@ -237,7 +236,7 @@ def library_ready(offline: bool) -> Iterator[Any]:
             if offline and hasattr(owner, key):
                 undo.callback(setattr, owner, key, getattr(owner, key))
                 setattr(owner, key, True)
-        yield library
+        yield
 
 
 def _is_saved_empty(folder: Path) -> bool:

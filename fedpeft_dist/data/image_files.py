@@ -106,7 +106,7 @@ def encoded_contents(
     """The training and the test split, which are decoded to one form. Reads every image's header.
 
     Raises:
-        ConfigError: a file is not an image or has unsupported pixels; the message names it.
+        ConfigError: a file is damaged, is no image or has unsupported pixels; now, or when the images are read.
     """
     form = choose_form(chain.from_iterable(part.images() for part in parts), stored_size)
 
@@ -129,11 +129,7 @@ class Form:
 
 
 def choose_form(images: Iterable[EncodedImage], stored_size: int) -> Form:
-    """The images' own size if all have the same, else a square; colour unless all are grey. Reads headers only.
-
-    Raises:
-        ConfigError: a file is not an image or has unsupported pixels; the message names it.
-    """
+    """The images' own size if all have the same, else a square; colour unless all are grey. Reads headers only."""
     firsts: dict[tuple[int, int], str] = {}
     counts, all_grey = Counter(), True
     for name, size, grey in _in_threads(_read_header, images):
@@ -154,11 +150,7 @@ def choose_form(images: Iterable[EncodedImage], stored_size: int) -> Form:
 
 
 def decode_chunks(images: Iterable[EncodedImage], form: Form) -> Iterator[np.ndarray]:
-    """uint8 [n, C, H, W], in order.
-
-    Raises:
-        ConfigError: an image is damaged; the message names it.
-    """
+    """uint8 [n, C, H, W], in order."""
     arrays = _in_threads(partial(_decode, form=form), images)
     while chunk := list(islice(arrays, CHUNK)):
         yield np.stack(chunk)

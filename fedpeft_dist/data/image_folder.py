@@ -45,30 +45,22 @@ class ClassFolders:
         return EncodedPart(lambda: encoded_files(self.folder, names), labels)
 
 
-def list_classes(folder: Path) -> list[str]:
-    """The names of the class folders, sorted, without hidden folders.
-
-    Raises:
-        ConfigError: the folder does not exist or holds no class folder.
-    """
+def list_classes(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the class folders, sorted, without hidden folders; and the names of the files beside them."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
+            is_folder = {entry.name: _is_folder(entry) for entry in entries}
     except OSError as error:
         raise ConfigError(f"data.root: '{folder}' must hold a folder for each class ({error.strerror})") from None
+    names = sorted(name for name in is_folder if is_folder[name] and not name.startswith("."))
     if not names:
         raise ConfigError(f"data.root: '{folder}' must hold a folder for each class, and holds none")
-    return names
+    return names, [name for name in is_folder if not is_folder[name]]
 
 
 def list_images(folder: Path) -> ClassFolders:
-    """
-    Raises:
-        ConfigError: a folder does not exist or cannot be listed, or a class has no image.
-    """
-    files, identity, names = {}, [], list_classes(folder)
-    with os.scandir(folder) as entries:
-        beside = [entry.name for entry in entries if not _is_folder(entry)]
+    """Lists the class folders at any depth. A class without an image raises ConfigError."""
+    files, identity, (names, beside) = {}, [], list_classes(folder)
     passed_over = Counter("hidden" if name.startswith(".") else "beside the class folders" for name in beside)
     for name in names:
         before = passed_over.total()
@@ -138,7 +130,7 @@ class ImageFolderSource(FileSource):
     config: ImageFolderConfig
 
     def num_classes(self) -> int:
-        return self.config.classes or len(list_classes(self.root / self.config.train_folder))
+        return self.config.classes or len(list_classes(self.root / self.config.train_folder)[0])
 
     def identity(self) -> Any:
         return [DECODING, self.config.stored_size, *(split.identity for split in self.splits)]

@@ -67,11 +67,7 @@ class ImageStore:
             return self._open() or self._build(read)
 
     def _open(self) -> Dataset | None:
-        """None if the store is missing or damaged: a file is missing or has another size than was written.
-
-        Raises:
-            ConfigError: the store may not be read or cannot be mapped. Building it again would not help.
-        """
+        """None if the store is missing or damaged: a file is missing or has another size than was written."""
         try:
             meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
             if any((self.folder / name).stat().st_size != size for name, size in meta["files"].items()):
@@ -80,7 +76,7 @@ class ImageStore:
             return Dataset(train, test, tuple(meta["class_names"]), meta.get("cropped", False))
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        except OSError as error:
+        except OSError as error:  # building it again would not help
             raise ConfigError(f"data.store: '{self.folder}' cannot be opened ({error.strerror or error})") from None
 
     def _open_split(self, split: str) -> ImageSet:

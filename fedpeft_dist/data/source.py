@@ -44,11 +44,7 @@ class DataSource(ABC):
         """Both splits, decoded. Only data that is made at random depends on the seed."""
 
     def prefetch(self) -> Path | None:
-        """Fetches and decodes the data set.
-
-        Returns:
-            The folder of the decoded images; None if there are no files to fetch.
-        """
+        """Fetches and decodes the data set. Returns the decoded images' folder; None if there are no files to fetch."""
         return None
 
 

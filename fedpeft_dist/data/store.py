@@ -48,7 +48,10 @@ class DeviceStore:
                 f"data: images of {own} channels for a backbone of {channels}; "
                 f"give backbone.model_args: {{in_chans: {own}}}"
             )
-        self.pixels = ResidentPixels(images, device) if resident else StreamedPixels(images, device)
+        self.streamed = None if resident else StreamedPixels(images, device)
+        self.images = images
+        if resident and device.type != "cpu":
+            self.images = ImageSet(upload(images, device), images.labels)
         self.labels = images.labels.to(device)
         self.device, self.transform, self.channels = device, transform, channels
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
@@ -59,7 +62,8 @@ class DeviceStore:
 
     def prefetch(self, indices: torch.Tensor) -> None:
         """Announces the indices, int64 [L, B] on the host, of the next call of `batch`."""
-        self.pixels.prefetch(indices.flatten())
+        if self.streamed is not None:
+            self.streamed.prefetch(indices.flatten())
 
     def batch(self, indices: torch.Tensor, keys: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised images and their labels, on the device.
@@ -71,42 +75,25 @@ class DeviceStore:
         Returns:
             float32 [L, B, C, H, W] and int64 [L, B].
         """
-        images = self.pixels.gather(indices.flatten()).float().div_(255)
-        images = self.transform(images, None if keys is None else keys.flatten())
+        if self.streamed is None:
+            images = self.images.images.index_select(0, send(self.images.places(indices.flatten()), self.device))
+        else:
+            images = self.streamed.gather(indices.flatten())
+        images = self.transform(images.float().div_(255), None if keys is None else keys.flatten())
         images = (images - self.mean) / self.std  # grey images become channels here, by broadcasting
         return images.view(*indices.shape, *images.shape[1:]), self.labels[send(indices, self.device)]
-
-
-class ResidentPixels:
-    """Images that the device can read: in its own memory or, on the CPU, wherever they are."""
-
-    def __init__(self, images: ImageSet, device: torch.device):
-        self.device, self.images, self.rows = device, images.images, images.rows
-        if device.type != "cpu":
-            self.images, self.rows = upload(images, device), None
-
-    def gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """The images of these samples (int64 [R], on the host): uint8 [R, C, H, W] on the device."""
-        indices = indices if self.rows is None else self.rows[indices]
-        return self.images.index_select(0, send(indices, self.device))
-
-    def prefetch(self, indices: torch.Tensor) -> None:
-        """Nothing to do."""
 
 
 class StreamedPixels:
     """Images that stay on the host. Each batch is gathered into a page-locked buffer and copied from there.
 
-    Two buffers take turns: one is filled while the other is still being copied.
+    PyTorch keeps such buffers for later batches, and gives none of them out while it is still being copied.
     """
 
     def __init__(self, images: ImageSet, device: torch.device):
-        self.images, self.rows, self.device = images.images, images.rows, device
+        self.images, self.device = images, device
         self.on_cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.on_cuda else None
-        self.buffers: list[torch.Tensor | None] = [None, None]
-        self.copied: list[torch.cuda.Event | None] = [None, None]
-        self.turn = 0
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self.pending: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.cuda.Event | None]]] | None = None
 
@@ -128,26 +115,15 @@ class StreamedPixels:
 
     def _bring(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Returns the images on the device and the event that tells their arrival. Runs in the background thread."""
+        images, places = self.images.images, self.images.places(indices)
+        buffer = torch.empty((len(places), *images.shape[1:]), dtype=torch.uint8, pin_memory=self.on_cuda)
+        torch.index_select(images, 0, places, out=buffer)
         if not self.on_cuda:
-            return self._fill_buffer(indices).clone(), None
+            return buffer, None
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            buffer, ready = self._fill_buffer(indices), torch.cuda.Event()
-            pixels = torch.empty_like(buffer, device=self.device).copy_(buffer, non_blocking=True)
+            pixels, ready = buffer.to(self.device, non_blocking=True), torch.cuda.Event()
             ready.record(self.stream)
-            self.copied[self.turn] = ready
         return pixels, ready
-
-    def _fill_buffer(self, indices: torch.Tensor) -> torch.Tensor:
-        """Fills the next buffer with these samples: uint8 [R, C, H, W] on the host."""
-        self.turn = 1 - self.turn
-        copied, buffer = self.copied[self.turn], self.buffers[self.turn]
-        if copied is not None:
-            copied.synchronize()
-        if buffer is None or len(buffer) < len(indices):
-            shape = (len(indices), *self.images.shape[1:])
-            buffer = self.buffers[self.turn] = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_cuda)
-        rows = indices if self.rows is None else self.rows[indices]
-        return torch.index_select(self.images, 0, rows, out=buffer[: len(indices)])
 
 
 def choose_resident(splits: list[ImageSet], device: torch.device) -> list[bool]:
@@ -166,9 +142,8 @@ def choose_resident(splits: list[ImageSet], device: torch.device) -> list[bool]:
 def upload(images: ImageSet, device: torch.device) -> torch.Tensor:
     """Copies all samples to the device, piece by piece: uint8 [S, C, H, W]. The host need not hold all of them."""
     there = torch.empty((len(images), *images.images.shape[1:]), dtype=torch.uint8, device=device)
-    for start in range(0, len(images), UPLOAD_ROWS):
-        piece = slice(start, start + UPLOAD_ROWS)
-        there[piece] = (images.images[piece] if images.rows is None else images.images[images.rows[piece]]).to(device)
+    for piece in torch.arange(len(images)).split(UPLOAD_ROWS):
+        there[piece[0] : piece[-1] + 1] = images.images[images.places(piece)].to(device)
     return there
 
 

@@ -174,7 +174,7 @@ def test_wherever_images_are_kept_batches_are_the_same_to_the_bit(tmp_path: Path
 
 
 def test_a_streamed_batch_does_not_change_while_others_are_loaded() -> None:
-    """The buffers are used again and again; what was handed out is not touched."""
+    """Memory is used again and again; a batch that was handed out is not touched."""
     images = image_set(3, size=60)
     pixels = StreamedPixels(images, CPU)
     parts = torch.arange(60).split(10)
@@ -183,7 +183,6 @@ def test_a_streamed_batch_does_not_change_while_others_are_loaded() -> None:
         found.append(pixels.gather(part))
         pixels.prefetch(upcoming)
     assert torch.equal(torch.cat(found), images.images)
-    assert len({buffer.data_ptr() for buffer in pixels.buffers}) == 2
 
 
 def test_announced_batches_are_gathered_in_the_background() -> None:
