@@ -47,6 +47,10 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in known if name in FORMATS) - {".pfm"}  # floating-point pixels
 
 
+class UnsupportedPixelsError(ValueError):
+    """The image is whole, but its kind of pixels has no right conversion to 8 bits."""
+
+
 @dataclass(frozen=True)
 class EncodedImage:
     """An image file, or the content of one that is stored inside another file."""
@@ -67,21 +71,16 @@ class EncodedImage:
         """Turns every error into one line that names this image."""
         try:
             yield
-        except UnsupportedPixelsError as error:
-            raise unreadable(self.name, error, "save it with 8 bits a channel", self.key) from None
-        except Image.DecompressionBombError as error:
-            pixels = int(re.search(r"\d+", str(error)).group())
-            limit = f"it has {pixels:,} pixels, and Pillow reads at most {2 * Image.MAX_IMAGE_PIXELS:,}"
-            raise unreadable(self.name, limit, "give a smaller picture", self.key) from None
-        except UnidentifiedImageError:
-            remedy = "put a whole copy of the file there, or save it as PNG"
-            raise unreadable(self.name, "Pillow knows no such image or pixels", remedy, self.key) from None
         except Exception as error:  # Pillow's decoders raise errors of many classes, even SyntaxError
-            raise unreadable(self.name, error, key=self.key) from None
-
-
-class UnsupportedPixelsError(ValueError):
-    """The image is whole, but its kind of pixels has no right conversion to 8 bits."""
+            reason, remedy = error, "put a whole copy of the file there"
+            if isinstance(error, UnsupportedPixelsError):
+                remedy = "save it with 8 bits a channel"
+            elif isinstance(error, Image.DecompressionBombError):
+                pixels, remedy = int(re.search(r"\d+", str(error)).group()), "give a smaller picture"
+                reason = f"it has {pixels:,} pixels, and Pillow reads at most {2 * Image.MAX_IMAGE_PIXELS:,}"
+            elif isinstance(error, UnidentifiedImageError):
+                reason, remedy = "Pillow knows no such image or pixels", f"{remedy}, or save it as PNG"
+            raise unreadable(self.name, reason, remedy, self.key) from None
 
 
 @dataclass(frozen=True)

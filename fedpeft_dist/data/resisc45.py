@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,6 @@ def draw_split(files: Mapping[str, Sequence[str]], share: float, seed: int) -> t
     """(train, test): the same share of every class goes to testing, at least one image and never all.
 
     The draw of a class depends only on the seed, the class's name and its number of images.
-
-    Raises:
-        ConfigError: a class is too small to be split, or the share is 0.
     """
     train, test = [], []
     for name, own in files.items():
@@ -72,18 +70,14 @@ def draw_split(files: Mapping[str, Sequence[str]], share: float, seed: int) -> t
 
 
 def read_lists(images: ClassFolders, config: Resisc45Config) -> tuple[list[str], list[str]]:
-    """(train, test), as the config's text files name them.
-
-    Raises:
-        ConfigError: a file cannot be read, an image is missing or named twice, or a class has no image.
-    """
-    known: dict[str, set[str]] = defaultdict(set)
-    """The files behind each name that a list may use. An image's own name tells its class, so lists without folders
-    are in use too."""
-    for file in [file for files in images.files.values() for file in files]:
-        for name in (file.partition("/")[2], file.rpartition("/")[2]):
-            known[name].add(file)
-    known |= {file: {file} for files in images.files.values() for file in files}
+    """(train, test), as the config's text files name them."""
+    # The files behind each name that a list may use. An image's own name tells its class, so lists without folders are
+    # in use too.
+    known, files = defaultdict(set), list(chain.from_iterable(images.files.values()))
+    for file in files:
+        known[file.partition("/")[2]].add(file)
+        known[file.rpartition("/")[2]].add(file)
+    known |= {file: {file} for file in files}
     train, test = (_read_list(images, known, key, getattr(config, key)) for key in ("train_list", "test_list"))
     if both := set(train) & set(test):
         raise ConfigError(
