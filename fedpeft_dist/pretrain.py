@@ -10,11 +10,12 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from timm.optim import param_groups_weight_decay
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ from fedpeft_dist.runtime.files import write_atomically
 LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 1e-3, 0.05, 0.1
 THREADS = 1
 Drawings = tuple[Tensor, Tensor]  # drawings [C, F, S, S] uint8, the class of each of the C [C] int64
+Batch = tuple[Tensor, Tensor]  # images [N, 1, S, S] float32 in -1..1, labels [N]
 
 
 def pretrain(
@@ -54,47 +56,29 @@ def pretrain(
     for name, value in (("steps", steps), ("batch_size", batch_size), ("held_out_images", held_out_images)):
         if value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")
-    if output.is_dir() or not _is_writable(output.absolute().parent):
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_dir() or not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ConfigError(f"--output: '{output}' cannot be written; give a file in a folder that can")
     started, threads_before = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         letters = letter_drawings()
         num_classes = int(letters[1].max()) + 1
-        model = _new_model(num_classes, seed)
-        optimizer = _optimizer(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "model"))
+            model = build_glyph_vit(num_classes, pretrained=False)
         generator = Generator().manual_seed(derive_seed(seed, "training letters"))
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * schedule(step, steps, math.ceil(steps / 15))
-            images, labels = sample_letters(letters, batch_size, generator)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if (step + 1) % 500 == 0:
-                report(f"step {step + 1} of {steps}: loss {loss.item():.3f}")
-        accuracy = _held_out_accuracy(model, letters, held_out_images, seed)
+        _train(model, (sample_letters(letters, batch_size, generator) for _ in range(steps)), steps, report)
+        held_out = Generator().manual_seed(derive_seed(seed, "held-out letters"))
+        accuracy = _accuracy(model, letters, held_out_images, held_out)
     finally:
         torch.set_num_threads(threads_before)
     content = save({name: value for name, value in model.state_dict().items() if not name.startswith("head.")})
     write_atomically(output, lambda temporary: temporary.write_bytes(content))
-    result = {
-        "classes": num_classes,
-        "held_out_accuracy": accuracy,
-        "seconds": time.perf_counter() - started,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    result = {"classes": num_classes, "held_out_accuracy": accuracy, "seconds": time.perf_counter() - started}
+    result |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     report(", ".join(f"{key} {value}" for key, value in result.items()))
     return result
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether files can be put into a folder, which may not exist yet."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def letter_drawings() -> Drawings:
@@ -103,8 +87,8 @@ def letter_drawings() -> Drawings:
     return drawings, torch.tensor(merge_drawings(drawings))
 
 
-def sample_letters(letters: Drawings, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Distorted images [N, 1, S, S] float32 in -1..1, and labels [N]: all classes and fonts equally often."""
+def sample_letters(letters: Drawings, count: int, generator: Generator) -> Batch:
+    """Distorted images and their labels: all classes and fonts equally often."""
     drawings, classes = letters
     odds = 1 / classes.bincount()[classes].float()
     rows = torch.multinomial(odds, count, replacement=True, generator=generator)
@@ -120,21 +104,22 @@ def schedule(step: int, steps: int, warmup_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
 
 
-def _new_model(num_classes: int, seed: int) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "model"))
-        return build_glyph_vit(num_classes, pretrained=False)
+def _train(model: torch.nn.Module, batches: Iterable[Batch], steps: int, report: Callable[[str], None]) -> None:
+    groups = param_groups_weight_decay(model, WEIGHT_DECAY)  # biases and norms do not decay
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps, math.ceil(steps / 15)))
+    for step, (images, labels) in enumerate(batches, start=1):
+        loss = F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        if step % 500 == 0:
+            report(f"step {step} of {steps}: loss {loss.item():.3f}")
 
 
-def _optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]  # biases, norms: no decay
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
-
-
-def _held_out_accuracy(model: torch.nn.Module, letters: Drawings, count: int, seed: int) -> float:
-    generator = Generator().manual_seed(derive_seed(seed, "held-out letters"))
+def _accuracy(model: torch.nn.Module, letters: Drawings, count: int, generator: Generator) -> float:
     model.eval()
     right = 0
     with torch.inference_mode():

@@ -4,8 +4,7 @@ Shapes: R rows, C channels, H x W pixels as stored, S the side of the backbone's
 """
 
 import math
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -18,13 +17,11 @@ WINDOW_TRIES = 10
 _RATIO_STEPS = 1024
 
 
-class Transform(Protocol):
-    """Turns images [R, C, H, W] in 0 .. 1 into the backbone's input [R, C, S, S], before normalisation.
+Transform = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Turns images [R, C, H, W] in 0 .. 1 into the backbone's input [R, C, S, S], before normalisation.
 
-    The keys are int64 [R]. None means no augmentation: the images are only resized.
-    """
-
-    def __call__(self, images: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor: ...
+The keys are int64 [R]. None means no augmentation: the images are only resized.
+"""
 
 
 def make_transform(config: DataConfig, interpolation: str) -> Transform:
@@ -33,19 +30,18 @@ def make_transform(config: DataConfig, interpolation: str) -> Transform:
     Args:
         interpolation: "bilinear" or "bicubic", used if the config says "auto".
     """
-    mode = choose_interpolation(config, interpolation)
-    plain = partial(resize, size=config.image_size, mode=mode)
+    mode, size = choose_interpolation(config, interpolation), config.image_size
 
     def transform(images: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
-        if keys is None or config.augment == "none":
-            return plain(images)
-        if config.augment == "resized_crop_flip":
+        augment = "none" if keys is None else config.augment
+        if augment == "resized_crop_flip":
             windows = draw_windows(images.shape[-2:], keys, config.crop_scale, config.crop_ratio)
-            return random_flip(resize_windows(images, windows, config.image_size, mode), keys)
-        images = plain(images)
-        if config.augment == "crop_flip":
+            images = resize_windows(images, windows, size, mode)
+        else:
+            images = resize(images, size, mode)
+        if augment == "crop_flip":
             images = random_crop(images, keys, config.crop_padding)
-        return random_flip(images, keys)
+        return images if augment == "none" else random_flip(images, keys)
 
     return transform
 
@@ -73,13 +69,18 @@ def random_crop(images: torch.Tensor, keys: torch.Tensor, padding: int) -> torch
     """Shifts each image [R, C, H, W] by up to `padding` pixels each way. Pixels from outside are black."""
     padded = F.pad(images, (padding,) * 4)
     rows, _, height, width = images.shape
-    span = 2 * padding + 1
-    top = (uniform(fold_in(keys, _CROP_Y)) * span).long()
-    left = (uniform(fold_in(keys, _CROP_X)) * span).long()
+    top, left = _draw_corner(keys, 2 * padding + 1, 2 * padding + 1)
     y = top.view(-1, 1, 1) + torch.arange(height, device=images.device).view(1, -1, 1)
     x = left.view(-1, 1, 1) + torch.arange(width, device=images.device).view(1, 1, -1)
     sample = torch.arange(rows, device=images.device).view(-1, 1, 1)
     return padded.permute(0, 2, 3, 1)[sample, y, x].permute(0, 3, 1, 2)
+
+
+def _draw_corner(
+    keys: torch.Tensor, rows: torch.Tensor | int, columns: torch.Tensor | int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of so many rows and one of so many columns for each key: int64 [R] each."""
+    return (uniform(fold_in(keys, _CROP_Y)) * rows).long(), (uniform(fold_in(keys, _CROP_X)) * columns).long()
 
 
 def draw_windows(
@@ -110,16 +111,11 @@ def draw_windows(
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = fits.int().argmax(dim=1, keepdim=True)
     own_height, own_width = heights.gather(1, first).squeeze(1), widths.gather(1, first).squeeze(1)
-    whole_height = min(height, round(width / ratio[0]))
-    whole_width = min(width, round(height * ratio[1]))
-    found = fits.any(dim=1)
-    own_height = torch.where(found, own_height, whole_height)
-    own_width = torch.where(found, own_width, whole_width)
-    top = (uniform(fold_in(keys, _CROP_Y)) * (height - own_height + 1)).long()
-    left = (uniform(fold_in(keys, _CROP_X)) * (width - own_width + 1)).long()
-    top = torch.where(found, top, (height - whole_height) // 2)
-    left = torch.where(found, left, (width - whole_width) // 2)
-    return torch.stack([top, left, own_height, own_width], dim=1)
+    top, left = _draw_corner(keys, height - own_height + 1, width - own_width + 1)
+    drawn = torch.stack([top, left, own_height, own_width], dim=1)
+    whole_height, whole_width = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    central = [(height - whole_height) // 2, (width - whole_width) // 2, whole_height, whole_width]
+    return torch.where(fits.any(dim=1, keepdim=True), drawn, torch.tensor(central, device=keys.device))
 
 
 def resize_windows(images: torch.Tensor, windows: torch.Tensor, size: int, mode: str) -> torch.Tensor:
@@ -156,10 +152,6 @@ def _resampling(start: torch.Tensor, length: torch.Tensor, full: int, size: int,
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def _triangle(x: torch.Tensor) -> torch.Tensor:
-    return (1 - x).clamp(min=0)
-
-
 def _cubic(x: torch.Tensor) -> torch.Tensor:
     """The cubic convolution of Keys (1981) with a = -1/2."""
     near = (1.5 * x - 2.5) * x * x + 1
@@ -167,4 +159,4 @@ def _cubic(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
-_FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
+_FILTERS = {"bilinear": lambda x: (1 - x).clamp(min=0), "bicubic": _cubic}

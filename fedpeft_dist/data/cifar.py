@@ -4,32 +4,24 @@ Shapes: S samples of a file; images are [3, 32, 32].
 """
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from fedpeft_dist.data.datasets import Contents, Part
-from fedpeft_dist.data.download import TorchvisionSource
-from fedpeft_dist.data.source import check_labels, check_num_classes, unreadable
+from fedpeft_dist.data.source import TorchvisionSource, check_labels, unreadable
 
 SHAPE = (3, 32, 32)
-PIXELS = 3 * 32 * 32
-CHUNK = 4096
 
 
 class CifarSource(TorchvisionSource):
     """Either version. `files` names the training batches, then the test batch, then the classes' names."""
 
-    classes: ClassVar[int]
     labels_key: ClassVar[bytes]
     """The key of a batch's labels."""
     names_key: ClassVar[bytes]
     """The key of the classes' names."""
-
-    def num_classes(self) -> int:
-        return self.classes
 
     def fetch(self, folder: Path) -> None:
         from torchvision import datasets
@@ -42,39 +34,31 @@ class CifarSource(TorchvisionSource):
             class_names = tuple(text.decode() for text in load_plain(meta)[self.names_key])
         except Exception as error:  # a damaged pickle can fail in any way
             raise unreadable(meta, error) from None
-        check_num_classes(f"data.name: {self.config.name!r}", self.classes, f"'{meta}'", class_names)
+        self.check_classes(class_names, meta)
         return Contents(class_names, self._read_part(train), self._read_part([test]))
 
     def _read_part(self, paths: list[Path]) -> Part:
-        batches = [self._read_batch(path) for path in paths]
-        labels = np.concatenate([labels for _, labels in batches])
-
-        def chunks() -> Iterator[np.ndarray]:
-            for images, _ in batches:
-                for start in range(0, len(images), CHUNK):
-                    yield images[start : start + CHUNK]
-
-        return Part((len(labels), *SHAPE), labels, chunks)
+        images, labels = zip(*map(self._read_batch, paths))
+        return Part((sum(map(len, labels)), *SHAPE), np.concatenate(labels), lambda: iter(images))
 
     def _read_batch(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [S, 3, 32, 32] and int64 [S]."""
         try:
             content = load_plain(path)
             images, labels = content[b"data"], np.asarray(content[self.labels_key], dtype=np.int64)
-            shape = (len(labels), PIXELS)
+            shape = (len(labels), np.prod(SHAPE))
             if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape == shape):
-                raise ValueError(f"'data' must be uint8 of shape {list(shape)}, one row a label")
+                raise ValueError(f"'data' must be uint8 of shape [{len(labels)}, 3072], one row a label")
         except Exception as error:  # a damaged pickle can fail in any way
             raise unreadable(path, error) from None
-        check_labels(labels, self.classes, f"'{path}'")
+        check_labels(labels, self.classes, path)
         return images.reshape(-1, *SHAPE), labels
 
 
 class Cifar10Source(CifarSource):
-    files = (
-        *(f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)),
-        "cifar-10-batches-py/test_batch",
-        "cifar-10-batches-py/batches.meta",
+    files = tuple(
+        f"cifar-10-batches-py/{name}"
+        for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
     )
     classes, labels_key, names_key = 10, b"labels", b"label_names"
 
@@ -88,14 +72,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Builds numpy arrays and Python's plain types, and nothing else."""
 
     # Python 3 writes bytes as a call of `encode` in a pickle that Python 2 should read.
-    ALLOWED = frozenset(
-        {
-            ("multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
+    ALLOWED = (("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"))
 
     def find_class(self, module: str, name: str) -> Any:
         own = module.removeprefix("numpy.core.").removeprefix("numpy._core.")

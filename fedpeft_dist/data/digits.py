@@ -5,15 +5,11 @@ import torch
 from fedpeft_dist.data.datasets import Dataset, ImageSet
 from fedpeft_dist.data.source import DataSource
 
-NUM_CLASSES = 10
-TEST_SAMPLES = 500
-
 
 class DigitsSource(DataSource):
-    """The stratified split is the same for every seed."""
+    """500 of the samples are for testing. The stratified split is the same for every seed."""
 
-    def num_classes(self) -> int:
-        return NUM_CLASSES
+    classes = 10
 
     def load(self, seed: int) -> Dataset:
         from sklearn.datasets import load_digits
@@ -22,6 +18,6 @@ class DigitsSource(DataSource):
         digits = load_digits()
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
         labels = torch.from_numpy(digits.target).long()
-        parts = train_test_split(range(len(labels)), test_size=TEST_SAMPLES, stratify=digits.target, random_state=0)
+        parts = train_test_split(range(len(labels)), test_size=500, stratify=digits.target, random_state=0)
         train, test = (ImageSet(images[part], labels[part]) for part in parts)
-        return Dataset(train, test, tuple(str(digit) for digit in range(NUM_CLASSES)))
+        return Dataset(train, test, tuple("0123456789"))

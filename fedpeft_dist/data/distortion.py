@@ -34,9 +34,7 @@ def distort(drawings: Tensor, image_size: int, generator: Generator, strength: f
     Returns:
         float32 [N, 1, image_size, image_size] in 0 .. 1.
     """
-    return torch.cat(
-        [_Distortion(len(chunk), generator, strength)(chunk, image_size) for chunk in drawings.split(CHUNK)]
-    )
+    return torch.cat([_Distortion(len(c), generator, strength)(c, image_size) for c in drawings.split(CHUNK)])
 
 
 class _Distortion:
@@ -52,14 +50,11 @@ class _Distortion:
         return (image / brightest * self._uniform(0.7, 1.5)).clamp(0, 1) ** self._uniform(0.6, 1.4)
 
     def _change_strokes(self, image: Tensor) -> Tensor:
-        width = (
-            self._uniform(-0.6, 1.6) * self.strength
-        )  # pixels by which each side of a stroke grows or, below 0, thins
-        thick = _thicken(image)
-        thicker = _thicken(thick)
-        thin = 1 - _thicken(1 - image)
+        # The pixels by which each side of a stroke grows or, below 0, thins.
+        width = self._uniform(-0.6, 1.6) * self.strength
+        thick, thin = _thicken(image), 1 - _thicken(1 - image)
         image = torch.lerp(image, thick, width.clamp(0, 1))
-        image = torch.lerp(image, thicker, (width - 1).clamp(0, 1))
+        image = torch.lerp(image, _thicken(thick), (width - 1).clamp(0, 1))
         return torch.lerp(image, thin, (-width).clamp(0, 1))
 
     def _bend(self, image: Tensor, side: int) -> Tensor:
@@ -68,9 +63,9 @@ class _Distortion:
         zoom_x = torch.exp(self._normal() * 0.2 - 0.1 * self.strength)
         zoom_y = torch.exp(self._normal() * 0.08 + 0.02 * self.strength)
         cos, sin = angle.cos(), angle.sin()
-        rows = [torch.stack([cos, -sin + shear], -1) / zoom_x[:, None] * 0.85]
-        rows.append(torch.stack([sin, cos], -1) / zoom_y[:, None] * 0.85)
-        affine = torch.cat([torch.stack(rows, 1), self._normal(2, 1) * 0.07], dim=-1)  # [N, 2, 3]
+        across = torch.stack([cos, -sin + shear], -1) / zoom_x[:, None] * 0.85
+        along = torch.stack([sin, cos], -1) / zoom_y[:, None] * 0.85
+        affine = torch.cat([torch.stack([across, along], 1), self._normal(2, 1) * 0.07], dim=-1)  # [N, 2, 3]
         grid = F.affine_grid(affine, [self.count, 1, side, side], align_corners=False)
         bend = F.interpolate(self._normal(2, 4, 4) * 0.09, size=side, mode="bicubic", align_corners=True)
         return F.grid_sample(image, grid + bend.permute(0, 2, 3, 1), align_corners=False)[:, 0]
@@ -118,7 +113,5 @@ def _reading_matrices(side: int) -> tuple[Tensor, Tensor]:
 
 def _thicken(image: Tensor) -> Tensor:
     """The largest value of a pixel and its four neighbours. Strokes gain a pixel on each side."""
-    padded = F.pad(image, (1, 1, 1, 1))
-    across = torch.maximum(padded[..., 1:-1, :-2], padded[..., 1:-1, 2:])
-    along = torch.maximum(padded[..., :-2, 1:-1], padded[..., 2:, 1:-1])
-    return torch.maximum(image, torch.maximum(across, along))
+    across = F.max_pool2d(image, (1, 3), stride=1, padding=(0, 1))
+    return torch.maximum(across, F.max_pool2d(image, (3, 1), stride=1, padding=(1, 0)))

@@ -6,10 +6,9 @@ natural clients. Ink is bright, paper is dark. No digits are drawn anywhere here
 Shapes: C characters, F fonts, S the side of a square image.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +20,6 @@ from fedpeft_dist.data.datasets import Dataset, ImageSet
 from fedpeft_dist.data.distortion import blur, distort
 from fedpeft_dist.data.source import DataSource
 from fedpeft_dist.lanes.random import derive_seed
-
-if TYPE_CHECKING:  # matplotlib is imported when a letter is drawn
-    from matplotlib.ft2font import FT2Font
 
 ALPHABETS: dict[str, str] = {
     "latin": "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz",
@@ -81,13 +77,12 @@ class Letters:
     def in_fonts(self, fonts: Sequence[str]) -> "Letters":
         """The drawings in some of the fonts."""
         columns = [self.fonts.index(font) for font in fonts]
-        return Letters(self.characters, tuple(fonts), self.drawings[:, columns], self.classes)
+        return replace(self, fonts=tuple(fonts), drawings=self.drawings[:, columns])
 
     def render(self, images_per_letter: int, image_size: int, seed: int) -> ImageSet:
         """Distorted images of every letter in every font, ordered by font. A font is a natural client."""
-        held = _held(self.drawings)
-        font_ids, rows = held.T.nonzero(as_tuple=True)  # every (font, letter) pair that exists
-        font_ids, rows = font_ids.repeat_interleave(images_per_letter), rows.repeat_interleave(images_per_letter)
+        held = _held(self.drawings).T.nonzero()  # every pair of a font and a letter that exists
+        font_ids, rows = held.repeat_interleave(images_per_letter, dim=0).T.contiguous()
         images = distort(self.drawings[rows, font_ids, None], image_size, Generator().manual_seed(seed))
         return ImageSet((images * 255).round().to(torch.uint8), self.classes[rows], font_ids)
 
@@ -108,27 +103,35 @@ def font_files() -> list[Path]:
     return [folder / f"{name}.ttf" for name in FONT_NAMES]
 
 
-def open_font(path: Path) -> "FT2Font":
-    from matplotlib.ft2font import FT2Font
+class Pen:
+    """Draws the letters of one font file."""
 
-    font = FT2Font(str(path))
-    font.set_size(150.0, 72.0)  # 150 pixels an em, well above the size of any drawing
-    return font
+    def __init__(self, path: Path):
+        from matplotlib.ft2font import FT2Font
+
+        self.font = FT2Font(str(path))
+        self.font.set_size(150.0, 72.0)  # 150 pixels an em, well above the size of any drawing
+        self.known = self.font.get_charmap()
+        """The characters that the font's own charmap holds."""
+
+    def draw(self, character: str) -> Tensor:
+        """The drawing of one character without margins: [1, 1, height, width] float32 in 0 .. 1."""
+        self.font.set_text(character, 0.0)
+        self.font.draw_glyphs_to_bitmap(antialiased=True)
+        return _trim(torch.from_numpy(np.array(self.font.get_image())))
 
 
-def render_letters(characters: str, fonts: list[Path], size: int = MASTER_SIZE) -> Tensor:
+def render_letters(characters: str, fonts: list[Path]) -> Tensor:
     """Clean drawings [C, F, S, S] uint8. A letter is centred, and its longer side fills four fifths of S.
 
     If a font's own charmap does not hold the character, the drawing is all zero.
     """
-    drawings = torch.zeros(len(characters), len(fonts), size, size, dtype=torch.uint8)
-    for column, path in enumerate(fonts):
-        font = open_font(path)
-        known = font.get_charmap()
+    drawings = torch.zeros(len(characters), len(fonts), MASTER_SIZE, MASTER_SIZE, dtype=torch.uint8)
+    for column, pen in enumerate(map(Pen, fonts)):
         for row, character in enumerate(characters):
-            if ord(character) in known:
-                crop = crop_letter(font, character)
-                drawings[row, column] = paste(crop, size, size * 0.8 / max(crop.shape[-2:]))
+            if ord(character) in pen.known:
+                crop = pen.draw(character)
+                drawings[row, column] = paste(crop, MASTER_SIZE * 0.8 / max(crop.shape[-2:]))
     return drawings
 
 
@@ -142,42 +145,25 @@ def merge_drawings(drawings: Tensor) -> list[int]:
     """
     held = _held(drawings)
     squares, aspects = _squares(drawings, held)  # [C, F, 24 * 24], [C, F]
-
-    def same_as_before(row: int) -> Tensor:
-        distance = (squares[:row] - squares[row]).abs().amax(-1)  # [row, F]
-        distance = torch.maximum(distance, (aspects[:row] - aspects[row]).abs() / 2)
-        return distance.masked_fill(~(held[:row] & held[row]), torch.nan).nanmedian(-1).values < SAME_DRAWING
-
-    return merge_rows(len(drawings), same_as_before)
+    medians = []
+    for square, aspect, own in zip(squares, aspects, held):
+        distance = torch.maximum((squares - square).abs().amax(-1), (aspects - aspect).abs() / 2)  # [C, F]
+        medians.append(distance.masked_fill(~(held & own), torch.nan).nanmedian(-1).values)
+    return merge_rows(torch.stack(medians) < SAME_DRAWING)
 
 
-def merge_rows(count: int, same_as_before: Callable[[int], Tensor]) -> list[int]:
-    """The classes of `count` rows, numbered in order of first appearance. Sameness is transitive.
+def merge_rows(same: Tensor) -> list[int]:
+    """The classes of rows, numbered in order of first appearance. Sameness, bool [C, C], is transitive."""
+    from scipy.sparse.csgraph import connected_components
 
-    Args:
-        same_as_before: tells which rows before a row are the same as that row: bool [row].
-    """
-    classes = list(range(count))
-    for row in range(1, count):
-        for other in same_as_before(row).nonzero().flatten().tolist():
-            old, new = max(classes[row], classes[other]), min(classes[row], classes[other])
-            classes = [new if value == old else value for value in classes]
-    order = {value: position for position, value in enumerate(dict.fromkeys(classes))}
-    return [order[value] for value in classes]
+    return connected_components(same.numpy(), directed=False)[1].tolist()
 
 
-def crop_letter(font: "FT2Font", character: str) -> Tensor:
-    """The drawing of one character without margins: [1, 1, height, width] float32 in 0 .. 1."""
-    font.set_text(character, 0.0)
-    font.draw_glyphs_to_bitmap(antialiased=True)
-    return _trim(torch.from_numpy(np.array(font.get_image())))
-
-
-def paste(crop: Tensor, size: int, scale: float) -> Tensor:
+def paste(crop: Tensor, scale: float) -> Tensor:
     """A drawing [1, 1, height, width] in 0 .. 1, scaled and put in the middle of an empty square: [S, S] uint8."""
     height, width = (max(1, round(side * scale)) for side in crop.shape[-2:])
-    top, left = (size - height) // 2, (size - width) // 2
-    canvas = torch.zeros(size, size, dtype=torch.uint8)
+    top, left = (MASTER_SIZE - height) // 2, (MASTER_SIZE - width) // 2
+    canvas = torch.zeros(MASTER_SIZE, MASTER_SIZE, dtype=torch.uint8)
     canvas[top : top + height, left : left + width] = (_resize(crop, height, width)[0, 0] * 255).round()
     return canvas
 

@@ -16,16 +16,7 @@ from torch import Tensor
 from fedpeft_dist.config.schema import Glyphs100Config
 from fedpeft_dist.data.datasets import Dataset
 from fedpeft_dist.data.distortion import blur
-from fedpeft_dist.data.glyphs import (
-    ALPHABETS,
-    MASTER_SIZE,
-    Letters,
-    crop_letter,
-    font_files,
-    merge_rows,
-    open_font,
-    paste,
-)
+from fedpeft_dist.data.glyphs import ALPHABETS, MASTER_SIZE, Letters, Pen, font_files, merge_rows, paste
 from fedpeft_dist.data.source import DataSource
 from fedpeft_dist.lanes.random import derive_seed
 
@@ -49,26 +40,19 @@ class Glyphs100Source(DataSource):
         return len(draw_letters().class_names)
 
     def load(self, seed: int) -> Dataset:
-        config = self.config
-        train = letters_of(*TRAIN_FAMILIES).render(
-            config.images_per_letter, config.image_size, derive_seed(_SEED, "train")
+        config, train, test = self.config, letters_of(*TRAIN_FAMILIES), letters_of(TEST_FAMILY)
+        return Dataset(
+            train.render(config.images_per_letter, config.image_size, derive_seed(_SEED, "train")),
+            test.render(config.test_images_per_letter, config.image_size, derive_seed(_SEED, "test")),
+            train.class_names,
         )
-        test = letters_of(TEST_FAMILY).render(
-            config.test_images_per_letter, config.image_size, derive_seed(_SEED, "test")
-        )
-        return Dataset(train, test, draw_letters().class_names)
 
 
 @cache
 def draw_letters() -> Letters:
     """All letters in all fonts of the training families and of the test family."""
     drawings = _draw(CHARACTERS)
-    blurred = _blurred(drawings)
-
-    def same_as_before(row: int) -> Tensor:
-        return (blurred[:row] - blurred[row]).abs().amax(-1).median(-1).values < SAME_DRAWING
-
-    classes = torch.tensor(merge_rows(len(CHARACTERS), same_as_before))
+    classes = torch.tensor(merge_rows(_look_alike(drawings, drawings)))
     return Letters(CHARACTERS, tuple(path.stem for path in _fonts()), drawings, classes)
 
 
@@ -80,38 +64,31 @@ def letters_of(*families: str) -> Letters:
 
 def classes_seen_in_latin() -> tuple[str, ...]:
     """The classes with a letter that looks like a Latin letter, which the embedded backbone was pre-trained on."""
-    letters, latin = draw_letters(), _blurred(_draw(ALPHABETS["latin"]))
-    own = _blurred(letters.drawings)
-    seen = {
-        int(label)
-        for drawing, label in zip(own, letters.classes)
-        if float((latin - drawing).abs().amax(-1).median(-1).values.min()) < SAME_DRAWING
-    }
-    return tuple(letters.class_names[label] for label in sorted(seen))
-
-
-def _draw(characters: str) -> Tensor:
-    """uint8 [C, F, S, S]."""
-    return torch.stack([_draw_font(characters, path) for path in _fonts()], dim=1)
-
-
-def _draw_font(characters: str, path: Path) -> Tensor:
-    """uint8 [C, S, S]: every letter centred, at one scale for the font unless a letter would not fit."""
-    font = open_font(path)
-    scale = CAPITAL_SHARE * MASTER_SIZE / crop_letter(font, "H").shape[-2]
-    crops = [crop_letter(font, character) for character in characters]
-    fitting = [min(scale, LARGEST_SHARE * MASTER_SIZE / max(crop.shape[-2:])) for crop in crops]
-    return torch.stack([paste(crop, MASTER_SIZE, own) for crop, own in zip(crops, fitting)])
-
-
-def _blurred(drawings: Tensor) -> Tensor:
-    """[C, F, S * S] in 0 .. 1."""
-    matrix = blur(MASTER_SIZE, 1.0)
-    return (matrix @ (drawings.float() / 255) @ matrix.T).flatten(2)
+    letters = draw_letters()
+    seen = _look_alike(letters.drawings, _draw(ALPHABETS["latin"])).any(dim=1)
+    return tuple(letters.class_names[label] for label in letters.classes[seen].unique())
 
 
 def _fonts() -> list[Path]:
     return [path for path in font_files() if _family(path.stem) in (*TRAIN_FAMILIES, TEST_FAMILY)]
+
+
+def _draw(characters: str) -> Tensor:
+    """uint8 [C, F, S, S]: every letter centred, at one scale for the font unless a letter would not fit."""
+    fonts = []
+    for pen in map(Pen, _fonts()):
+        scale = CAPITAL_SHARE * MASTER_SIZE / pen.draw("H").shape[-2]
+        crops = [pen.draw(character) for character in characters]
+        fitting = [min(scale, LARGEST_SHARE * MASTER_SIZE / max(crop.shape[-2:])) for crop in crops]
+        fonts.append(torch.stack([paste(crop, own) for crop, own in zip(crops, fitting)]))
+    return torch.stack(fonts, dim=1)
+
+
+def _look_alike(letters: Tensor, others: Tensor) -> Tensor:
+    """Whether each letter [C, F, S, S] looks like each of the others: bool [C, their C]."""
+    matrix = blur(MASTER_SIZE, 1.0)
+    letters, others = ((matrix @ (own.float() / 255) @ matrix.T).flatten(2) for own in (letters, others))
+    return torch.stack([(others - own).abs().amax(-1).median(-1).values < SAME_DRAWING for own in letters])
 
 
 def _family(name: str) -> str:

@@ -8,19 +8,19 @@ Shapes: S samples of a split.
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.schema import HuggingFaceConfig
-from fedpeft_dist.data.datasets import Contents, Dataset, Part
-from fedpeft_dist.data.image_files import DECODING, EncodedImage, Form, choose_form, decode_chunks
-from fedpeft_dist.data.source import PREFETCH, FileSource, check_num_classes, stamp
+from fedpeft_dist.data.datasets import Contents, Dataset
+from fedpeft_dist.data.image_files import DECODING, EncodedImage, EncodedPart, encoded_contents
+from fedpeft_dist.data.source import PREFETCH, FileSource, some, stamp
 
 SAVED_MARKS = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` leaves in a folder. Such a folder needs `load_from_disk`."""
@@ -41,7 +41,9 @@ class HuggingFaceSource(FileSource):
 
     def load(self, seed: int) -> Dataset:
         dataset = super().load(seed)
-        self._check_classes(dataset.class_names)  # `read` has not checked a store that was built by an earlier run
+        self.check_classes(
+            dataset.class_names, self.config.path
+        )  # `read` has not checked a store that was built by an earlier run
         return dataset
 
     def download(self) -> None:
@@ -54,7 +56,7 @@ class HuggingFaceSource(FileSource):
         identity: list[Any] = [DECODING, config.subset, config.train_split, config.test_split, config.image_column]
         identity += [config.label_column, config.client_column, config.stored_size]
         if self.is_folder:
-            stores = Path(config.store or Path(config.root) / ".store").resolve()  # may lie inside the folder
+            stores = self.store_root.resolve()  # may lie inside the folder
             files = sorted(p for p in folder.rglob("*") if p.is_file() and stores not in p.resolve().parents)
             return [*identity, stamp(files, folder)]
         # The cache's folder is named after the data set and the commit that was downloaded.
@@ -68,14 +70,13 @@ class HuggingFaceSource(FileSource):
 
     def _load_splits(self, offline: bool) -> "list[Split]":
         config, names = self.config, (self.config.train_split, self.config.test_split)
+        library = import_library()
         try:
-            with library_ready(offline) as library:
+            with library_ready(library, offline):
                 if any((Path(config.path) / mark).is_file() for mark in SAVED_MARKS):
                     found = library.load_from_disk(config.path)
                 else:
                     found = library.load_dataset(config.path, config.subset)
-        except ConfigError:
-            raise
         except Exception as error:  # the library raises errors of many classes
             for name in names:
                 if _is_saved_empty(Path(config.path) / name):
@@ -90,7 +91,7 @@ class HuggingFaceSource(FileSource):
 
     def _not_loaded(self, error: Exception, offline: bool) -> ConfigError:
         told = ": ".join(str(part) for part in (error, error.__cause__) if part)  # the first alone may say nothing
-        reason, where = " ".join(told.split())[:200] or type(error).__name__, f"data.path: '{self.config.path}'"
+        reason, where = one_line(told or type(error).__name__, 200), f"data.path: '{self.config.path}'"
         if self.is_folder:
             return ConfigError(f"{where} cannot be read ({reason})")
         if offline:
@@ -100,13 +101,8 @@ class HuggingFaceSource(FileSource):
     def _empty(self, split: str) -> ConfigError:
         return ConfigError(f"data.path: '{self.config.path}', split {split!r}, holds no sample")
 
-    def _check_classes(self, names: tuple[str, ...]) -> None:
-        expected = self.config.classes
-        if expected is not None:
-            check_num_classes(f"data.classes: {expected}", expected, f"'{self.config.path}'", names)
-
     def read(self) -> Contents:
-        train = self.splits[0]
+        config, train = self.config, self.splits[0]
         for split in self.splits:
             split.check_columns()
             if not len(split.rows):
@@ -116,11 +112,10 @@ class HuggingFaceSource(FileSource):
         # Both splits' labels are numbered by name: the test split's ClassLabel may list its names in another order.
         labels = [split.number_labels(own, classes) for split, own in zip(self.splits, values)]
         class_names = tuple(map(str, classes))
-        self._check_classes(class_names)
-        groups = train.groups()
-        form = choose_form((image for split in self.splits for image in split.images()), self.config.stored_size)
-        parts = [split.part(own, form) for split, own in zip(self.splits, labels)]
-        return Contents(class_names, replace(parts[0], groups=groups), parts[1], cropped=form.cropped, notes=form.notes)
+        self.check_classes(class_names, config.path)
+        groups = (train.groups(), None)
+        parts = [EncodedPart(split.images, *own) for split, *own in zip(self.splits, labels, groups)]
+        return encoded_contents(class_names, parts, config.stored_size)
 
 
 @dataclass(frozen=True)
@@ -146,9 +141,22 @@ class Split:
 
     def labels(self) -> list[Any]:
         """The label of each row: a ClassLabel's name, or else the value itself."""
-        values, names = self._column("label_column"), self.listed_names()
+        values, names = self.values("label_column"), self.listed_names()
+        return values if names is None else [names[value] for value in values]
+
+    def values(self, key: str) -> list[Any]:
+        """The values of a column, each one number or text. A label is a valid number or text."""
+        values, names = list(self.rows[getattr(self.config, key)]), self.listed_names()
         for row, value in enumerate(values):
-            if isinstance(value, float) and not value.is_integer():
+            found = str(value)
+            if value is None or value != value:
+                found, remedy = "null", "every row needs a value"
+            elif isinstance(value, list | dict):
+                found = "a list" if isinstance(value, list) else "several fields"
+                remedy = "every row needs one number or text"
+            elif key != "label_column":
+                continue
+            elif isinstance(value, float) and not value.is_integer():
                 remedy = "a label is a whole number or text"
             elif names is not None and not -1 <= value < len(names):
                 remedy = f"valid are 0 to {len(names) - 1}"
@@ -156,16 +164,15 @@ class Split:
                 remedy = "labels count from 0, and -1 marks a sample without one; choose a split that has labels"
             else:
                 continue
-            raise self._wrong_value("label_column", row, str(value), remedy)
-        return values if names is None else [names[value] for value in values]
+            raise self._wrong_value(key, row, found, remedy)
+        return values
 
     def number_labels(self, labels: list[Any], classes: list[Any]) -> np.ndarray:
         """The place of each row's label among the classes of the training split: int64 [S]."""
         numbers = {value: index for index, value in enumerate(classes)}
         for row, value in enumerate(labels):
             if value not in numbers:
-                listed = ", ".join(map(repr, classes[:4])) + (", ..." if len(classes) > 4 else "")
-                remedy = f"the classes of split {self.config.train_split!r} are {listed}"
+                remedy = f"the classes of split {self.config.train_split!r} are {some([*map(repr, classes)])}"
                 raise self._wrong_value("label_column", row, repr(value), remedy)
         return np.array([numbers[value] for value in labels], dtype=np.int64)
 
@@ -173,12 +180,7 @@ class Split:
         """int64 [S]: the samples' clients, numbered in the order of their names."""
         if self.config.client_column is None:
             return None
-        clients = np.array([str(client) for client in self._column("client_column")])
-        return np.unique(clients, return_inverse=True)[1].astype(np.int64)
-
-    def part(self, labels: np.ndarray, form: Form) -> Part:
-        shape = (len(labels), form.channels, form.height, form.width)
-        return Part(shape, labels, lambda: decode_chunks(self.images(), form))
+        return np.unique([str(client) for client in self.values("client_column")], return_inverse=True)[1]
 
     def images(self) -> Iterator[EncodedImage]:
         """The encoded images, in order."""
@@ -199,17 +201,6 @@ class Split:
             content = Path(image["path"]) if content is None else content
             yield EncodedImage(name, content, "data.path", upright=self.config.upright)
 
-    def _column(self, key: str) -> list[Any]:
-        """The values of a column, each one number or text."""
-        values = list(self.rows[getattr(self.config, key)])
-        for row, value in enumerate(values):
-            if value is None or value != value:
-                raise self._wrong_value(key, row, "null", "every row needs a value")
-            if isinstance(value, list | dict):
-                what = "a list" if isinstance(value, list) else "several fields"
-                raise self._wrong_value(key, row, what, "every row needs one number or text")
-        return values
-
     def _wrong_value(self, key: str, row: int, found: str, remedy: str) -> ConfigError:
         where = f"data.{key}: {getattr(self.config, key)!r} of '{self.config.path}'"
         return ConfigError(f"{where} holds {found} in row {row} (from 0) of split {self.name!r}; {remedy}")
@@ -227,33 +218,25 @@ def import_library() -> Any:
 
 
 @contextmanager
-def library_ready(offline: bool) -> Iterator[Any]:
-    """The library without its own messages; offline, also without network and progress bars."""
-    library = import_library()
+def library_ready(library: Any, offline: bool) -> Iterator[None]:
+    """Silences the library's own messages; offline, also its progress bars and its network."""
     import huggingface_hub
 
-    loggers = (library.logging, huggingface_hub.utils.logging)
-    levels = [logger.get_verbosity() for logger in loggers]
     # The libraries read these values at every request, and the environment only once. Newer versions lack the second.
     switches = [(library.config, "HF_HUB_OFFLINE"), (library.config, "HF_DATASETS_OFFLINE")]
     switches.append((huggingface_hub.constants, "HF_HUB_OFFLINE"))
-    before = [(owner, key, getattr(owner, key)) for owner, key in switches if hasattr(owner, key)]
-    bars = library.is_progress_bar_enabled()
-    try:
-        for logger in loggers:
+    with ExitStack() as undo:
+        for logger in (library.logging, huggingface_hub.utils.logging):
+            undo.callback(logger.set_verbosity, logger.get_verbosity())
             logger.set_verbosity(logging.CRITICAL)  # an error is raised as well
-        if offline:
+        if offline and library.is_progress_bar_enabled():
+            undo.callback(library.enable_progress_bars)
             library.disable_progress_bars()
-            for owner, key, _ in before:
+        for owner, key in switches:
+            if offline and hasattr(owner, key):
+                undo.callback(setattr, owner, key, getattr(owner, key))
                 setattr(owner, key, True)
-        yield library
-    finally:
-        for owner, key, value in before:
-            setattr(owner, key, value)
-        for logger, level in zip(loggers, levels):
-            logger.set_verbosity(level)
-        if bars:
-            library.enable_progress_bars()
+        yield
 
 
 def _is_saved_empty(folder: Path) -> bool:

@@ -2,15 +2,14 @@
 
 The listing is torchvision's, without hidden files and folders. As in torchvision and timm, images are not turned by
 their EXIF orientation.
-
-Shapes: S samples, C channels, H x W pixels.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import numpy as np
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import ImageFolderConfig
-from fedpeft_dist.data.datasets import Contents, Part
-from fedpeft_dist.data.image_files import DECODING, Form, choose_form, decode_chunks, encoded_files, image_suffixes
-from fedpeft_dist.data.source import FileSource, check_num_classes, printable
+from fedpeft_dist.data.datasets import Contents
+from fedpeft_dist.data.image_files import DECODING, EncodedPart, encoded_contents, encoded_files, image_suffixes
+from fedpeft_dist.data.source import FileSource, printable
 
 
 @dataclass(frozen=True)
@@ -37,56 +36,53 @@ class ClassFolders:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return tuple(printable(name) for name in self.files)
+        return tuple(map(printable, self.files))
+
+    def part(self, names: Sequence[str]) -> EncodedPart:
+        """The split of these files, in this order."""
+        numbers = {name: number for number, name in enumerate(self.files)}
+        labels = np.array([numbers[name.partition("/")[0]] for name in names], dtype=np.int64)
+        return EncodedPart(lambda: encoded_files(self.folder, names), labels)
 
 
-def list_classes(folder: Path) -> list[str]:
-    """The names of the class folders, sorted, without hidden folders.
-
-    Raises:
-        ConfigError: the folder does not exist or holds no class folder.
-    """
+def list_classes(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the class folders, sorted, without hidden folders; and the names of the files beside them."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
+            is_folder = {entry.name: _is_folder(entry) for entry in entries}
     except OSError as error:
         raise ConfigError(f"data.root: '{folder}' must hold a folder for each class ({error.strerror})") from None
+    names = sorted(name for name in is_folder if is_folder[name] and not name.startswith("."))
     if not names:
         raise ConfigError(f"data.root: '{folder}' must hold a folder for each class, and holds none")
-    return names
+    return names, [name for name in is_folder if not is_folder[name]]
 
 
 def list_images(folder: Path) -> ClassFolders:
-    """
-    Raises:
-        ConfigError: a folder does not exist or cannot be listed, or a class has no image.
-    """
-    files, identity = {}, []
-    names = list_classes(folder)
-    with os.scandir(folder) as entries:
-        beside = [entry.name for entry in entries if not _is_folder(entry)]
+    """Lists the class folders at any depth. A class without an image raises ConfigError."""
+    files, identity, (names, beside) = {}, [], list_classes(folder)
     passed_over = Counter("hidden" if name.startswith(".") else "beside the class folders" for name in beside)
     for name in names:
         before = passed_over.total()
-        images = dict(_walk(folder / name, name, (), passed_over))
+        images = sorted(_walk(folder / name, name, (), passed_over), key=lambda image: image[0].rpartition("/")[::2])
         if not images:
             others = passed_over.total() - before
             raise ConfigError(
                 f"data.root: '{printable(folder / name)}' is a class folder without an image ({others} other files); "
                 "read are .jpg, .png, .bmp, .gif, .tif, .webp and other endings of Pillow's picture formats"
             )
-        files[name] = sorted(images, key=lambda path: path.rpartition("/")[::2])
-        identity += [[path, images[path].st_size, images[path].st_mtime_ns] for path in files[name]]
+        files[name] = [image[0] for image in images]
+        identity += images
     return ClassFolders(folder, files, identity, passed_over)
 
 
 def _walk(
-    folder: Path, prefix: str, above: tuple[tuple[int, int], ...], passed_over: Counter[str]
-) -> Iterator[tuple[str, os.stat_result]]:
-    """The images below a folder, as (`<prefix>/<file>`, its properties). Links are followed.
+    folder: Path, prefix: str, above: tuple[os.stat_result, ...], passed_over: Counter[str]
+) -> Iterator[list[str | int]]:
+    """The images below a folder, as [`<prefix>/<file>`, size, time of change]. Links are followed.
 
     Args:
-        above: the device and number of each folder above, so that a link to one of them makes no endless loop.
+        above: the folders above, so that a link to one of them makes no endless loop.
         passed_over: counts the files that are left out.
     """
     try:
@@ -95,8 +91,7 @@ def _walk(
             listed = list(entries)
     except OSError as error:
         raise ConfigError(f"data.root: '{printable(folder)}' cannot be listed ({error.strerror})") from None
-    above = (*above, (own.st_dev, own.st_ino))
-    if above[-1] in above[:-1]:
+    if any(os.path.samestat(own, other) for other in above):
         passed_over["links to a folder above"] += 1
         return
     for entry in listed:
@@ -104,13 +99,13 @@ def _walk(
         if entry.name.startswith("."):
             passed_over["hidden"] += 1
         elif _is_folder(entry):
-            yield from _walk(folder / entry.name, f"{prefix}/{entry.name}", above, passed_over)
+            yield from _walk(folder / entry.name, f"{prefix}/{entry.name}", (*above, own), passed_over)
         elif suffix not in image_suffixes():
             passed_over[printable(suffix) or "without an ending"] += 1
         elif not os.path.isfile(entry):
             passed_over["broken links"] += 1
         else:
-            yield f"{prefix}/{entry.name}", entry.stat()
+            yield [f"{prefix}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -129,21 +124,13 @@ def passed_over_notes(*folders: ClassFolders) -> tuple[str, ...]:
     return (f"files passed over, since they are not read as images: {', '.join(told)}",) if told else ()
 
 
-def folder_part(folder: Path, names: Sequence[str], classes: Iterable[str], form: Form) -> Part:
-    """The split of these files. Their names begin with the name of a class folder."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers[name.partition("/")[0]] for name in names], dtype=np.int64)
-    shape = (len(names), form.channels, form.height, form.width)
-    return Part(shape, labels, lambda: decode_chunks(encoded_files(folder, names), form))
-
-
 class ImageFolderSource(FileSource):
     """Two folders of class folders, one for training and one for testing."""
 
     config: ImageFolderConfig
 
     def num_classes(self) -> int:
-        return self.config.classes or len(list_classes(Path(self.config.root) / self.config.train_folder))
+        return self.config.classes or len(list_classes(self.root / self.config.train_folder)[0])
 
     def identity(self) -> Any:
         return [DECODING, self.config.stored_size, *(split.identity for split in self.splits)]
@@ -151,7 +138,7 @@ class ImageFolderSource(FileSource):
     @cached_property
     def splits(self) -> tuple[ClassFolders, ClassFolders]:
         config = self.config
-        train, test = (list_images(Path(config.root) / name) for name in (config.train_folder, config.test_folder))
+        train, test = (list_images(self.root / name) for name in (config.train_folder, config.test_folder))
         if train.files.keys() != test.files.keys():
             lone = sorted(train.files.keys() ^ test.files.keys())
             owner = train.folder if lone[0] in train.files else test.folder
@@ -159,15 +146,10 @@ class ImageFolderSource(FileSource):
                 f"data.train_folder: '{train.folder}' and data.test_folder: '{test.folder}' must have the same class "
                 f"folders; only '{owner}' has '{printable(lone[0])}'"
             )
-        if config.classes is not None:
-            check_num_classes(f"data.classes: {config.classes}", config.classes, f"'{train.folder}'", train.class_names)
+        self.check_classes(train.class_names, train.folder)
         return train, test
 
     def read(self) -> Contents:
-        names = [[name for files in split.files.values() for name in files] for split in self.splits]
-        encoded = [image for split, own in zip(self.splits, names) for image in encoded_files(split.folder, own)]
-        form = choose_form(encoded, self.config.stored_size)
-        classes = self.splits[0].files
-        parts = [folder_part(split.folder, own, classes, form) for split, own in zip(self.splits, names)]
-        notes = passed_over_notes(*self.splits) + form.notes
-        return Contents(self.splits[0].class_names, *parts, cropped=form.cropped, notes=notes)
+        parts = [split.part(list(chain.from_iterable(split.files.values()))) for split in self.splits]
+        notes = passed_over_notes(*self.splits)
+        return encoded_contents(self.splits[0].class_names, parts, self.config.stored_size, notes)

@@ -1,15 +1,19 @@
 """Decoded data sets on disk. One process builds a store while the others wait; then all open it as memory maps.
 
 A store is a folder `<data set>-<hash of its identity>` with one .npy file for each tensor. All ranks of a machine map
-the same files. The images are therefore in its memory once, in the page cache, and leave it when memory is short.
+the same files. The images are therefore in its memory once, in the page cache, and leave it when memory is short. Files
+are written from the first byte to the last, and never through a map: there, a full disk would be a signal.
 
 Shapes: S samples of a split, C channels, H x W pixels.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Callable
@@ -19,14 +23,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from rich.console import Console
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.data.datasets import Contents, Dataset, ImageSet
-from fedpeft_dist.data.store_writer import META, write_store
+from fedpeft_dist.data.datasets import Contents, Dataset, ImageSet, Part
+from fedpeft_dist.runtime.files import DISK_FULL
+from fedpeft_dist.runtime.progress import ProgressBar
 
 FORMAT = 1
 """The version of a store's files and of how images are decoded. A new number makes every store be built again."""
+META = "meta.json"
+SECONDS_BETWEEN_LINES = 30
+SECONDS_WORTH_TELLING = 5
 
 
 class ImageStore:
@@ -54,48 +63,40 @@ class ImageStore:
         dataset = self._open()
         if dataset is not None:
             return dataset
-        lock = self._take_lock()
-        try:
+        with self._take_lock():
             return self._open() or self._build(read)
-        finally:
-            lock.release()
 
     def _open(self) -> Dataset | None:
-        """None if the store is missing or damaged: a file is missing or has another size than was written.
-
-        Raises:
-            ConfigError: the store may not be read or cannot be mapped. Building it again would not help.
-        """
+        """None if the store is missing or damaged: a file is missing or has another size than was written."""
         try:
             meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
-            for name, size in meta["files"].items():
-                if (self.folder / name).stat().st_size != size:
-                    return None
-            train, test = (self._open_split(split, meta["files"]) for split in ("train", "test"))
+            if any((self.folder / name).stat().st_size != size for name, size in meta["files"].items()):
+                return None
+            train, test = (self._open_split(split) for split in ("train", "test"))
             return Dataset(train, test, tuple(meta["class_names"]), meta.get("cropped", False))
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        except OSError as error:
+        except OSError as error:  # building it again would not help
             raise ConfigError(f"data.store: '{self.folder}' cannot be opened ({error.strerror or error})") from None
 
-    def _open_split(self, split: str, files: dict[str, int]) -> ImageSet:
+    def _open_split(self, split: str) -> ImageSet:
         images = np.load(self.folder / f"{split}_images.npy", mmap_mode="r")
-        labels = torch.from_numpy(np.load(self.folder / f"{split}_labels.npy"))
-        groups = None
-        if f"{split}_groups.npy" in files:
-            groups = torch.from_numpy(np.load(self.folder / f"{split}_groups.npy"))
-        return ImageSet(read_only_tensor(images), labels, groups)
+        labels, groups = self.folder / f"{split}_labels.npy", self.folder / f"{split}_groups.npy"
+        return ImageSet(
+            read_only_tensor(images),
+            torch.from_numpy(np.load(labels)),
+            torch.from_numpy(np.load(groups)) if groups.exists() else None,
+        )
 
-    def _take_lock(self) -> FileLock:
+    def _take_lock(self) -> AcquireReturnProxy:
         """Takes the lock for building the store; waits for as long as another process holds it."""
         lock = FileLock(self.lock_file)
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             before = self._failure()
             with suppress(Timeout):
-                lock.acquire(blocking=False)
-                return lock
-            lock.acquire()
+                return lock.acquire(blocking=False)
+            taken = lock.acquire()
         except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
@@ -106,18 +107,15 @@ class ImageStore:
             # If the builder we waited for failed, raise its error instead of building again.
             lock.release()
             raise ConfigError(after.partition("\n")[2])
-        return lock
+        return taken
 
     def _failure(self) -> str | None:
         """How the last attempt to build this store failed: a unique line, and the message."""
-        try:
+        with suppress(OSError):
             return self.failure_file.read_text(encoding="utf-8")
-        except OSError:
-            return None
 
     def _build(self, read: Callable[[], Contents]) -> Dataset:
         """Builds the store in a folder beside its place, then flushes and renames that folder. Needs the lock."""
-        _remove_abandoned(self.folder.parent)
         self._make_room()
         try:
             with warnings.catch_warnings():
@@ -139,7 +137,11 @@ class ImageStore:
         return dataset
 
     def _make_room(self) -> None:
-        """Removes a damaged store and makes an empty folder to build in."""
+        """Removes a damaged store and what killed builders left, and makes an empty folder to build in."""
+        for building in self.folder.parent.glob(".*.building"):
+            # Nobody holds the lock of a killed builder's store any more.
+            with suppress(Timeout, OSError), FileLock(building.with_suffix(".lock")).acquire(blocking=False):
+                shutil.rmtree(building, ignore_errors=True)
         try:
             if self.folder.exists():
                 print(f"{self.folder}: damaged, it is built anew", file=sys.stderr, flush=True)
@@ -164,8 +166,92 @@ def read_only_tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _remove_abandoned(root: Path) -> None:
-    """Removes the folders of builders that were killed: nobody holds the lock of their stores any more."""
-    for building in root.glob(".*.building"):
-        with suppress(Timeout, OSError), FileLock(building.with_suffix(".lock")).acquire(blocking=False):
-            shutil.rmtree(building, ignore_errors=True)
+def write_store(contents: Contents, building: Path, folder: Path, name: str) -> None:
+    """Writes a data set's files below `building`, an empty folder, and renames it to `folder`.
+
+    Raises:
+        ConfigError: a source file is damaged, or the disk is full or cannot be written.
+    """
+    parts = {"train": contents.train, "test": contents.test}
+    needed = sum(int(np.prod(part.shape)) + part.labels.nbytes for part in parts.values())
+    free = shutil.disk_usage(building).free
+    try:
+        if needed > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with BuildProgress(folder, sum(part.shape[0] for part in parts.values())) as progress:
+            for split, part in parts.items():
+                # An error of a reader is never taken for a full disk, because readers turn theirs into ConfigError.
+                _write_images(part, building / f"{split}_images.npy", progress)
+                np.save(building / f"{split}_labels.npy", part.labels, allow_pickle=False)
+                if part.groups is not None:
+                    np.save(building / f"{split}_groups.npy", part.groups, allow_pickle=False)
+        for file, text in contents.texts.items():
+            _write_text(text, building / file)
+        files = {path.name: path.stat().st_size for path in sorted(building.iterdir())}
+        meta = {"name": name, "class_names": contents.class_names, "cropped": contents.cropped, "files": files}
+        _write_text(json.dumps(meta, indent=1), building / META)
+        for path in (*building.iterdir(), building):
+            _flush(path)
+        os.rename(building, folder)
+        _flush(folder.parent)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise ConfigError(f"data.store: '{folder.parent}' cannot be written ({error.strerror or error})") from None
+        raise ConfigError(
+            f"data.store: '{folder.parent}' has no room for {name}: {needed:,} bytes are needed and {free:,} were free "
+            f"({error.strerror}); free some, or give data.store a folder on another disk"
+        ) from None
+    progress.tell_done()
+
+
+def _write_images(part: Part, path: Path, progress: "BuildProgress") -> None:
+    written = 0
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": part.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in part.chunks():
+            assert chunk.dtype == np.uint8
+            assert chunk.shape[1:] == part.shape[1:]
+            file.write(np.ascontiguousarray(chunk).data)
+            written += len(chunk)
+            progress.images_done(len(chunk))
+    assert written == part.shape[0]
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")  # names may not be UTF-8
+
+
+def _flush(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, survive a crash."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class BuildProgress(ProgressBar):
+    """A context manager that shows on stderr how many of a store's images are decoded.
+
+    A terminal gets a bar. Anything else gets a line now and then.
+    """
+
+    def __init__(self, folder: Path, total: int):
+        super().__init__(Console(stderr=True), f"{folder.name}: decoding", total, transient=True)
+        self.folder, self.count = folder, 0
+        self.started = self.told = time.monotonic()
+
+    def images_done(self, count: int) -> None:
+        """Adds images that have been written."""
+        self.count += count
+        self.advance_to(self.count)
+        if not self.console.is_terminal and time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+            self.told = time.monotonic()
+            self.note(f"{self.title} {self.count:,} of {self.total:,} images")
+
+    def tell_done(self) -> None:
+        """Prints where the images are, if decoding them took noticeable time."""
+        seconds = time.monotonic() - self.started
+        if seconds > SECONDS_WORTH_TELLING:
+            self.note(f"{self.folder}: {self.total:,} images decoded in {seconds:,.0f} s")

@@ -4,13 +4,14 @@ Shapes: S samples of a split; the files hold images as [96, 96, 3].
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedpeft_dist.data.datasets import Contents, Part
-from fedpeft_dist.data.download import TorchvisionSource
-from fedpeft_dist.data.source import check_labels, unreadable
+from fedpeft_dist.data.source import TorchvisionSource, check_labels, unreadable
 
 CLASS_NAMES = ("normal", "tumor")
 SIDE = 96
@@ -21,9 +22,7 @@ class PcamSource(TorchvisionSource):
     """Each split has a file of images (x) and a file of labels (y)."""
 
     files = tuple(f"pcam/camelyonpatch_level_2_split_{split}_{kind}.h5" for split in ("train", "test") for kind in "xy")
-
-    def num_classes(self) -> int:
-        return len(CLASS_NAMES)
+    classes = len(CLASS_NAMES)
 
     def fetch(self, folder: Path) -> None:
         from torchvision.datasets import PCAM
@@ -37,30 +36,31 @@ class PcamSource(TorchvisionSource):
 
 
 def _read_part(images_file: Path, labels_file: Path) -> Part:
+    with _opened(labels_file) as file:
+        labels = np.asarray(file["y"]).astype(np.int64)
+        if labels.shape[1:] != (1, 1, 1):
+            raise ValueError(f"'y' must have the shape [S, 1, 1, 1], not {list(labels.shape)}")
+    labels = labels.reshape(-1)
+    check_labels(labels, len(CLASS_NAMES), labels_file)
+    with _opened(images_file) as file:
+        if file["x"].shape != (len(labels), SIDE, SIDE, 3) or file["x"].dtype != np.uint8:
+            raise ValueError(f"'x' must be uint8 of shape [{len(labels)}, {SIDE}, {SIDE}, 3], one image a label")
+
+    def chunks() -> Iterator[np.ndarray]:
+        with _opened(images_file) as file:  # a chunk in the middle of the file may be damaged
+            for start in range(0, len(labels), CHUNK):
+                yield file["x"][start : start + CHUNK].transpose(0, 3, 1, 2)
+
+    return Part((len(labels), 3, SIDE, SIDE), labels, chunks)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open HDF5 file. Errors while it is read name the file."""
     import h5py
 
     try:
-        with h5py.File(labels_file) as file:
-            labels = np.asarray(file["y"]).astype(np.int64)
-            if labels.shape[1:] != (1, 1, 1):
-                raise ValueError(f"'y' must have the shape [S, 1, 1, 1], not {list(labels.shape)}")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise unreadable(labels_file, error) from None
-    labels = labels.reshape(-1)
-    check_labels(labels, len(CLASS_NAMES), f"'{labels_file}'")
-    try:
-        with h5py.File(images_file) as file:
-            if file["x"].shape != (len(labels), SIDE, SIDE, 3) or file["x"].dtype != np.uint8:
-                raise ValueError(f"'x' must be uint8 of shape [{len(labels)}, {SIDE}, {SIDE}, 3], one image a label")
-    except (OSError, KeyError, AttributeError, ValueError) as error:
-        raise unreadable(images_file, error) from None
-
-    def chunks() -> Iterator[np.ndarray]:
-        try:
-            with h5py.File(images_file) as file:
-                for start in range(0, len(labels), CHUNK):
-                    yield file["x"][start : start + CHUNK].transpose(0, 3, 1, 2)
-        except OSError as error:  # a damaged chunk in the middle of the file
-            raise unreadable(images_file, error) from None
-
-    return Part((len(labels), 3, SIDE, SIDE), labels, chunks)
+        with h5py.File(path) as file:
+            yield file
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise unreadable(path, error) from None

@@ -50,37 +50,22 @@ class ImageRecipe:
 
     def metadata(self) -> dict[str, str]:
         """The recipe as text, for a safetensors file."""
-        return {
-            "image_size": json.dumps(self.size),
-            "interpolation": self.interpolation,
-            "crop_mode": self.crop_mode,
-            "mean": json.dumps(self.mean),
-            "std": json.dumps(self.std),
-            "upright": json.dumps(self.upright),
-        }
+        told = {"image_size": self.size, "interpolation": self.interpolation, "crop_mode": self.crop_mode}
+        told |= {"mean": self.mean, "std": self.std, "upright": self.upright}
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
 
     def timm_arguments(self) -> dict[str, Any]:
         """The arguments of `timm.data.create_transform`."""
-        return {
-            "input_size": (self.channels, self.size, self.size),
-            "interpolation": self.interpolation,
-            "crop_pct": 1.0,
-            "crop_mode": self.crop_mode,
-            "mean": self.mean,
-            "std": self.std,
-        }
+        size, fit = (self.channels, self.size, self.size), {"crop_pct": 1.0, "crop_mode": self.crop_mode}
+        return {"input_size": size, "interpolation": self.interpolation, **fit, "mean": self.mean, "std": self.std}
 
     def describe(self) -> str:
         """The recipe in sentences, for a README."""
-        side = f"{self.size} x {self.size}"
+        side, stored = f"{self.size} x {self.size}", ""
         turned = "turned by their EXIF orientation, " if self.upright else ""
-        fitted = {
-            SQUASH: f"resized whole to {side} ({self.interpolation})",
-            CENTER: f"resized on the shorter side to {self.size} ({self.interpolation}), cropped to the central {side}",
-        }[self.crop_mode]
+        fitted = f"resized whole to {side} ({self.interpolation})"
+        if self.crop_mode == CENTER:
+            fitted = f"resized on the shorter side to {self.size} ({self.interpolation}), cropped to the central {side}"
+            stored = " The run cropped first and resized then, so its pixels differ by rounding."
         channels = f"in {self.channels} channels, with mean {list(self.mean)} and std {list(self.std)}"
-        stored = " The run cropped first and resized then, so its pixels differ by rounding."
-        return (
-            f"Images are {turned}{fitted}, scaled to 0 .. 1 and normalised, {channels}."
-            f"{stored if self.crop_mode == CENTER else ''}"
-        )
+        return f"Images are {turned}{fitted}, scaled to 0 .. 1 and normalised, {channels}.{stored}"

@@ -15,9 +15,8 @@ from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
-from fedpeft_dist.data.pixels import choose_resident
 from fedpeft_dist.data.recipe import ImageRecipe
-from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.data.store import DeviceStore, choose_resident
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model

@@ -11,7 +11,7 @@ Shapes: L lanes, R rows, B batch, K classes, W columns of the parameter matrix.
 import torch
 
 from fedpeft_dist.config.schema import SamplePrivacy
-from fedpeft_dist.data.pixels import send
+from fedpeft_dist.data.store import send
 from fedpeft_dist.lanes.optimizers import LaneLossScale
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
 from fedpeft_dist.lanes.random import derive_seed

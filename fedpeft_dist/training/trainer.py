@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft_dist.config.schema import ClientConfig
-from fedpeft_dist.data.pixels import send
-from fedpeft_dist.data.store import DeviceStore
+from fedpeft_dist.data.store import DeviceStore, send
 from fedpeft_dist.lanes.optimizers import clip_rows, make_lane_optimizer
 from fedpeft_dist.lanes.random import fold_in
 from fedpeft_dist.methods.lane_model import LaneModel

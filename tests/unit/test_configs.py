@@ -14,7 +14,7 @@ from fedpeft_dist.algorithms.server_optimizers import SERVER_OPTIMIZERS
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.load import load_config
 from fedpeft_dist.data import DATASETS
-from fedpeft_dist.data.splits import SPLITS
+from fedpeft_dist.data.partition import SPLITS
 from fedpeft_dist.methods import METHODS
 from fedpeft_dist.sweeps import load_sweep
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import DataConfig
-from fedpeft_dist.data import image_store, load_dataset, make_source, store_writer
+from fedpeft_dist.data import image_store, load_dataset, make_source
 from fedpeft_dist.data.datasets import Contents, Part
 from fedpeft_dist.data.source import FileSource
 from tests.data_fixtures import data_config, write_cifar100, write_image_folder
@@ -154,7 +154,7 @@ def test_a_store_that_cannot_be_mapped_is_not_taken_for_damaged(
 
 
 def test_reports_a_disk_without_room_before_decoding(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    monkeypatch.setattr(image_store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(ConfigError, match=r"data.store: '.*/store' has no room for cifar100: 770,000 bytes .* 1,000 "):
         load_dataset(config, 1)
     assert visible(config) == []
@@ -167,7 +167,7 @@ def test_reports_a_disk_that_fills_up_while_writing(config: DataConfig, monkeypa
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store_writer, "_write_images", full)
+    monkeypatch.setattr(image_store, "_write_images", full)
     with pytest.raises(ConfigError, match=r"data.store: .* has no room for cifar100: 770,000 bytes"):
         load_dataset(config, 1)
     assert visible(config) == []
@@ -210,7 +210,7 @@ def test_a_small_real_disk(config: DataConfig, tmp_path: Path, monkeypatch: pyte
         pytest.skip("mounting is not allowed here")
     if lying:
         usage = shutil._ntuple_diskusage(10**9, 0, 10**9)
-        monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(image_store.shutil, "disk_usage", lambda path: usage)
     try:
         small = config.model_copy(update={"store": str(disk / "store")})
         with pytest.raises(ConfigError, match=r"has no room for cifar100: 770,000 bytes are needed .*No space left"):
@@ -303,16 +303,16 @@ def test_processes_that_waited_for_a_failed_builder_raise_its_error(config: Data
 KILLED = """
 import sys
 from pathlib import Path
-from fedpeft_dist.data import store_writer
+from fedpeft_dist.data import image_store
 from tests.data_fixtures import data_config
 from tests.unit.test_image_store import SlowSource
 import time
-write = store_writer._write_images
+write = image_store._write_images
 def slow(part, path, progress):
     write(part, path, progress)
     print("written", flush=True)
     time.sleep(100)
-store_writer._write_images = slow
+image_store._write_images = slow
 SlowSource(data_config(name="cifar100", store=sys.argv[1]), Path(sys.argv[2]), 0.0).load(seed=1)
 """
 
@@ -347,7 +347,7 @@ def test_an_interruption_leaves_nothing(config: DataConfig, monkeypatch: pytest.
     def interrupted(part: Part, path: Path, progress: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_writer, "_write_images", interrupted)
+    monkeypatch.setattr(image_store, "_write_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_dataset(config, 1)
     assert visible(config) == []

@@ -16,8 +16,16 @@ from scipy.stats import beta, kstest
 from fedpeft_dist.config import schema
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.datasets import ImageSet
-from fedpeft_dist.data.partition import IndexPartition, SharedPoolPartition, class_counts, hold_out, make_partition
-from fedpeft_dist.data.splits import SPLITS, _cut, _top_up
+from fedpeft_dist.data.partition import (
+    SPLITS,
+    IndexPartition,
+    SharedPoolPartition,
+    _cut,
+    _top_up,
+    class_counts,
+    hold_out,
+    make_partition,
+)
 
 
 def image_set(labels: np.ndarray, groups: np.ndarray | None = None) -> ImageSet:
