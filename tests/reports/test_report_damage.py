@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.reports.report import json_report, make_report, run_rows
-from fedpeft_dist.reports.writing import markdown_report, write_report
+from fedpeft_dist.reports.report import json_report, make_report, markdown_report, run_rows, write_report
 from fedpeft_dist.tracking.run_directory import FAILED, RunDirectory
 from tests.report_fixtures import (
     csv_rows,
@@ -136,5 +135,5 @@ def test_missing_or_cut_metrics_do_not_hide_a_result(runs: Path) -> None:
     metrics.write_text(metrics.read_text()[:-10])
     (runs / "sweep" / "head" / "metrics.jsonl").unlink()
     report = make_report(runs)
-    assert [len(group.curve()) for group in report.grouping.groups] == [0, 1]
+    assert [len(group.curve) for group in report.grouping.groups] == [0, 1]
     write_report(runs, report)

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from fedpeft_dist.reports.page import MAX_POINTS, line_data
-from fedpeft_dist.reports.partitions import partition_pictures
+from fedpeft_dist.reports.page import MAX_POINTS, line_data, partition_pictures
 from fedpeft_dist.reports.plot import accuracy_figure
-from fedpeft_dist.reports.report import make_report
-from fedpeft_dist.reports.writing import write_report
+from fedpeft_dist.reports.report import make_report, write_report
 from tests.report_fixtures import (
     COHORT,
     curve,

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist import cli
-from fedpeft_dist.reports.formats import csv_text
-from fedpeft_dist.reports.report import json_report, make_report, run_rows
-from fedpeft_dist.reports.writing import markdown_report, write_report
+from fedpeft_dist.reports.report import json_report, make_report, markdown_report, run_rows, write_report
+from fedpeft_dist.reports.tables import csv_table
 from tests.report_fixtures import (
     COHORT,
     DIGITS,
@@ -81,7 +80,7 @@ def test_csv_and_json_keep_the_type_of_every_key(tmp_path: Path) -> None:
 def test_csv_has_mean_and_spread_in_two_columns(tmp_path: Path) -> None:
     for seed in (1, 2):
         make_run(tmp_path / f"a{seed}", tree(seed=seed), curve(seed / 4))
-    (row,) = csv.DictReader(csv_text(make_report(tmp_path).main).splitlines())
+    (row,) = csv.DictReader(csv_table(make_report(tmp_path).main).splitlines())
     assert (float(row["final accuracy"]), row["seeds"]) == (0.375, "2")
     assert float(row["std"]) == statistics.stdev((0.25, 0.5))
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.reports.groups import Statistic
-from fedpeft_dist.reports.report import json_report, make_report, run_rows
-from fedpeft_dist.reports.writing import markdown_report, write_report
+from fedpeft_dist.reports.report import json_report, make_report, markdown_report, run_rows, write_report
 from fedpeft_dist.tracking.sweep_axes import AxisChoice, write_axes
 from tests.report_fixtures import (
     COHORT,
@@ -54,7 +53,7 @@ def test_run_rows_are_sorted_by_bytes_and_unfinished_runs_come_last(runs: Path) 
 def test_a_run_can_be_reported_on_alone(runs: Path) -> None:
     report = make_report(runs / "full")
     assert [run.name for run in report.runs] == ["full"]
-    assert [point.mib_sent for point in report.runs[0].curve] == [16.0, 48.0]  # round 2's bytes count
+    assert [point.mib for point in report.runs[0].curve] == [16.0, 48.0]  # round 2's bytes count
 
 
 def test_timed_runs_have_simulated_hours_in_tables_and_plot(tmp_path: Path) -> None:
@@ -72,7 +71,7 @@ def test_timed_runs_have_simulated_hours_in_tables_and_plot(tmp_path: Path) -> N
     hours = {group.label: group.simulated_hours for group in report.grouping.groups}
     assert hours == {plain: 1.5, lost: 1.5, "lora, uniform (dropout none)": None}
     (timed,) = [group for group in report.grouping.groups if group.label == plain]
-    assert [point.hours for point, _ in timed.curve()] == [0.375, 0.75, 1.125, 1.5]
+    assert [point.hours for point in timed.curve] == [0.375, 0.75, 1.125, 1.5]
     table = markdown_report(report).split("\n## ")[0]
     assert "simulated hours" in table
     assert "| 1.5 |" in table

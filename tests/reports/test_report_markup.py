@@ -8,8 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from fedpeft_dist.reports.page import script_json
-from fedpeft_dist.reports.report import make_report
-from fedpeft_dist.reports.writing import write_report
+from fedpeft_dist.reports.report import make_report, write_report
 from fedpeft_dist.tracking.run_directory import INTERRUPTED
 from tests.report_fixtures import (
     curve,

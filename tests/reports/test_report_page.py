@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft_dist.reports.report import make_report
-from fedpeft_dist.reports.writing import write_report
+from fedpeft_dist.reports.report import make_report, write_report
 from fedpeft_dist.tracking.run_directory import INTERRUPTED
 from tests.report_fixtures import curve, make_privacy_sweep, make_run, partition_counts
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
-from fedpeft_dist.reports.page import epsilon_data
+from fedpeft_dist.reports.page import script_json
 from fedpeft_dist.reports.plot import epsilon_figure
-from fedpeft_dist.reports.report import json_report, make_report, run_rows
-from fedpeft_dist.reports.writing import write_report
+from fedpeft_dist.reports.report import json_report, make_report, run_rows, write_report
 from tests.report_fixtures import (
     csv_rows,
     curve,
@@ -99,13 +99,13 @@ def test_json_gives_a_groups_privacy(privacy_sweep: Path) -> None:
 
 def test_groups_without_a_guarantee_are_not_on_the_epsilon_axis(privacy_sweep: Path) -> None:
     (picture,) = make_report(privacy_sweep).epsilon_pictures
-    head, full = picture.lines
-    assert (head.label, full.label) == ("head", "full")
-    on_axis = {name: [group.epsilon for group in groups] for name, groups in head.guaranteed.items()}
+    head, full = picture["lines"]
+    assert (head["label"], full["label"]) == ("head", "full")
+    on_axis = {name: [group.epsilon for group in groups] for name, groups in head["guaranteed"].items()}
     assert on_axis == {"sample": [0.999 * 2.0, 0.999 * 5.0], "user": [0.999 * 20.0]}
-    assert [group.mechanism for group in head.unguaranteed] == ["paper_noise"]
-    assert [group.accuracy.mean for group in head.public] == [pytest.approx(0.815)]
-    drawn = epsilon_data(picture)["lines"][0]
+    assert [group.mechanism for group in head["unguaranteed"]] == ["paper_noise"]
+    assert [group.accuracy.mean for group in head["public"]] == [pytest.approx(0.815)]
+    drawn = json.loads(script_json(picture))["lines"][0]
     assert [point[0] for point in drawn["guaranteed"]["sample"]] == [1.998, 4.995]
     assert [point[0] for point in (*drawn["unguaranteed"], *drawn["public"])] == [None, None]
 
@@ -129,14 +129,14 @@ def test_each_data_set_has_an_epsilon_picture(privacy_sweep: Path) -> None:
         config = tree(seed=seed, data={"name": "glyphs", "clients": 16}, privacy={"name": "sample", "epsilon": 5.0})
         make_run(privacy_sweep / f"glyphs-{seed}", config, curve(0.5), privacy=private("sample", 5.0))
     report = make_report(privacy_sweep)
-    assert sorted(len(picture.lines) for picture in report.epsilon_pictures) == [1, 2]
-    assert len({picture.title for picture in report.epsilon_pictures}) == 2
+    assert sorted(len(picture["lines"]) for picture in report.epsilon_pictures) == [1, 2]
+    assert len({picture["title"] for picture in report.epsilon_pictures}) == 2
     assert headings(report.privacy)[1] == "data set"
 
 
 def test_a_report_without_private_runs_does_not_mention_privacy(runs: Path) -> None:
     report = make_report(runs)
-    assert (report.privacy.rows, report.epsilon_pictures) == ((), ())
+    assert (report.privacy.rows, report.epsilon_pictures) == ([], [])
     written = write_report(runs, report)
     assert "accuracy_against_epsilon.png" not in {path.name for path in written}
     assert "uarantee" not in (runs / "report.md").read_text()
@@ -148,4 +148,4 @@ def test_paper_noise_at_two_epsilons_makes_two_groups(tmp_path: Path) -> None:
         make_run(tmp_path / str(epsilon), config, curve(0.5), privacy=private("paper_noise", epsilon))
     report = make_report(tmp_path)
     assert len(report.grouping.groups) == 2
-    assert report.epsilon_pictures == ()  # nothing here has an epsilon
+    assert report.epsilon_pictures == []  # nothing here has an epsilon

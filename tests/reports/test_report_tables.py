@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fedpeft_dist.reports.report import make_report
-from fedpeft_dist.reports.terminal import rich_tables
+from fedpeft_dist.reports.tables import rich_tables
 from tests.report_fixtures import (
     DIGITS,
     MIB,
@@ -149,7 +149,7 @@ def test_a_rows_label_gives_the_values_on_all_other_axes(tmp_path: Path) -> None
 
 def test_nothing_to_compare_makes_no_tables(tmp_path: Path) -> None:
     make_run(tmp_path / "one", tree(), curve(0.5))
-    assert make_report(tmp_path).comparisons == ()
+    assert make_report(tmp_path).comparisons == []
 
 
 def test_accuracies_over_fewer_seeds_are_marked(tmp_path: Path) -> None:
