@@ -6,6 +6,7 @@ the compared one.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 from fedpeft_dist.reports import tables
 from fedpeft_dist.reports.axes import CLIENTS, MAX_TRAIN, PARTICIPATION, Axis, in_order, short_names
@@ -34,18 +35,19 @@ def main_table(grouping: Grouping) -> Table:
     columns = [
         tables.METHOD,
         *tables.axis_columns(grouping.varying[:MAX_AXES], grouping),
-        tables.number_column("trained parameters", "trained_parameters", "{:,}"),
-        tables.number_column("clients a round", "cohort", "{:,}", drop=1),
-        tables.number_column("MiB per client and round", "mib_per_client", "{:,.4f}", drop=3),
-        tables.number_column("MiB a round", "mib_per_round", "{:,.3f}"),
-        tables.number_column("total MiB", "mib_total", "{:,.2f}", drop=4),
-        tables.number_column("share of full's bytes", "share_of_full", "{:.2%}", drop=2),
+        tables.column_of("trained parameters", "trained_parameters", "{:,}"),
+        tables.column_of("clients a round", "cohort", "{:,}", drop=1),
+        tables.column_of("MiB per client and round", "mib_per_client", "{:,.4f}", drop=3),
+        tables.column_of("MiB a round", "mib_per_round", "{:,.3f}"),
+        tables.column_of("total MiB", "mib_total", "{:,.2f}", drop=4),
+        tables.column_of("share of full's bytes", "share_of_full", "{:.2%}", drop=2),
     ]
     if any(group.simulated_hours is not None for group in groups):
-        columns.append(tables.number_column("simulated hours", "simulated_hours", "{:,.4g}"))
+        columns.append(tables.column_of("simulated hours", "simulated_hours", "{:,.4g}"))
     if any(group.privacy for group in groups):
         columns.append(tables.EPSILON)
-    return group_table("groups", "All groups", [*columns, tables.ACCURACY, tables.SEEDS], groups, grouping.note)
+    columns += [tables.ACCURACY, tables.column_of("seeds", "num_seeds", "{:,}")]
+    return group_table("groups", "All groups", columns, groups, grouping.note)
 
 
 def unfinished_table(runs: Sequence[Run]) -> Table:
@@ -53,8 +55,8 @@ def unfinished_table(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         if run.state != COMPLETE or run.problem:
-            cells = [*map(tables.text_cell, (run.name, run.state)), tables.number_cell(run.rounds_done, "{:,}")]
-            rows.append([*cells, Cell(run.problem or "", run.problem)])
+            cells = [tables.make_cell(text) for text in (run.name, run.state, run.problem)]
+            rows.append([*cells[:2], tables.make_cell(run.rounds_done, "{:,}"), *cells[2:]])
     if any(run.problem for run in runs):
         return Table("unfinished", "Unfinished or damaged runs", columns, rows)
     return Table("unfinished", "Unfinished runs", columns[:3], [row[:3] for row in rows])
@@ -69,7 +71,7 @@ def comparison_tables(grouping: Grouping) -> list[Table]:
         rows = [row for row in grouping.rows(grouping.groups, [axis]) if len(row) > 1]
         if rows and axis != grouping.data_axis:
             title = TITLES.get(axis.name, f"By {headings[axis.name]}")
-            found.append(_comparison(grouping, axis.name, title, axis, rows))
+            found.append(Table(axis.name, title, *_comparison(grouping, axis, rows)))
     return found
 
 
@@ -81,7 +83,7 @@ def _communication_table(grouping: Grouping) -> Table:
 
     def tuned(row: Sequence[Group]) -> Cell:
         parameters = tables.range_cell([group.trained_parameters for group in row], _millions)
-        return tables.text_cell(f"{parameters.text} x {row[0].cohort:,}")
+        return tables.make_cell(f"{parameters.text} x {row[0].cohort:,}")
 
     def sent(row: Sequence[Group]) -> Cell:
         return tables.range_cell([group.mib_per_round for group in row], "{:,.2f}".format)
@@ -89,7 +91,7 @@ def _communication_table(grouping: Grouping) -> Table:
     axis = grouping.data_axis
     rows = sorted(grouping.rows(grouping.groups, [axis]), key=lambda row: max(group.mib_per_round for group in row))
     columns = [(Column("tuned parameters x clients", True), tuned), (Column("MiB a round"), sent)]
-    return _comparison(grouping, "communication", "Communication", axis, rows, columns)
+    return Table("communication", "Communication", *_comparison(grouping, axis, rows, columns))
 
 
 def _millions(number: float) -> str:
@@ -97,15 +99,15 @@ def _millions(number: float) -> str:
     return f"{number / 1e6:,.2f}M" if number >= 1e4 else f"{number / 1e6:.2g}M"
 
 
-def _comparison(
-    grouping: Grouping,
-    kind: str,
-    title: str,
-    axis: Axis | None,
-    rows: Sequence[Sequence[Group]],
-    more: Sequence[tuple[Column, Callable[[Sequence[Group]], Cell]]] = (),
-) -> Table:
-    """One column for each value on an axis, after the label and some more; without an axis one for the data set."""
+Rows: TypeAlias = Sequence[Sequence[Group]]
+RowColumn: TypeAlias = tuple[Column, Callable[[Sequence[Group]], Cell]]
+
+
+def _comparison(grouping: Grouping, axis: Axis | None, rows: Rows, more: Sequence[RowColumn] = ()) -> tuple:
+    """A table's columns, rows and note. It has one column for each value on an axis, after the label and some more.
+
+    Without an axis there is one for the data set. Accuracies over fewer seeds than others are marked.
+    """
     values = {grouping.value(group, axis): group.axes[axis.name] if axis else "" for group in grouping.groups}
     across = sorted(values, key=lambda text: in_order(values[text]))
     seeds = [group.num_seeds for row in rows for group in row]
@@ -113,11 +115,11 @@ def _comparison(
     for row in rows:
         found = {grouping.value(group, axis): tables.accuracy_cell(group, max(seeds)) for group in row}
         assert len(found) == len(row), f"two groups in one cell: {[group.label for group in row]}"
-        label = tables.text_cell(grouping.label(row[0], [axis]))
+        label = tables.make_cell(grouping.label(row[0], [axis]))
         cells.append([label, *(cell(row) for _, cell in more), *(found.get(text, tables.EMPTY) for text in across)])
     columns = [Column("method", True), *(column for column, _ in more), *map(Column, across)]
     fewer = f" n: seeds, {max(seeds)} where none is told." if min(seeds) < max(seeds) else ""
-    return Table(kind, title, columns, cells, f"{grouping.note}{fewer}".strip())
+    return columns, cells, f"{grouping.note}{fewer}".strip()
 
 
 def time_tables(grouping: Grouping) -> list[Table]:
@@ -148,4 +150,4 @@ def time_tables(grouping: Grouping) -> list[Table]:
 
 def _reached(target: float, name: str, form: str, group: Group) -> Cell:
     point = next((point for point in group.curve if point.mean >= target), None)
-    return Cell("-") if point is None else tables.number_cell(getattr(point, name), form)
+    return Cell("-") if point is None else tables.make_cell(getattr(point, name), form)

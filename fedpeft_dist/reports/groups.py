@@ -88,16 +88,9 @@ class Grouping(NamedTuple):
     """Every axis with more than one value; the telling axes come first."""
     telling: list[Axis]
     """The axes that, with the method, tell all groups apart. The other axes vary along with these."""
-
-    @property
-    def note(self) -> str:
-        along = [axis.name for axis in self.varying if axis not in self.telling]
-        return f"Varies along with these: {', '.join(along)}." if along else ""
-
-    @property
-    def data_axis(self) -> Axis | None:
-        """The axis along which the data sets differ; None where all groups have one data set."""
-        return next((axis for axis in self.telling if "data.name" in axis.keys), None)
+    data_axis: Axis | None
+    """The axis along which the data sets differ; None where all groups have one data set."""
+    note: str
 
     def value(self, group: Group, axis: Axis | None) -> str:
         """A group's value on an axis; without an axis the data set, which all groups share."""
@@ -147,7 +140,9 @@ def group_runs(runs: Sequence[Run]) -> Grouping:
     data_sets = [name for name, axis in varying.items() if "data.name" in axis.keys]
     names = [*data_sets, *telling(rows, varying, given=["", *data_sets])]
     ordered = [varying[name] for name in dict.fromkeys([*names, *varying])]
-    grouping = Grouping(groups, ordered, ordered[: len(names)])
+    along = ", ".join(axis.name for axis in ordered[len(names) :])
+    note = f"Varies along with these: {along}." if along else ""
+    grouping = Grouping(groups, ordered, ordered[: len(names)], varying[data_sets[0]] if data_sets else None, note)
     for group in groups:
         group.label = grouping.label(group)
     groups.sort(key=lambda group: (group.mib_total, in_order(group.label)))

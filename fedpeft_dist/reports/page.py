@@ -13,10 +13,12 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedpeft_dist.reports.axes import show
 from fedpeft_dist.reports.groups import Group
 from fedpeft_dist.reports.runs import Run
-from fedpeft_dist.reports.tables import Cell, Column, Table
+from fedpeft_dist.reports.tables import Cell, Table
 
 if TYPE_CHECKING:
     from fedpeft_dist.reports.report import Report
@@ -57,12 +59,12 @@ def html_table(table: Table, identity: str = "", selectable: Sequence[str] = ())
     Args:
         selectable: the rows' names, for a box to tick in each row.
     """
+    kinds = ["text" if column.is_text else "number" for column in table.columns]
     headings = [
-        f'<th scope="col" class="{_kind(column)}" aria-sort="none"><button type="button">{escape(column.heading)}'
-        "</button></th>"
-        for column in table.columns
+        f'<th scope="col" class="{kind}" aria-sort="none"><button type="button">{escape(column.heading)}</button></th>'
+        for column, kind in zip(table.columns, kinds)
     ]
-    rows = [list(map(_cell, row, table.columns, range(len(row)))) for row in table.rows]
+    rows = [list(map(_cell, row, kinds, range(len(row)))) for row in table.rows]
     if selectable:
         headings.insert(0, '<th scope="col"><span class="hidden">highlight</span></th>')
         for label, cells in zip(selectable, rows):
@@ -81,17 +83,13 @@ def html_table(table: Table, identity: str = "", selectable: Sequence[str] = ())
     )
 
 
-def _cell(cell: Cell, column: Column, place: int) -> str:
+def _cell(cell: Cell, kind: str, place: int) -> str:
     value = cell.value
     if isinstance(value, list | dict):  # the largest number, or the mean
         value = value[-1] if isinstance(value, list) else value["mean"]
     tag, scope = ("td", "") if place else ("th", ' scope="row"')
     sort = "" if value is None else escape(str(value))
-    return f'<{tag}{scope} class="{_kind(column)}" data-sort="{sort}">{escape(cell.text)}</{tag}>'
-
-
-def _kind(column: Column) -> str:
-    return "text" if column.is_text else "number"
+    return f'<{tag}{scope} class="{kind}" data-sort="{sort}">{escape(cell.text)}</{tag}>'
 
 
 def _section(table: Table) -> str:
@@ -101,10 +99,9 @@ def _section(table: Table) -> str:
 def line_data(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line of `Report.lines` with fewer points and digits."""
 
-    def thinned(values: list[float]) -> list[float]:
-        if len(values) > MAX_POINTS:
-            values = [values[round(n * (len(values) - 1) / (MAX_POINTS - 1))] for n in range(MAX_POINTS)]
-        return [_digits(value) if isinstance(value, float) else value for value in values]
+    def thinned(values: list[Any]) -> list[Any]:
+        places = np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).round().astype(int)
+        return [_digits(values[place]) for place in places]
 
     return {key: thinned(value) if isinstance(value, list) else value for key, value in line.items()}
 
@@ -116,8 +113,7 @@ def script_json(data: Any) -> str:
     """
 
     def point(group: Group) -> list[Any]:
-        epsilon = group.epsilon and _digits(group.epsilon)
-        return [epsilon, group.accuracy.mean, group.accuracy.std or 0.0, group.label]
+        return [_digits(group.epsilon), group.accuracy.mean, group.accuracy.std or 0.0, group.label]
 
     text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=point)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -171,8 +167,8 @@ def _setting(run: Run) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")
+def _digits(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _asset(name: str) -> str:

@@ -24,9 +24,6 @@ def accuracy_figure(lines: Sequence[Mapping[str, Any]]) -> "Figure":
     """Mean accuracy over seeds after each round, against the MiB that all clients together have sent by then.
 
     Beside it stands the same against simulated hours, for runs that have them.
-
-    Args:
-        lines: what `Report.lines` gives.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -64,9 +61,6 @@ def epsilon_figure(pictures: Sequence[Mapping[str, Any]]) -> "Figure":
     """Mean final accuracy over seeds against epsilon, a line for each method and mechanism, with standard deviations.
 
     A dotted line is the method without privacy. Groups without a guarantee have no epsilon; a field beside shows them.
-
-    Args:
-        pictures: what `epsilon_pictures` gives.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """The privacy part of a report: who is protected how well, accuracy against epsilon, and what no guarantee covers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,25 +54,25 @@ def _privacy_axes(grouping: Grouping) -> list[Axis]:
 
 def privacy_table(grouping: Grouping) -> Table:
     """One row for each group on a data set with a private group; empty where no group is private."""
+
+    def place(group: Group) -> tuple:
+        """Groups without privacy come first, groups without a guarantee last."""
+        return (group.mechanism != "none", group.epsilon is None, group.mechanism, group.epsilon or 0.0)
+
     axes = [axis for axis in grouping.telling if axis not in _privacy_axes(grouping)]
     columns = [
         tables.METHOD,
         *tables.axis_columns(axes, grouping),
-        (Column("mechanism", True), lambda group: tables.text_cell(group.mechanism)),
+        tables.column_of("mechanism", "mechanism", is_text=True),
         tables.EPSILON,
         (Column("dp_delta"), partial(_figure, "dp_delta")),
         (Column("noise multiplier", drop=2), partial(_figure, "noise_multiplier")),
-        (Column("protects", True), lambda group: tables.text_cell(PROTECTS.get(group.mechanism, ""))),
+        (Column("protects", True), lambda group: tables.make_cell(PROTECTS.get(group.mechanism, ""))),
         tables.ACCURACY,
-        tables.number_column("seeds", "num_seeds", "{:,}", drop=1),
+        tables.column_of("seeds", "num_seeds", "{:,}", drop=1),
     ]
-    groups = [group for _, rows in _private_rows(grouping) for row in rows for group in sorted(row, key=_by_mechanism)]
+    groups = [group for _, rows in _private_rows(grouping) for row in rows for group in sorted(row, key=place)]
     return group_table("guarantees", "Privacy guarantees", columns, groups, _note(grouping.groups))
-
-
-def _by_mechanism(group: Group) -> tuple:
-    """Groups without privacy come first, groups without a guarantee last."""
-    return (group.mechanism != "none", group.epsilon is None, group.mechanism, group.epsilon or 0.0)
 
 
 def _note(groups: Sequence[Group]) -> str:
@@ -106,15 +106,12 @@ def privacy_row(group: Group) -> dict[str, Any] | None:
 
 
 def _figure(key: str, group: Group) -> Cell:
-    """A number that the runs and their clients agree on, or the least and the largest."""
-    values = [value for found in group.privacy for value in _stated(found, key)]
-    return tables.range_cell(filter(is_number, values), "{:.4g}".format)
+    """A number that the runs and their clients agree on, or the least and the largest.
 
-
-def _stated(privacy: Mapping[str, Any], key: str) -> list[Any]:
-    """A run's values of a key: the ends of its range over the clients, where clients differ.
-
-    Earlier versions wrote no ranges; there the ends stand among the clients' quantiles.
+    Where clients differ, a run states the range over them. Earlier versions wrote the clients' quantiles alone.
     """
-    found = (privacy.get("ranges") or {}).get(key)
-    return found or [figures.get(key) for figures in (privacy, *(privacy.get("clients") or {}).values())]
+    values = []
+    for found in group.privacy:
+        clients = (found, *(found.get("clients") or {}).values())
+        values += (found.get("ranges") or {}).get(key) or [figures.get(key) for figures in clients]
+    return tables.range_cell(filter(is_number, values), "{:.4g}".format)

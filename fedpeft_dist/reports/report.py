@@ -5,7 +5,6 @@ says what a table is and how it is written. `plot` and `page` draw. This file pu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fedpeft_dist.reports.page import page_text
 from fedpeft_dist.reports.plot import accuracy_figure, epsilon_figure, save
 from fedpeft_dist.reports.privacy import epsilon_pictures, privacy_row, privacy_table
 from fedpeft_dist.reports.runs import Point, Run, read_runs
-from fedpeft_dist.reports.tables import Table, csv_table, csv_text, escape_markdown, json_table, markdown_table
+from fedpeft_dist.reports.tables import Cell, Column, Table, csv_table, escape_markdown, json_table, markdown_table
 from fedpeft_dist.runtime.files import write_atomically, write_text
 from fedpeft_dist.tracking.run_directory import COMPLETE
 
@@ -32,19 +31,21 @@ _GROUP_KEYS = (
 )
 
 
-@dataclass(frozen=True)
 class Report:
-    name: str
-    """The directory's name."""
-    runs: list[Run]
-    grouping: Grouping
-    main: Table
-    """One row a group, in the order of the groups."""
-    privacy: Table
-    """Empty where no run is private."""
-    epsilon_pictures: list[dict[str, Any]]
-    comparisons: list[Table]
-    unfinished: Table
+    """
+    Raises:
+        ConfigError: there is no run at or below the directory, or no run that can be read.
+    """
+
+    def __init__(self, directory: Path):
+        self.name = directory.absolute().name
+        self.runs = read_runs(directory)
+        self.grouping = group_runs(self.runs)
+        self.main = main_table(self.grouping)  # one row a group, in the order of the groups
+        self.privacy = privacy_table(self.grouping)  # empty where no run is private
+        self.epsilon_pictures = epsilon_pictures(self.grouping)
+        self.comparisons = [*comparison_tables(self.grouping), *time_tables(self.grouping)]
+        self.unfinished = unfinished_table(self.runs)
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -72,25 +73,6 @@ def _line(label: str, method: str, state: str, seeds: int, curve: Sequence[Point
     if None in columns["hours"]:
         columns["hours"] = []
     return {"label": label, "method": method, "state": state, "seeds": seeds, **columns}
-
-
-def make_report(directory: Path) -> Report:
-    """
-    Raises:
-        ConfigError: there is no run at or below the directory, or no run that can be read.
-    """
-    runs = read_runs(directory)
-    grouping = group_runs(runs)
-    return Report(
-        name=directory.absolute().name,
-        runs=runs,
-        grouping=grouping,
-        main=main_table(grouping),
-        privacy=privacy_table(grouping),
-        epsilon_pictures=epsilon_pictures(grouping),
-        comparisons=[*comparison_tables(grouping), *time_tables(grouping)],
-        unfinished=unfinished_table(runs),
-    )
 
 
 def json_report(report: Report) -> dict[str, Any]:
@@ -159,7 +141,8 @@ def runs_csv(report: Report) -> str:
             | {key: privacy.get(key) for key in ("dp_delta", "noise_multiplier", "guarantee")}
             | {"outside_guarantee": ", ".join(privacy.get("outside") or ()), "problem": run.problem}
         )
-    return csv_text([rows[0], *(row.values() for row in rows)])
+    cells = [[Cell("", value) for value in row.values()] for row in rows]
+    return csv_table(Table("runs", "All runs", [*map(Column, rows[0])], cells))
 
 
 def markdown_report(report: Report) -> str:

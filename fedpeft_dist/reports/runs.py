@@ -143,16 +143,15 @@ def _read_rounds(path: Path) -> list[Point]:
         rows = read_metrics(path) if path.exists() else []
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
+    points, sent, seconds = [], 0, 0.0
     for number, row in enumerate(rows, 1):
         found = row if isinstance(row, dict) else {}
-        keys = ["round", "uplink_bytes"] + ["accuracy"] * (found.get("accuracy") is not None)
+        accuracy, time = found.get("accuracy"), found.get("simulated_seconds")
+        keys = ["round", "uplink_bytes"] if accuracy is None else ["round", "uplink_bytes", "accuracy"]
         _check_numbers(f"{path}: line {number}", found, keys)
-    timed = all(is_number(row.get("simulated_seconds")) for row in rows)
-    points, sent, seconds = [], 0, 0.0
-    for row in rows:
-        sent += row["uplink_bytes"]
-        seconds += row["simulated_seconds"] if timed else 0.0
-        points.append(Point(int(row["round"]), sent / MIB, seconds / 3600 if timed else None, row.get("accuracy")))
+        sent += found["uplink_bytes"]
+        seconds += time if is_number(time) else math.nan
+        points.append(Point(int(found["round"]), sent / MIB, None if math.isnan(seconds) else seconds / 3600, accuracy))
     return points
 
 

@@ -52,12 +52,8 @@ def group_table(kind: str, title: str, columns: Sequence[GroupColumn], groups: I
     return Table(kind, title, [column for column, _ in columns], rows, note)
 
 
-def number_cell(value: float | None, form: str) -> Cell:
+def make_cell(value: float | str | None, form: str = "{}") -> Cell:
     return EMPTY if value is None else Cell(form.format(value), value)
-
-
-def text_cell(text: str) -> Cell:
-    return Cell(text, text)
 
 
 def range_cell(values: Iterable[float], form: Callable[[float], str]) -> Cell:
@@ -75,18 +71,17 @@ def accuracy_cell(group: Group, most_seeds: int = 0) -> Cell:
 
 def _epsilon_cell(group: Group) -> Cell:
     is_unknown = group.privacy and group.epsilon is None
-    return text_cell("no guarantee") if is_unknown else number_cell(group.epsilon, "{:.4g}")
+    return make_cell("no guarantee") if is_unknown else make_cell(group.epsilon, "{:.4g}")
 
 
-def number_column(heading: str, name: str, form: str, drop: int = NEVER) -> GroupColumn:
+def column_of(heading: str, name: str, form: str = "{}", is_text: bool = False, drop: int = NEVER) -> GroupColumn:
     """A column of an attribute of groups."""
-    return Column(heading, drop=drop), lambda group: number_cell(getattr(group, name), form)
+    return Column(heading, is_text, drop), lambda group: make_cell(getattr(group, name), form)
 
 
-METHOD: GroupColumn = (Column("method", is_text=True), lambda group: text_cell(group.method))
+METHOD = column_of("method", "method", is_text=True)
 EPSILON: GroupColumn = (Column("epsilon"), _epsilon_cell)
 ACCURACY: GroupColumn = (Column("final accuracy"), accuracy_cell)
-SEEDS = number_column("seeds", "num_seeds", "{:,}")
 
 
 def axis_columns(axes: Sequence[Axis], grouping: Grouping) -> list[GroupColumn]:
@@ -119,25 +114,22 @@ def rich_tables(table: Table, width: int) -> Iterator[RichTable]:
         fitting = (n for n in range(1, len(rest) + 1) if _width(table, [*head, *rest[:n]]) <= width)
         number = max(fitting, default=1)
         piece, rest = rest[:number], rest[number:]
-        yield _rich_table(table, sorted([*head, *piece]), "" if rest else note, width)
+        shown = sorted([*head, *piece])
+        made = RichTable(box=box.SIMPLE_HEAD, padding=0, title=Text(table.title), title_justify="left")
+        made.caption, made.caption_justify = Text(note, style="dim") if note and not rest else None, "left"
+        # Spare width is shared out here, because rich would take width from columns that have none to spare.
+        spare = max(width - _width(table, shown), 0)
+        for index in shown:
+            column, (least, natural) = table.columns[index], _widths(table, index)
+            more = min(natural - least, spare)
+            spare -= more
+            justify = "left" if column.is_text else "right"
+            made.add_column(Text(column.heading), justify=justify, overflow="fold", width=least + more)
+        for row in table.rows:
+            made.add_row(*(Text(row[index].text) for index in shown))
+        yield made
         if not rest:
             return
-
-
-def _rich_table(table: Table, columns: Sequence[int], note: str, width: int) -> RichTable:
-    made = RichTable(box=box.SIMPLE_HEAD, padding=0, title=Text(table.title), title_justify="left")
-    made.caption, made.caption_justify = Text(note, style="dim") if note else None, "left"
-    # Spare width is shared out here, because rich would take width from columns that have none to spare.
-    spare = max(width - _width(table, columns), 0)
-    for index in columns:
-        column, (least, natural) = table.columns[index], _widths(table, index)
-        more = min(natural - least, spare)
-        spare -= more
-        justify = "left" if column.is_text else "right"
-        made.add_column(Text(column.heading), justify=justify, overflow="fold", width=least + more)
-    for row in table.rows:
-        made.add_row(*(Text(row[index].text) for index in columns))
-    return made
 
 
 def _width(table: Table, columns: Sequence[int]) -> int:
@@ -179,10 +171,6 @@ def csv_table(table: Table) -> str:
         lines[0] += [column.heading, "std"] if has_spread else [column.heading]
         for line, value in zip(lines[1:], values):
             line += [(value or {}).get(key) for key in ("mean", "std")] if has_spread else [value]
-    return csv_text(lines)
-
-
-def csv_text(lines: Iterable[Iterable[Any]]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
