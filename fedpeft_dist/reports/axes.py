@@ -53,11 +53,7 @@ Axes: TypeAlias = tuple[list[Axis], list[str], list[dict[str, Any]]]
 
 
 def find_axes(runs: Sequence[Run], groups: Sequence[Keys]) -> Axes:
-    """
-    Args:
-        runs: one run of each group.
-        groups: what each group's runs have in common.
-    """
+    """The axes of groups, given one run of each and the config values that each group's runs have in common."""
     sections: dict[str, list[str]] = {name: [] for name in _SECTIONS}
     found_keys = {key for group in groups for key in group}
     for key in sorted(found_keys, key=lambda key: (not key.endswith(".name"), key.count("."), key)):
@@ -98,7 +94,7 @@ def _section_of(key: str) -> str:
 
 
 def _values(name: str, keys: Sequence[str], groups: Sequence[Keys]) -> list[Any]:
-    """Each group's value on an axis: a name with the values in which groups of that name differ, or a key's value."""
+    """Each group's value on an axis: a key's value, or a name and what differs there: `adapter (bottleneck 8)`."""
     if name == CLIENTS:
         return [f"N={show(group[NUM_CLIENTS] or 'all')}, M={show(group[COHORT])}" for group in groups]
     if name not in _SECTIONS:
@@ -109,17 +105,15 @@ def _values(name: str, keys: Sequence[str], groups: Sequence[Keys]) -> list[Any]
     for group in groups:
         by_name[group.get(head)].append(group)
     always = [key for key in rest if key in _ALWAYS_TOLD]
-    told = {name: [*always, *telling(alike, rest, given=always)] for name, alike in by_name.items()}
-    return [_section_label(group, head, told[group.get(head)]) for group in groups]
-
-
-def _section_label(group: Keys, head: str, told: Sequence[str]) -> str:
-    """`adapter (bottleneck 8)`."""
-    name, names = show(group.get(head, _ABSENT)), short_names(told)
-    details = [f"{names[key]} {show(group[key])}" for key in told if group.get(key) is not None]
-    if name == NO_GUARANTEE:
-        details = ["no guarantee", *(f"nominal {detail}" for detail in details)]
-    return f"{name} ({', '.join(details)})" if details else name
+    told = {name: short_names([*always, *telling(alike, rest, always)]) for name, alike in by_name.items()}
+    labels = []
+    for group in groups:
+        label, names = show(group.get(head, _ABSENT)), told[group.get(head)]
+        details = [f"{short} {show(group[key])}" for key, short in names.items() if group.get(key) is not None]
+        if label == NO_GUARANTEE:
+            details = ["no guarantee", *(f"nominal {detail}" for detail in details)]
+        labels.append(f"{label} ({', '.join(details)})" if details else label)
+    return labels
 
 
 def telling(rows: Sequence[Mapping[str, Any]], keys: Iterable[str], given: Sequence[str] = ()) -> list[str]:

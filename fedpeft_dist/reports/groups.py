@@ -59,9 +59,9 @@ class Group:
         self.mib_total = statistics.fmean(run.summary["uplink_bytes_total"] for run in runs) / MIB
         self.simulated_hours = statistics.fmean(hours) if all(map(is_number, hours)) else None
         self.mechanism = self.keys["privacy.name"]
-        self.privacy = [run.privacy for run in runs if run.privacy is not None]
+        self.privacy = [run.privacy for run in runs if run.privacy]
         # The largest epsilon of the runs; None without a guarantee.
-        self.epsilon = max((run.epsilon for run in runs if run.epsilon is not None), default=None)
+        self.epsilon = max((found["epsilon"] for found in self.privacy if found["epsilon"] is not None), default=None)
 
 
 def _mean_curve(runs: Sequence[Run]) -> list[Point]:
@@ -125,7 +125,7 @@ class Grouping(NamedTuple):
 
 def group_runs(runs: Sequence[Run]) -> Grouping:
     """Groups the complete runs among these."""
-    complete = [run for run in runs if run.summary is not None]
+    complete = [run for run in runs if run.summary]
     swept = {key for run in complete for choice in run.axes.values() for key in choice.keys}
     ignored = {"seed", *ROUNDING_KEYS.difference(swept)}
     alike = defaultdict(list)

@@ -64,30 +64,25 @@ def html_table(table: Table, identity: str = "", selectable: Sequence[str] = ())
         f'<th scope="col" class="{kind}" aria-sort="none"><button type="button">{escape(column.heading)}</button></th>'
         for column, kind in zip(table.columns, kinds)
     ]
-    rows = [list(map(_cell, row, kinds, range(len(row)))) for row in table.rows]
+    rows = [[_cell(*found) for found in zip(row, kinds, ["th"] + ["td"] * len(row))] for row in table.rows]
     if selectable:
         headings.insert(0, '<th scope="col"><span class="hidden">highlight</span></th>')
-        for label, cells in zip(selectable, rows):
-            box = f'<input type="checkbox" aria-label="{escape(f"highlight {label}")}">'
-            cells.insert(0, f'<td><label class="pick">{box}<i></i></label></td>')
-    return "\n".join(
-        [
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">',
-            f'<table class="sortable"{f" id={identity}" if identity else ""}>',
-            f"<caption>{escape(table.title)}</caption>",
-            f"<thead><tr>{''.join(headings)}</tr></thead><tbody>",
-            *(f'<tr data-row="{number}">{"".join(cells)}</tr>' for number, cells in enumerate(rows)),
-            "</tbody></table></div>",
-            *([f'<p class="note">{escape(table.note)}</p>'] if table.note else []),
-        ]
-    )
+    for label, cells in zip(selectable, rows):
+        box = f'<input type="checkbox" aria-label="{escape(f"highlight {label}")}">'
+        cells.insert(0, f'<td><label class="pick">{box}<i></i></label></td>')
+    body = "".join(f'\n<tr data-row="{number}">{"".join(cells)}</tr>' for number, cells in enumerate(rows))
+    note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return f"""<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">
+<table class="sortable"{identity and f" id={identity}"}>
+<caption>{escape(table.title)}</caption>
+<thead><tr>{"".join(headings)}</tr></thead><tbody>{body}
+</tbody></table></div>{note}"""
 
 
-def _cell(cell: Cell, kind: str, place: int) -> str:
-    value = cell.value
+def _cell(cell: Cell, kind: str, tag: str) -> str:
+    value, scope = cell.value, ' scope="row"' if tag == "th" else ""
     if isinstance(value, list | dict):  # the largest number, or the mean
         value = value[-1] if isinstance(value, list) else value["mean"]
-    tag, scope = ("td", "") if place else ("th", ' scope="row"')
     sort = "" if value is None else escape(str(value))
     return f'<{tag}{scope} class="{kind}" data-sort="{sort}">{escape(cell.text)}</{tag}>'
 
@@ -128,24 +123,23 @@ def partition_pictures(runs: Iterable[Run]) -> tuple[list[dict[str, Any]], int]:
     most: Counter[tuple[str, int]] = Counter()
     for run in runs:
         if run.partition is not None:
-            holders[_setting(run), run.partition["counts"].tobytes()].append(run)
-            most[_scale(run)] = max(most[_scale(run)], int(run.partition["counts"].max()))
-    first: dict[str, list[Run]] = {}
-    later = [
-        (setting, found) for (setting, _), found in holders.items() if first.setdefault(setting, found) is not found
-    ]
+            counts = run.partition["counts"]
+            holders[_setting(run), counts.tobytes()].append(run)
+            most[_scale(run)] = max(most[_scale(run)], int(counts.max()))
+    first = {key[0]: key for key in reversed(holders)}
     shown, cells = [], 0
-    for setting, found in [*first.items(), *later][:MAX_PICTURES]:
-        partition, seeds = found[0].partition, sorted({run.seed for run in found if run.seed is not None})
+    for key in sorted(holders, key=lambda key: key != first[key[0]])[:MAX_PICTURES]:
+        partition = holders[key][0].partition
         cells += partition["counts"].size
         if cells > MAX_CELLS and shown:
             break
+        seeds = ", ".join(map(str, sorted({run.seed for run in holders[key] if run.seed is not None})))
         shown.append(
             {
-                "title": f"{setting}, seed {', '.join(map(str, seeds))}" if seeds else setting,
-                "runs": len(found),
+                "title": f"{key[0]}, seed {seeds}" if seeds else key[0],
+                "runs": len(holders[key]),
                 "clients": partition["num_clients"],
-                "most": most[_scale(found[0])],
+                "most": most[_scale(holders[key][0])],
                 "names": partition["class_names"],
                 "counts": partition["counts"].tolist(),
             }
@@ -159,12 +153,10 @@ def _scale(run: Run) -> tuple[str, int]:
 
 def _setting(run: Run) -> str:
     """`digits, 500 samples, dirichlet 0.1, N=64`."""
-    data_set, clients = _scale(run)
-    samples = run.keys.get("data.max_train")
+    (data_set, clients), samples = _scale(run), run.keys.get("data.max_train")
     partition = (run.keys.get(f"data.partition.{key}") for key in ("name", "alpha"))
     split = " ".join(show(value) for value in partition if value is not None)
-    parts = [data_set, "" if samples is None else f"{samples:,} samples", split, f"N={clients:,}"]
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, [data_set, samples and f"{samples:,} samples", split, f"N={clients:,}"]))
 
 
 def _digits(value: Any) -> Any:

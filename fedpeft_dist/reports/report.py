@@ -50,11 +50,17 @@ class Report:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """The groups' curves in the order of the groups, then the curves of unfinished runs; a list for each axis."""
-        groups = self.grouping.groups
-        lines = [_line(group.label, group.method, COMPLETE, group.num_seeds, group.curve) for group in groups]
-        unfinished = [run for run in self.runs if run.state != COMPLETE and run.curve]
-        for run in unfinished:
-            lines.append(_line(f"{run.name} ({run.state})", run.keys.get("method.name", ""), run.state, 1, run.curve))
+        found = [(g.label, g.method, COMPLETE, g.num_seeds, g.curve) for g in self.grouping.groups]
+        found += [
+            (f"{run.name} ({run.state})", run.keys.get("method.name", ""), run.state, 1, run.curve)
+            for run in self.runs
+            if run.state != COMPLETE and run.curve
+        ]
+        lines = []
+        for *told, curve in found:
+            line = dict(zip(("label", "method", "state", "seeds"), told))
+            line |= {name: [getattr(point, name) for point in curve] for name in Point._fields}
+            lines.append(line | ({"hours": []} if None in line["hours"] else {}))
         return lines
 
     @property
@@ -66,13 +72,6 @@ class Report:
     def printed_tables(self) -> list[Table]:
         """The tables for a terminal."""
         return [*self.tables, *([self.unfinished] if self.unfinished.rows else [])]
-
-
-def _line(label: str, method: str, state: str, seeds: int, curve: Sequence[Point]) -> dict[str, Any]:
-    columns = {name: [getattr(point, name) for point in curve] for name in Point._fields}
-    if None in columns["hours"]:
-        columns["hours"] = []
-    return {"label": label, "method": method, "state": state, "seeds": seeds, **columns}
 
 
 def json_report(report: Report) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         row: dict[str, Any] = {"run": run.name, "state": run.state}
-        if run.summary is not None:
+        if run.summary:
             parameters = run.summary["trainable_parameters"]
             row |= {
                 "method": run.summary["method"],
@@ -105,8 +104,8 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "share_of_full": parameters / run.summary["backbone_parameters"],
                 "final_accuracy": run.summary["final_accuracy"],
             }
-            if run.privacy is not None:
-                row["epsilon"] = run.epsilon
+            if run.privacy:
+                row["epsilon"] = run.privacy["epsilon"]
         rows.append(row)
     return sorted(rows, key=lambda row: (row.get("mib_total", float("inf")), row["run"]))
 
@@ -131,15 +130,13 @@ def runs_csv(report: Report) -> str:
     differing = [k for k in keys if len({repr(run.keys[k]) for run in report.runs if k in run.keys}) > 1]
     rows = []
     for run in report.runs:
-        summary, privacy = run.summary or {}, run.privacy or {}
         rows.append(
             {"run": run.name, "state": run.state, "group": labels.get(run.name)}
             | {key: run.keys.get(key) for key in ("method.name", *differing, "seed")}
             | {"rounds_done": run.rounds_done}
-            | {key: summary.get(key) for key in _SUMMARY_KEYS}
-            | {"epsilon": run.epsilon}
-            | {key: privacy.get(key) for key in ("dp_delta", "noise_multiplier", "guarantee")}
-            | {"outside_guarantee": ", ".join(privacy.get("outside") or ()), "problem": run.problem}
+            | {key: run.summary.get(key) for key in _SUMMARY_KEYS}
+            | {key: run.privacy.get(key) for key in ("epsilon", "dp_delta", "noise_multiplier", "guarantee")}
+            | {"outside_guarantee": ", ".join(run.privacy.get("outside") or ()), "problem": run.problem}
         )
     cells = [[Cell("", value) for value in row.values()] for row in rows]
     return csv_table(Table("runs", "All runs", [*map(Column, rows[0])], cells))

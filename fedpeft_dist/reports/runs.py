@@ -21,7 +21,6 @@ from fedpeft_dist.tracking.sweep_axes import AxisChoice, read_axes
 
 DAMAGED = "damaged"
 """The state of a run whose files cannot be read. Only reports use this state."""
-COUNTS = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total")
 
 
 class Point(NamedTuple):
@@ -45,8 +44,8 @@ class Run:
     state: str
     keys: dict[str, Any] = field(default_factory=dict)
     """Every config key that can change a result, dotted, with its value; empty for a run without a config."""
-    summary: dict[str, Any] | None = None
-    """None unless the run is complete."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Empty unless the run is complete."""
     curve: tuple[Point, ...] = ()
     """The rounds that were evaluated."""
     rounds_done: int = 0
@@ -54,16 +53,19 @@ class Run:
     """partition.json, with its counts as an array, int64 [clients, classes]."""
     axes: dict[str, AxisChoice] = field(default_factory=dict)
     """The choice on each axis of the run's sweep; empty for a run that is no sweep's cell."""
-    privacy: dict[str, Any] | None = None
-    """The privacy that the summary states; None for a run without privacy."""
-    epsilon: float | None = None
-    """The epsilon that the run was accounted for; None for a run without a guarantee."""
     problem: str | None = None
     """The reason why files cannot be read, or why the run failed."""
 
     @property
     def seed(self) -> int | None:
         return self.keys.get("seed")
+
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """The privacy that the summary states; empty without privacy. Its epsilon is None without a guarantee."""
+        found = self.summary.get("privacy")
+        epsilon = found.get("epsilon") if found else None
+        return {**found, "epsilon": epsilon if is_number(epsilon) else None} if found else {}
 
 
 def read_runs(directory: Path) -> list[Run]:
@@ -86,7 +88,7 @@ def read_runs(directory: Path) -> list[Run]:
 
 
 def _read_run(directory: RunDirectory, name: str) -> Run:
-    summary = None
+    summary = {}
     try:
         state = directory.read_state() or {}
         config = directory.stored_config()
@@ -94,7 +96,8 @@ def _read_run(directory: RunDirectory, name: str) -> Run:
             if config is None:
                 raise ConfigError(f"{directory.config_file}: missing, though the run is complete")
             summary = read_json(directory.summary_file, "method")
-            _check_numbers(directory.summary_file, summary, ["final_accuracy"], counts=COUNTS)
+            counts = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total")
+            _check_numbers(directory.summary_file, summary, ["final_accuracy"], counts)
     except ConfigError as error:
         return Run(name, DAMAGED, problem=one_line(error))
     problems = [str(state.get("error", ""))]
@@ -110,10 +113,9 @@ def _read_run(directory: RunDirectory, name: str) -> Run:
             found[part] = read(path)
         except ConfigError as error:
             problems.append(one_line(error))
-    if summary is not None and not directory.metrics_file.exists():
+    if summary and not directory.metrics_file.exists():
         problems.append(f"{directory.metrics_file}: missing, so there is no curve")
-    rounds, next_round, privacy = found.pop("rounds", ()), state.get("next_round"), (summary or {}).get("privacy")
-    epsilon = privacy.get("epsilon") if privacy else None
+    rounds, next_round = found.pop("rounds", ()), state.get("next_round")
     return Run(
         name=name,
         state=str(state.get("state")),
@@ -121,8 +123,6 @@ def _read_run(directory: RunDirectory, name: str) -> Run:
         summary=summary,
         curve=tuple(point for point in rounds if point.mean is not None),
         rounds_done=len(rounds) or (next_round if type(next_round) is int else 0),
-        privacy=privacy,
-        epsilon=epsilon if is_number(epsilon) else None,
         problem="; ".join(filter(None, problems)) or None,
         **found,
     )
