@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.reports.report import json_report, Report, markdown_report, run_rows, write_report
+from fedpeft_dist.reports.report import Report, json_report, markdown_report, run_rows, write_report
 from fedpeft_dist.tracking.run_directory import FAILED, RunDirectory
 from tests.report_fixtures import (
     csv_rows,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist import cli
-from fedpeft_dist.reports.report import json_report, Report, markdown_report, run_rows, write_report
+from fedpeft_dist.reports.report import Report, json_report, markdown_report, run_rows, write_report
 from fedpeft_dist.reports.tables import csv_table
 from tests.report_fixtures import (
     COHORT,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.reports.groups import Statistic
-from fedpeft_dist.reports.report import json_report, Report, markdown_report, run_rows, write_report
+from fedpeft_dist.reports.report import Report, json_report, markdown_report, run_rows, write_report
 from fedpeft_dist.tracking.sweep_axes import AxisChoice, write_axes
 from tests.report_fixtures import (
     COHORT,

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from fedpeft_dist.reports.page import script_json
 from fedpeft_dist.reports.plot import epsilon_figure
-from fedpeft_dist.reports.report import json_report, Report, run_rows, write_report
+from fedpeft_dist.reports.report import Report, json_report, run_rows, write_report
 from tests.report_fixtures import (
     csv_rows,
     curve,
