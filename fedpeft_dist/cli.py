@@ -205,11 +205,10 @@ def report(
     directory: Annotated[Path, path_argument("DIR", "Where runs are; searched recursively.")], as_json: AsJson = False
 ) -> None:
     """Compare the runs below a directory: tables here, and markdown, CSV and a page to look at (report.html) there."""
-    from fedpeft_dist.reports.report import json_report, make_report
-    from fedpeft_dist.reports.terminal import rich_tables
-    from fedpeft_dist.reports.writing import write_report
+    from fedpeft_dist.reports.report import Report, json_report, write_report
+    from fedpeft_dist.reports.tables import rich_tables
 
-    found = make_report(directory)
+    found = Report(directory)
     if as_json:
         print(json.dumps(json_report(found)))
         return

@@ -13,7 +13,7 @@ import numpy as np
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER
 from fedpeft_dist.reports.report import Report
-from fedpeft_dist.reports.table import Table
+from fedpeft_dist.reports.tables import Table
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
 MIB, COHORT = 2**20, 4

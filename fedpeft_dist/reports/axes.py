@@ -7,11 +7,11 @@ For all other runs, an axis is a section of the config, such as `data.partition`
 section. Either way, two groups never have the same method and the same value on all axes.
 """
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fedpeft_dist.config.schema import DataSection
 from fedpeft_dist.reports.runs import Run
@@ -22,7 +22,8 @@ DATA_SET, CLIENTS, PARTICIPATION = "data set", "clients", "participation"
 MAX_TRAIN, NUM_CLIENTS, COHORT = "data.max_train", "data.clients", "federation.cohort"
 NO_GUARANTEE = "paper_noise"
 """The one mechanism that is no differential privacy."""
-_SECTIONS = {
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    DATA_SET: (),
     "method": ("method.", "backbone.pretrained"),
     "backbone": ("backbone.",),
     CLIENTS: (NUM_CLIENTS, COHORT),
@@ -30,14 +31,13 @@ _SECTIONS = {
     PARTICIPATION: ("federation.participation.",),
     "partition": ("data.partition.",),
 }
-"""The keys of each section, by how they begin. The data set's own keys are a section too."""
+"""The keys of each section, by how they begin; `data.` keys that only one data set has are the first section."""
 _ALWAYS_TOLD = ("data.partition.alpha", "privacy.epsilon")
 """Labels give these values even where they do not differ."""
 _ABSENT = "-"
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     name: str
     keys: tuple[str, ...]
     """The config keys that differ along the axis."""
@@ -48,26 +48,28 @@ class Axis:
         return any(key.startswith(prefix) for key in self.keys)
 
 
-@dataclass(frozen=True)
-class Axes:
-    axes: tuple[Axis, ...]
-    methods: list[str]
-    """Each group's method."""
-    values: list[dict[str, Any]]
-    """Each group's value on every axis: a config's own value, or text."""
+Axes: TypeAlias = tuple[list[Axis], list[str], list[dict[str, Any]]]
+"""The axes; each group's method; each group's value on every axis: a config's own value, or text."""
 
 
 def find_axes(runs: Sequence[Run], groups: Sequence[Keys]) -> Axes:
-    """
-    Args:
-        runs: one run of each group.
-        groups: what each group's runs have in common.
-    """
-    derived = config_axes(groups)
-    return _sweep_axes(runs, derived.methods) or derived
+    """The axes of groups, given one run of each and the config values that each group's runs have in common."""
+    sections: dict[str, list[str]] = {name: [] for name in _SECTIONS}
+    found_keys = {key for group in groups for key in group}
+    for key in sorted(found_keys, key=lambda key: (not key.endswith(".name"), key.count("."), key)):
+        sections.setdefault(_section_of(key), []).append(key)
+    axes: list[Axis] = []
+    values: list[dict[str, Any]] = [{} for _ in groups]
+    for name, keys in sections.items():
+        if keys:
+            axes.append(Axis(name, tuple(keys), speaks=name in _SECTIONS and name != "privacy"))
+            for found, value in zip(values, _values(name, keys, groups)):
+                found[name] = value
+    methods = [found.pop("method") for found in values]
+    return _sweep_axes(runs, methods) or ([axis for axis in axes if axis.name != "method"], methods, values)
 
 
-def _sweep_axes(runs: Sequence[Run], methods: Sequence[str]) -> Axes | None:
+def _sweep_axes(runs: Sequence[Run], methods: list[str]) -> Axes | None:
     """The axes of the sweep whose cells these runs are; None where the runs are not all cells with the same axes."""
     names = list(runs[0].axes) if runs else []
     if not names or any(set(run.axes) != set(names) for run in runs):
@@ -81,34 +83,37 @@ def _sweep_axes(runs: Sequence[Run], methods: Sequence[str]) -> Axes | None:
     if method is not None:
         axes.remove(method)
         methods = [str(found.pop(method.name)) for found in values]
-    if len({repr(pair) for pair in zip(methods, values)}) < len(runs):
-        return None
-    return Axes(tuple(axes), list(methods), values)
+    tells_all_apart = len({repr(pair) for pair in zip(methods, values)}) == len(runs)
+    return (axes, methods, values) if tells_all_apart else None
 
 
-def config_axes(groups: Sequence[Keys]) -> Axes:
-    """The axes that the configs' sections and keys give."""
-    sections: dict[str, list[str]] = {DATA_SET: [], **{name: [] for name in _SECTIONS}}
-    names_first = sorted(
-        {key for group in groups for key in group}, key=lambda key: (not key.endswith(".name"), key.count("."), key)
-    )
-    for key in names_first:
-        sections.setdefault(_section_of(key), []).append(key)
-    axes, columns = [], []
-    for name, keys in sections.items():
-        if not keys:
-            continue
-        is_section = name == DATA_SET or name in _SECTIONS
-        axes.append(Axis(name, tuple(keys), speaks=is_section and name != "privacy"))
-        if name == CLIENTS:
-            columns.append([f"N={show(group[NUM_CLIENTS] or 'all')}, M={show(group[COHORT])}" for group in groups])
-        elif is_section:
-            columns.append(_section_labels(groups, keys))
-        else:
-            columns.append([_single_value(group, name) for group in groups])
-    values = [dict(zip((axis.name for axis in axes), row)) for row in zip(*columns)]
-    methods = [found.pop("method") for found in values]
-    return Axes(tuple(axis for axis in axes if axis.name != "method"), methods, values)
+def _section_of(key: str) -> str:
+    if key.startswith("data.") and key.split(".")[1] not in DataSection.model_fields:
+        return DATA_SET
+    return next((name for name, prefixes in _SECTIONS.items() if key.startswith(prefixes)), key)
+
+
+def _values(name: str, keys: Sequence[str], groups: Sequence[Keys]) -> list[Any]:
+    """Each group's value on an axis: a key's value, or a name and what differs there: `adapter (bottleneck 8)`."""
+    if name == CLIENTS:
+        return [f"N={show(group[NUM_CLIENTS] or 'all')}, M={show(group[COHORT])}" for group in groups]
+    if name not in _SECTIONS:
+        values = [group.get(name, _ABSENT) for group in groups]
+        return ["all" if value is None and name == MAX_TRAIN else value for value in values]
+    head, *rest = keys
+    by_name = defaultdict(list)
+    for group in groups:
+        by_name[group.get(head)].append(group)
+    always = [key for key in rest if key in _ALWAYS_TOLD]
+    told = {name: short_names([*always, *telling(alike, rest, always)]) for name, alike in by_name.items()}
+    labels = []
+    for group in groups:
+        label, names = show(group.get(head, _ABSENT)), told[group.get(head)]
+        details = [f"{short} {show(group[key])}" for key, short in names.items() if group.get(key) is not None]
+        if label == NO_GUARANTEE:
+            details = ["no guarantee", *(f"nominal {detail}" for detail in details)]
+        labels.append(f"{label} ({', '.join(details)})" if details else label)
+    return labels
 
 
 def telling(rows: Sequence[Mapping[str, Any]], keys: Iterable[str], given: Sequence[str] = ()) -> list[str]:
@@ -127,7 +132,7 @@ def telling(rows: Sequence[Mapping[str, Any]], keys: Iterable[str], given: Seque
 def show(value: Any) -> str:
     """A config's value in a label."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
@@ -143,34 +148,3 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     """Each dotted key's last part, or the whole key where another key has the same last part; `x.name` is called x."""
     ends = {name: name.removesuffix(".name").rpartition(".")[2] for name in names}
     return {name: end if list(ends.values()).count(end) == 1 else name for name, end in ends.items()}
-
-
-def _section_of(key: str) -> str:
-    if key.startswith("data.") and key.split(".")[1] not in DataSection.model_fields:
-        return DATA_SET
-    return next((name for name, prefixes in _SECTIONS.items() if key.startswith(prefixes)), key)
-
-
-def _single_value(group: Keys, key: str) -> Any:
-    value = group.get(key, _ABSENT)
-    return "all" if value is None and key == MAX_TRAIN else value
-
-
-def _section_labels(groups: Sequence[Keys], keys: Sequence[str]) -> list[str]:
-    """Each group's name in a section, with the values in which groups of that name differ: `adapter (bottleneck 8)`."""
-    head, *rest = keys
-    by_name = defaultdict(list)
-    for group in groups:
-        by_name[group.get(head)].append(group)
-    always = [key for key in rest if key in _ALWAYS_TOLD]
-    told = {name: [*always, *telling(alike, rest, given=always)] for name, alike in by_name.items()}
-    return [_section_label(group, head, told[group.get(head)]) for group in groups]
-
-
-def _section_label(group: Keys, head: str, told: Sequence[str]) -> str:
-    name = show(group.get(head, _ABSENT))
-    names = short_names(told)
-    details = [f"{names[key]} {show(group[key])}" for key in told if group.get(key) is not None]
-    if name == NO_GUARANTEE:
-        details = ["no guarantee", *(f"nominal {detail}" for detail in details)]
-    return f"{name} ({', '.join(details)})" if details else name

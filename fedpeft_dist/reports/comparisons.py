@@ -1,25 +1,24 @@
-"""The tables that compare groups: by communication, and along every axis.
+"""The tables of all groups and of unfinished runs, and the tables that compare groups: bytes, axes, time.
 
-A cell is one group, never a mean over several. A row's label gives the group's values on all axes but the compared one.
+A cell of a comparison is one group, never a mean over several. A row's label gives the group's values on all axes but
+the compared one.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
+from typing import TypeAlias
 
-from fedpeft_dist.reports.axes import CLIENTS, MAX_TRAIN, PARTICIPATION, Axis, in_order, show
+from fedpeft_dist.reports import tables
+from fedpeft_dist.reports.axes import CLIENTS, MAX_TRAIN, PARTICIPATION, Axis, in_order, short_names
 from fedpeft_dist.reports.groups import Group, Grouping
-from fedpeft_dist.reports.table import (
-    EMPTY,
-    Cell,
-    Column,
-    Table,
-    accuracy_cell,
-    axis_headings,
-    millions,
-    range_cell,
-    text_cell,
-)
+from fedpeft_dist.reports.runs import Run
+from fedpeft_dist.reports.tables import Cell, Column, Table, group_table
+from fedpeft_dist.tracking.run_directory import COMPLETE
 
+MAX_AXES = 16
+"""The table of all groups has columns for so many axes; the CSV of all runs has every key."""
+SHARES = (0.5, 0.8, 0.95)
+"""Shares of the best accuracy that any group of a table has reached."""
 TITLES = {
     CLIENTS: "Client stability",
     PARTICIPATION: "Participation",
@@ -30,13 +29,50 @@ TITLES = {
 }
 
 
-def comparison_tables(grouping: Grouping) -> list[Table]:
-    tables = [_communication_table(grouping)] if len(grouping.groups) > 1 else []
-    headings = axis_headings(grouping.telling)
-    tables += [
-        _axis_table(grouping, *pair) for pair in zip(grouping.telling, headings) if pair[0] != grouping.data_axis
+def main_table(grouping: Grouping) -> Table:
+    """One row a group; the group with the fewest bytes comes first."""
+    groups = grouping.groups
+    columns = [
+        tables.METHOD,
+        *tables.axis_columns(grouping.varying[:MAX_AXES], grouping),
+        tables.column_of("trained parameters", "trained_parameters", "{:,}"),
+        tables.column_of("clients a round", "cohort", "{:,}", drop=1),
+        tables.column_of("MiB per client and round", "mib_per_client", "{:,.4f}", drop=3),
+        tables.column_of("MiB a round", "mib_per_round", "{:,.3f}"),
+        tables.column_of("total MiB", "mib_total", "{:,.2f}", drop=4),
+        tables.column_of("share of full's bytes", "share_of_full", "{:.2%}", drop=2),
     ]
-    return [_mark_fewer_seeds(table) for table in tables if table.rows]
+    if any(group.simulated_hours is not None for group in groups):
+        columns.append(tables.column_of("simulated hours", "simulated_hours", "{:,.4g}"))
+    if any(group.privacy for group in groups):
+        columns.append(tables.EPSILON)
+    columns += [tables.ACCURACY, tables.column_of("seeds", "num_seeds", "{:,}")]
+    return group_table("groups", "All groups", columns, groups, grouping.note)
+
+
+def unfinished_table(runs: Sequence[Run]) -> Table:
+    columns = [Column("run", True), Column("state", True), Column("rounds done"), Column("what is wrong", True)]
+    rows = []
+    for run in runs:
+        if run.state != COMPLETE or run.problem:
+            cells = [tables.make_cell(text) for text in (run.name, run.state, run.problem)]
+            rows.append([*cells[:2], tables.make_cell(run.rounds_done, "{:,}"), *cells[2:]])
+    if any(run.problem for run in runs):
+        return Table("unfinished", "Unfinished or damaged runs", columns, rows)
+    return Table("unfinished", "Unfinished runs", columns[:3], [row[:3] for row in rows])
+
+
+def comparison_tables(grouping: Grouping) -> list[Table]:
+    """By communication where there are several groups, then along every axis but the data sets."""
+    headings = short_names(axis.name for axis in grouping.telling)
+    found = [_communication_table(grouping)] if len(grouping.groups) > 1 else []
+    for axis in grouping.telling:
+        # A row with a single value compares nothing and is left out.
+        rows = [row for row in grouping.rows(grouping.groups, [axis]) if len(row) > 1]
+        if rows and axis != grouping.data_axis:
+            title = TITLES.get(axis.name, f"By {headings[axis.name]}")
+            found.append(Table(axis.name, title, *_comparison(grouping, axis, rows)))
+    return found
 
 
 def _communication_table(grouping: Grouping) -> Table:
@@ -44,53 +80,74 @@ def _communication_table(grouping: Grouping) -> Table:
 
     The row with the fewest bytes comes first.
     """
-    without = [grouping.data_axis] if grouping.data_axis else []
-    data_sets = list(grouping.by_data_set())
-    rows = []
-    for row in sorted(grouping.rows(grouping.groups, without), key=lambda row: max(g.mib_per_round for g in row)):
-        tuned = range_cell([group.parameters for group in row], millions)
-        tuned = text_cell(f"{tuned.text} x {row[0].cohort:,}")
-        sent = range_cell([group.mib_per_round for group in row], "{:,.2f}".format)
-        rows.append((_label_cell(grouping, row, without), tuned, sent, *_across(row, data_sets, grouping.data_set)))
-    columns = [Column("method", True), Column("tuned parameters x clients", True), Column("MiB a round")]
-    columns += [Column(name) for name in data_sets]
-    return Table("communication", "Communication", tuple(columns), tuple(rows), grouping.note)
+
+    def tuned(row: Sequence[Group]) -> Cell:
+        parameters = tables.range_cell([group.trained_parameters for group in row], _millions)
+        return tables.make_cell(f"{parameters.text} x {row[0].cohort:,}")
+
+    def sent(row: Sequence[Group]) -> Cell:
+        return tables.range_cell([group.mib_per_round for group in row], "{:,.2f}".format)
+
+    axis = grouping.data_axis
+    rows = sorted(grouping.rows(grouping.groups, [axis]), key=lambda row: max(group.mib_per_round for group in row))
+    columns = [(Column("tuned parameters x clients", True), tuned), (Column("MiB a round"), sent)]
+    return Table("communication", "Communication", *_comparison(grouping, axis, rows, columns))
 
 
-def _axis_table(grouping: Grouping, axis: Axis, heading: str) -> Table:
-    """One column for each value on an axis. A row with a single value compares nothing and is left out."""
+def _millions(number: float) -> str:
+    """A count as `0.08M`, with at least two digits."""
+    return f"{number / 1e6:,.2f}M" if number >= 1e4 else f"{number / 1e6:.2g}M"
 
-    def value_of(group: Group) -> str:
-        return show(group.axes[axis.name])
 
-    values = {value_of(group): group.axes[axis.name] for group in grouping.groups}
+Rows: TypeAlias = Sequence[Sequence[Group]]
+RowColumn: TypeAlias = tuple[Column, Callable[[Sequence[Group]], Cell]]
+
+
+def _comparison(grouping: Grouping, axis: Axis | None, rows: Rows, more: Sequence[RowColumn] = ()) -> tuple:
+    """A table's columns, rows and note. It has one column for each value on an axis, after the label and some more.
+
+    Without an axis there is one for the data set. Accuracies over fewer seeds than others are marked.
+    """
+    values = {grouping.value(group, axis): group.axes[axis.name] if axis else "" for group in grouping.groups}
     across = sorted(values, key=lambda text: in_order(values[text]))
-    rows = [row for row in grouping.rows(grouping.groups, [axis]) if len(row) > 1]
-    cells = [(_label_cell(grouping, row, [axis]), *_across(row, across, value_of)) for row in rows]
-    columns = (Column("method", True), *(Column(value) for value in across))
-    return Table(axis.name, TITLES.get(axis.name, f"By {heading}"), columns, tuple(cells), grouping.note)
+    seeds = [group.num_seeds for row in rows for group in row]
+    cells = []
+    for row in rows:
+        found = {grouping.value(group, axis): tables.accuracy_cell(group, max(seeds)) for group in row}
+        assert len(found) == len(row), f"two groups in one cell: {[group.label for group in row]}"
+        label = tables.make_cell(grouping.label(row[0], [axis]))
+        cells.append([label, *(cell(row) for _, cell in more), *(found.get(text, tables.EMPTY) for text in across)])
+    columns = [Column("method", True), *(column for column, _ in more), *map(Column, across)]
+    fewer = f" n: seeds, {max(seeds)} where none is told." if min(seeds) < max(seeds) else ""
+    return columns, cells, f"{grouping.note}{fewer}".strip()
 
 
-def _label_cell(grouping: Grouping, row: Sequence[Group], without: Sequence[Axis]) -> Cell:
-    return text_cell(grouping.label(row[0], without))
+def time_tables(grouping: Grouping) -> list[Table]:
+    """Rounds and simulated hours until a share of the best accuracy is reached: one table for each data set.
+
+    A table has the groups with simulated time, and the same targets for all of them.
+    """
+    found = []
+    axes = tables.axis_columns([axis for axis in grouping.telling if axis != grouping.data_axis], grouping)
+    for data_set, alike in grouping.by_data_set().items():
+        groups = [group for row in grouping.rows(alike) for group in row if group.is_timed]
+        if len(groups) < 2:
+            continue
+        best = max(point.mean for group in groups for point in group.curve)
+        reached = [
+            (Column(f"{unit} to {share:.0%}"), partial(_reached, share * best, name, form))
+            for share in SHARES
+            for unit, name, form in (("rounds", "round", "{:,}"), ("hours", "hours", "{:,.4g}"))
+        ]
+        note = (
+            f"Shares are of {best:.4f}, the best accuracy here, the mean over seeds at some evaluation; what counts is "
+            "the first evaluation that is there. Hours are simulated, the mean over seeds; a dash: never."
+        )
+        title = f"Time to accuracy: {data_set}" if grouping.data_axis else "Time to accuracy"
+        found.append(group_table("time", title, [tables.METHOD, *axes, *reached], groups, note))
+    return found
 
 
-def _across(row: Sequence[Group], columns: Sequence[str], column_of: Callable[[Group], str]) -> list[Cell]:
-    by_column = {column_of(group): group for group in row}
-    assert len(by_column) == len(row), f"two groups in one cell: {[group.label for group in row]}"
-    return [accuracy_cell(by_column[name]) if name in by_column else EMPTY for name in columns]
-
-
-def _mark_fewer_seeds(table: Table) -> Table:
-    """Marks accuracies over fewer seeds than the table's other accuracies."""
-    seeds = [cell.value["seeds"] for row in table.rows for cell in row if isinstance(cell.value, dict)]
-    most = max(seeds)
-    if min(seeds) == most:
-        return table
-
-    def marked(cell: Cell) -> Cell:
-        few = isinstance(cell.value, dict) and cell.value["seeds"] < most
-        return replace(cell, text=f"{cell.text} (n={cell.value['seeds']})") if few else cell
-
-    rows = tuple(tuple(marked(cell) for cell in row) for row in table.rows)
-    return replace(table, rows=rows, note=f"{table.note} n: seeds, {most} where none is told.".strip())
+def _reached(target: float, name: str, form: str, group: Group) -> Cell:
+    point = next((point for point in group.curve if point.mean >= target), None)
+    return Cell("-") if point is None else tables.make_cell(getattr(point, name), form)

@@ -27,12 +27,9 @@ def privacy_lines(config: RunConfig, figures: Mapping[str, Any] | None) -> list[
     Args:
         figures: the plan's, after the last round; None where nothing is accounted for.
     """
-    lines = []
-    for name, value in (figures or {}).items():
-        if name not in ("name", "clients", "ranges"):
-            lines.append(f"  {name:<21} {value if isinstance(value, str) else f'{value:.6g}':>10}")
-    if figures is not None and "clients" in figures:
-        quantiles = figures["clients"]
+    alone = {name: value for name, value in (figures or {}).items() if name not in ("name", "clients", "ranges")}
+    lines = [f"  {name:<21} {v if isinstance(v, str) else f'{v:.6g}':>10}" for name, v in alone.items()]
+    if quantiles := (figures or {}).get("clients"):
         lines.append(f"  {'over the clients':<21} {' '.join(f'{label:>10}' for label in quantiles)}")
         for name in quantiles["max"]:
             lines.append(f"  {name:<21} {' '.join(f'{row[name]:>10.6g}' for row in quantiles.values())}")

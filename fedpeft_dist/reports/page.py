@@ -5,43 +5,47 @@ filter. The page makes no request at all (its Content-Security-Policy forbids it
 names of runs come from folders, and folders can have any name.
 """
 
-import html
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from fedpeft_dist.reports.axes import show
 from fedpeft_dist.reports.groups import Group
-from fedpeft_dist.reports.lines import Line
-from fedpeft_dist.reports.partitions import partition_pictures
-from fedpeft_dist.reports.privacy import EpsilonPicture
-from fedpeft_dist.reports.report import Report
-from fedpeft_dist.reports.table import Cell, Table
+from fedpeft_dist.reports.runs import Run
+from fedpeft_dist.reports.tables import Cell, Table
+
+if TYPE_CHECKING:
+    from fedpeft_dist.reports.report import Report
 
 MAX_POINTS = 200
 """A longer curve is thinned out to so many points."""
+MAX_PICTURES, MAX_CELLS = 48, 500_000
+"""Limits of a page: the partitions, and the numbers in all partitions together (about a megabyte)."""
 SCRIPTS = ("page.js", "charts.js", "curves.js", "epsilon.js", "partitions.js")
 
 
-def page_text(report: Report) -> str:
-    pictures, left_out = partition_pictures(report.runs)
-    data = {
-        "series": [line_data(line) for line in report.lines],
-        "epsilon": [epsilon_data(picture) for picture in report.epsilon_pictures],
-        "partitions": pictures,
-    }
+def page_text(report: "Report") -> str:
+    partitions, left_out = partition_pictures(report.runs)
+    series = [line_data(line) for line in report.lines]
+    states = Counter(run.state for run in report.runs)
+    by_state = ", ".join(f"{number:,} {state}" for state, number in sorted(states.items()))
+    labels = [group.label for group in report.grouping.groups]
     slots = {
-        "title": html.escape(f"Runs below {report.name}"),
-        "counts": html.escape(_counts(report)),
+        "title": escape(f"Runs below {report.name}"),
+        "counts": escape(f"{len(report.runs):,} runs ({by_state}) in {len(labels):,} groups"),
         "style": _asset("report.css"),
         "script": "\n".join(map(_asset, SCRIPTS)),
-        "data": script_json(data),
-        "none_yet": "" if report.main.rows else "No run is complete yet.",
-        "groups": html_table(report.main, "groups", selectable=[group.label for group in report.grouping.groups]),
+        "data": script_json({"series": series, "epsilon": report.epsilon_pictures, "partitions": partitions}),
+        "none_yet": "" if labels else "No run is complete yet.",
+        "groups": html_table(report.main, "groups", selectable=labels),
         "privacy": html_table(report.privacy) if report.privacy.rows else "",
-        "comparisons": "\n".join(_section(table) for table in report.comparisons),
+        "comparisons": "\n".join(map(_section, report.comparisons)),
         "left_out": f"{left_out} more partitions are not shown." if left_out else "",
         "unfinished": _section(report.unfinished) if report.unfinished.rows else "",
     }
@@ -55,90 +59,108 @@ def html_table(table: Table, identity: str = "", selectable: Sequence[str] = ())
     Args:
         selectable: the rows' names, for a box to tick in each row.
     """
+    kinds = ["text" if column.is_text else "number" for column in table.columns]
     headings = [
-        f'<th scope="col" class="{"text" if column.is_text else "number"}" aria-sort="none">'
-        f'<button type="button">{html.escape(column.heading)}</button></th>'
-        for column in table.columns
+        f'<th scope="col" class="{kind}" aria-sort="none"><button type="button">{escape(column.heading)}</button></th>'
+        for column, kind in zip(table.columns, kinds)
     ]
+    rows = [[_cell(*found) for found in zip(row, kinds, ["th"] + ["td"] * len(row))] for row in table.rows]
     if selectable:
         headings.insert(0, '<th scope="col"><span class="hidden">highlight</span></th>')
-    lines = [f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.title)}">']
-    lines.append(f'<table class="sortable"{f" id={identity}" if identity else ""}>')
-    lines.append(f"<caption>{html.escape(table.title)}</caption>")
-    lines.append(f"<thead><tr>{''.join(headings)}</tr></thead><tbody>")
-    for number, row in enumerate(table.rows):
-        cells = [_cell(cell, table.columns[i].is_text, first=i == 0) for i, cell in enumerate(row)]
-        if selectable:
-            label = html.escape(f"highlight {selectable[number]}")
-            cells.insert(0, f'<td><label class="pick"><input type="checkbox" aria-label="{label}"><i></i></label></td>')
-        lines.append(f'<tr data-row="{number}">{"".join(cells)}</tr>')
-    lines.append("</tbody></table></div>")
-    if table.note:
-        lines.append(f'<p class="note">{html.escape(table.note)}</p>')
-    return "\n".join(lines)
+    for label, cells in zip(selectable, rows):
+        box = f'<input type="checkbox" aria-label="{escape(f"highlight {label}")}">'
+        cells.insert(0, f'<td><label class="pick">{box}<i></i></label></td>')
+    body = "".join(f'\n<tr data-row="{number}">{"".join(cells)}</tr>' for number, cells in enumerate(rows))
+    note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return f"""<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">
+<table class="sortable"{identity and f" id={identity}"}>
+<caption>{escape(table.title)}</caption>
+<thead><tr>{"".join(headings)}</tr></thead><tbody>{body}
+</tbody></table></div>{note}"""
 
 
-def script_json(data: Any) -> str:
-    """JSON that can neither end its script element nor start a comment there."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def line_data(line: Line) -> dict[str, Any]:
-    curve = line.curve
-    if len(curve) > MAX_POINTS:
-        curve = [curve[round(number * (len(curve) - 1) / (MAX_POINTS - 1))] for number in range(MAX_POINTS)]
-    hours = [point.hours for point, _ in curve]
-    return {
-        "label": line.label,
-        "method": line.method,
-        "state": line.state,
-        "seeds": line.seeds,
-        "round": [point.round for point, _ in curve],
-        "mib": [_digits(point.mib_sent) for point, _ in curve],
-        "hours": [] if None in hours else [_digits(value) for value in hours],
-        "mean": [_digits(found.mean) for _, found in curve],
-        "std": [_digits(found.std or 0.0) for _, found in curve],
-    }
-
-
-def epsilon_data(picture: EpsilonPicture) -> dict[str, Any]:
-    """A picture's points by line: [epsilon, mean, std, label]. The epsilon is null without a guarantee."""
-
-    def points(groups: Iterable[Group]) -> list[list[Any]]:
-        return [[g.epsilon and _digits(g.epsilon), g.accuracy.mean, g.accuracy.std or 0.0, g.label] for g in groups]
-
-    lines = [
-        {
-            "label": line.label,
-            "guaranteed": {mechanism: points(groups) for mechanism, groups in line.guaranteed.items()},
-            "public": points(line.public),
-            "unguaranteed": points(line.unguaranteed),
-        }
-        for line in picture.lines
-    ]
-    return {"title": picture.title, "lines": lines}
-
-
-def _counts(report: Report) -> str:
-    states = Counter(run.state for run in report.runs)
-    by_state = ", ".join(f"{number:,} {state}" for state, number in sorted(states.items()))
-    return f"{len(report.runs):,} runs ({by_state}) in {len(report.grouping.groups):,} groups"
+def _cell(cell: Cell, kind: str, tag: str) -> str:
+    value, scope = cell.value, ' scope="row"' if tag == "th" else ""
+    if isinstance(value, list | dict):  # the largest number, or the mean
+        value = value[-1] if isinstance(value, list) else value["mean"]
+    sort = "" if value is None else escape(str(value))
+    return f'<{tag}{scope} class="{kind}" data-sort="{sort}">{escape(cell.text)}</{tag}>'
 
 
 def _section(table: Table) -> str:
     return f'<section class="comparison">\n{html_table(table)}\n</section>'
 
 
-def _cell(cell: Cell, is_text: bool, first: bool) -> str:
-    value = "" if cell.sort_value is None else html.escape(str(cell.sort_value))
-    kind = "text" if is_text else "number"
-    tag, scope = ("th", ' scope="row"') if first else ("td", "")
-    return f'<{tag}{scope} class="{kind}" data-sort="{value}">{html.escape(cell.text)}</{tag}>'
+def line_data(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of `Report.lines` with fewer points and digits."""
+
+    def thinned(values: list[Any]) -> list[Any]:
+        places = np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).round().astype(int)
+        return [_digits(values[place]) for place in places]
+
+    return {key: thinned(value) if isinstance(value, list) else value for key, value in line.items()}
 
 
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")
+def script_json(data: Any) -> str:
+    """JSON that can neither end its script element nor start a comment there.
+
+    A group becomes a point: [epsilon, mean, std, label]. The epsilon is null without a guarantee.
+    """
+
+    def point(group: Group) -> list[Any]:
+        return [_digits(group.epsilon), group.accuracy.mean, group.accuracy.std or 0.0, group.label]
+
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=point)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def partition_pictures(runs: Iterable[Run]) -> tuple[list[dict[str, Any]], int]:
+    """Each distinct partition once, and how many more there are. Further seeds of a setting come last.
+
+    Partitions of a data set over as many clients share a scale: an even one looks pale beside an uneven one.
+    """
+    holders: dict[tuple[str, bytes], list[Run]] = defaultdict(list)
+    most: Counter[tuple[str, int]] = Counter()
+    for run in runs:
+        if run.partition is not None:
+            counts = run.partition["counts"]
+            holders[_setting(run), counts.tobytes()].append(run)
+            most[_scale(run)] = max(most[_scale(run)], int(counts.max()))
+    first = {key[0]: key for key in reversed(holders)}
+    shown, cells = [], 0
+    for key in sorted(holders, key=lambda key: key != first[key[0]])[:MAX_PICTURES]:
+        partition = holders[key][0].partition
+        cells += partition["counts"].size
+        if cells > MAX_CELLS and shown:
+            break
+        seeds = ", ".join(map(str, sorted({run.seed for run in holders[key] if run.seed is not None})))
+        shown.append(
+            {
+                "title": f"{key[0]}, seed {seeds}" if seeds else key[0],
+                "runs": len(holders[key]),
+                "clients": partition["num_clients"],
+                "most": most[_scale(holders[key][0])],
+                "names": partition["class_names"],
+                "counts": partition["counts"].tolist(),
+            }
+        )
+    return shown, len(holders) - len(shown)
+
+
+def _scale(run: Run) -> tuple[str, int]:
+    return run.keys.get("data.name", run.name), run.partition["num_clients"]
+
+
+def _setting(run: Run) -> str:
+    """`digits, 500 samples, dirichlet 0.1, N=64`."""
+    (data_set, clients), samples = _scale(run), run.keys.get("data.max_train")
+    partition = (run.keys.get(f"data.partition.{key}") for key in ("name", "alpha"))
+    split = " ".join(show(value) for value in partition if value is not None)
+    return ", ".join(filter(None, [data_set, samples and f"{samples:,} samples", split, f"N={clients:,}"]))
+
+
+def _digits(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _asset(name: str) -> str:

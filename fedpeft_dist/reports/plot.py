@@ -1,13 +1,14 @@
 """The pictures in report.md: accuracy against bytes and simulated hours, and accuracy against epsilon."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fedpeft_dist.reports.groups import Group
-from fedpeft_dist.reports.lines import Line
-from fedpeft_dist.reports.privacy import EpsilonLine, EpsilonPicture
+from fedpeft_dist.tracking.run_directory import COMPLETE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,65 +20,44 @@ MAX_LENGTH = 80
 """Characters of a name in the legend."""
 
 
-def accuracy_figure(lines: Sequence[Line]) -> "Figure":
+def accuracy_figure(lines: Sequence[Mapping[str, Any]]) -> "Figure":
     """Mean accuracy over seeds after each round, against the MiB that all clients together have sent by then.
 
     Beside it stands the same against simulated hours, for runs that have them.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    across = [("mib_sent", {"xscale": "log", "xlabel": "MiB sent by all clients (uplink)"})]
-    if any(point.hours is not None for line in lines for point, _ in line.curve):
+    across = [("mib", {"xscale": "log", "xlabel": "MiB sent by all clients (uplink)"})]
+    if any(line["hours"] for line in lines):
         across.append(("hours", {"xlabel": "simulated hours"}))
     each = len(lines) <= MAX_NAMED
-    names = [_legend_name(line, each) for line in lines]
+    kinds = [line["label" if each else "method"] for line in lines]
+    complete = [line["state"] == COMPLETE for line in lines]
+    shown = list(dict.fromkeys(kind for kind, done in zip(kinds, complete) if done))
+    palette = colormaps["tab20" if each and len(shown) > 10 else "tab10"].colors
+    names = [_shortened(kind if each or done else "unfinished") for kind, done in zip(kinds, complete)]
     room = 0.09 * max(map(len, names), default=0)  # the legend stands beside the lines
     figure = Figure(figsize=(1 + 6 * len(across) + room, 5), layout="constrained")
     for axes, (place, settings) in zip(figure.subplots(1, len(across), squeeze=False)[0], across):
-        for line, name, colour in zip(lines, names, _colours(lines, each)):
-            _draw_line(axes, line, place, colour, name, with_band=each)
+        for line, kind, name, done in zip(lines, kinds, names, complete):
+            colour = palette[shown.index(kind) % len(palette)] if done else "gray"
+            style = {"marker": "." if each else ""} if done else {"linestyle": ":"}
+            if line[place]:
+                axes.plot(line[place], line["mean"], color=colour, label=name, **style)
+            if line[place] and each and line["seeds"] > 1:
+                mean, std = np.array(line["mean"]), np.array(line["std"])
+                axes.fill_between(line[place], mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
         axes.set(**settings, ylabel="accuracy of the global model")
         axes.grid(alpha=0.3)
-    _add_legend(figure)
-    return figure
-
-
-def _draw_line(axes: "Axes", line: Line, place: str, colour: str, name: str, with_band: bool) -> None:
-    curve = [(getattr(point, place), found) for point, found in line.curve if getattr(point, place) is not None]
-    if not curve:
-        return
-    where, mean = [x for x, _ in curve], [found.mean for _, found in curve]
-    style = {"marker": "." if with_band else ""} if line.is_complete else {"linestyle": ":"}
-    axes.plot(where, mean, color=colour, label=name, **style)
-    if with_band and line.seeds > 1:
-        low = [found.mean - (found.std or 0.0) for _, found in curve]
-        high = [found.mean + (found.std or 0.0) for _, found in curve]
-        axes.fill_between(where, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def _colours(lines: Sequence[Line], each: bool) -> list[str]:
-    """A colour for each line, or for each method; gray for unfinished runs."""
-    from matplotlib import colormaps
-
-    kinds = list(dict.fromkeys(line.label if each else line.method for line in lines if line.is_complete))
-    palette = colormaps["tab20" if each and len(kinds) > 10 else "tab10"].colors
-    places = {kind: palette[number % len(palette)] for number, kind in enumerate(kinds)}
-    return [places[line.label if each else line.method] if line.is_complete else "gray" for line in lines]
-
-
-def _legend_name(line: Line, each: bool) -> str:
-    name = line.label if each else line.method if line.is_complete else "unfinished"
-    return _shortened(name)
-
-
-def _add_legend(figure: "Figure") -> None:
-    """A legend beside the lines, in which every name stands once."""
+    # Every name stands once in the legend.
     handles = {line.get_label(): line for axes in reversed(figure.axes) for line in reversed(axes.lines)}
     if handles:
         figure.legend(handles=list(reversed(handles.values())), loc="outside right upper")
+    return figure
 
 
-def epsilon_figure(pictures: Sequence[EpsilonPicture]) -> "Figure":
+def epsilon_figure(pictures: Sequence[Mapping[str, Any]]) -> "Figure":
     """Mean final accuracy over seeds against epsilon, a line for each method and mechanism, with standard deviations.
 
     A dotted line is the method without privacy. Groups without a guarantee have no epsilon; a field beside shows them.
@@ -86,48 +66,26 @@ def epsilon_figure(pictures: Sequence[EpsilonPicture]) -> "Figure":
 
     figure = Figure(figsize=(8, 4.2 * len(pictures)), layout="constrained")
     for picture, part in zip(pictures, figure.subfigures(len(pictures), 1, squeeze=False)[:, 0]):
-        part.suptitle(picture.title)
+        lines = picture["lines"]
+        part.suptitle(picture["title"])
         axes, beside = part.subplots(1, 2, sharey=True, width_ratios=[5, 1])
-        mechanisms = sorted({name for line in picture.lines for name in line.guaranteed})
-        for number, line in enumerate(picture.lines):
+        # A look for each mechanism, because epsilons of different mechanisms protect different things.
+        mechanisms = sorted({name for line in lines for name in line["guaranteed"]})
+        styles = {
+            name: {"linestyle": ("-", "--", "-.")[place % 3], "marker": ("o", "s", "^")[place % 3]}
+            for place, name in enumerate(mechanisms)
+        }
+        for number, line in enumerate(lines):
             colour = f"C{number % 10}"
-            for mechanism, groups in line.guaranteed.items():
-                _errorbar(axes, [group.epsilon for group in groups], groups, colour, **_style(mechanism, mechanisms))
-            for group in line.public:
+            for mechanism, groups in line["guaranteed"].items():
+                _errorbar(axes, [group.epsilon for group in groups], groups, colour, **styles[mechanism])
+            for group in line["public"]:
                 axes.axhline(group.accuracy.mean, color=colour, linestyle=":")
-            place = (number + 1) / (len(picture.lines) + 1)
-            _errorbar(beside, [place] * len(line.unguaranteed), line.unguaranteed, colour, marker="x", linestyle="")
-        _set_epsilon_axes(axes, beside, picture.lines)
-        part.legend(handles=_epsilon_keys(picture.lines, mechanisms), loc="outside right upper")
+            place, groups = (number + 1) / (len(lines) + 1), line["unguaranteed"]
+            _errorbar(beside, [place] * len(groups), groups, colour, marker="x", linestyle="")
+        _set_epsilon_axes(axes, beside, lines)
+        part.legend(handles=_epsilon_keys(lines, styles), loc="outside right upper")
     return figure
-
-
-def _set_epsilon_axes(axes: "Axes", beside: "Axes", lines: Sequence[EpsilonLine]) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    spent = {f"{g.epsilon:.3g}": g.epsilon for line in lines for found in line.guaranteed.values() for g in found}
-    axes.set(xscale="log", xlabel="epsilon", ylabel="final accuracy")
-    axes.xaxis.set_major_locator(FixedLocator(list(spent.values())))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.15)
-    beside.set(xlim=(0, 1), xticks=[], xlabel="no guarantee")
-    beside.set_facecolor("0.95")
-    for one in (axes, beside):
-        one.grid(alpha=0.3)
-
-
-def _epsilon_keys(lines: Sequence[EpsilonLine], mechanisms: Sequence[str]) -> list:
-    """The legend's entries: mechanisms by their style, then methods by their colour."""
-    from matplotlib.lines import Line2D
-
-    keys = [Line2D([], [], color="gray", label=name, **_style(name, mechanisms)) for name in mechanisms]
-    keys.append(Line2D([], [], color="gray", linestyle=":", label="no privacy"))
-    for name in sorted({group.mechanism for line in lines for group in line.unguaranteed}):
-        keys.append(Line2D([], [], color="gray", linestyle="", marker="x", label=f"{name}, no guarantee"))
-    for number, line in enumerate(lines):
-        keys.append(Line2D([], [], color=f"C{number % 10}", linewidth=4, label=_shortened(line.label)))
-    return keys
 
 
 def _errorbar(axes: "Axes", where: Sequence[float], groups: Sequence[Group], colour: str, **style: str) -> None:
@@ -136,10 +94,34 @@ def _errorbar(axes: "Axes", where: Sequence[float], groups: Sequence[Group], col
         axes.errorbar(where, means, spread, color=colour, capsize=2, **style)
 
 
-def _style(mechanism: str, mechanisms: Sequence[str]) -> dict[str, str]:
-    """A look for each mechanism, because epsilons of different mechanisms protect different things."""
-    place = mechanisms.index(mechanism)
-    return {"linestyle": ("-", "--", "-.")[place % 3], "marker": ("o", "s", "^")[place % 3]}
+def _set_epsilon_axes(axes: "Axes", beside: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    groups = [group for line in lines for found in line["guaranteed"].values() for group in found]
+    axes.set(xscale="log", xlabel="epsilon", ylabel="final accuracy")
+    axes.xaxis.set_major_locator(FixedLocator(list({f"{g.epsilon:.3g}": g.epsilon for g in groups}.values())))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    beside.set(xlim=(0, 1), xticks=[], xlabel="no guarantee", facecolor="0.95")
+    beside.grid(alpha=0.3)
+
+
+def _epsilon_keys(lines: Sequence[Mapping[str, Any]], styles: Mapping[str, dict[str, str]]) -> list:
+    """The legend's entries: mechanisms by their style, then methods by their colour."""
+    from matplotlib.lines import Line2D
+
+    without = sorted({group.mechanism for line in lines for group in line["unguaranteed"]})
+    return [
+        *(Line2D([], [], color="gray", label=name, **style) for name, style in styles.items()),
+        Line2D([], [], color="gray", linestyle=":", label="no privacy"),
+        *(Line2D([], [], color="gray", linestyle="", marker="x", label=f"{name}, no guarantee") for name in without),
+        *(
+            Line2D([], [], color=f"C{number % 10}", linewidth=4, label=_shortened(line["label"]))
+            for number, line in enumerate(lines)
+        ),
+    ]
 
 
 def save(figure: "Figure", path: Path) -> None:

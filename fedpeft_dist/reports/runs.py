@@ -5,12 +5,14 @@ A run whose files cannot be read is kept as damaged, together with the reason, s
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fedpeft_dist.config.errors import ConfigError
+import numpy as np
+
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.lanes.wire import MIB
@@ -19,35 +21,36 @@ from fedpeft_dist.tracking.sweep_axes import AxisChoice, read_axes
 
 DAMAGED = "damaged"
 """The state of a run whose files cannot be read. Only reports use this state."""
-COUNTS = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total")
-SUMMARY_KEYS = ("method", *COUNTS, "final_accuracy")
-"""The keys that a report cannot do without."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """A round that was evaluated."""
+class Point(NamedTuple):
+    """A round of a run, or the mean over the runs of a group."""
 
     round: int
-    accuracy: float
-    mib_sent: float
+    mib: float
     """Uplink of all clients, up to this round."""
-    hours: float | None = None
+    hours: float | None
     """Simulated hours up to this round; None for runs without simulated time."""
+    mean: float | None
+    """The accuracy; None for a round without evaluation."""
+    std: float = 0.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a report sees it. `summary` is None unless the run is complete; `keys` are empty without a config."""
+    """A run as a report sees it."""
 
     name: str
     state: str
     keys: dict[str, Any] = field(default_factory=dict)
-    """Every config key that can change a result, dotted, with its value."""
-    summary: dict[str, Any] | None = None
+    """Every config key that can change a result, dotted, with its value; empty for a run without a config."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Empty unless the run is complete."""
     curve: tuple[Point, ...] = ()
+    """The rounds that were evaluated."""
     rounds_done: int = 0
     partition: dict[str, Any] | None = None
+    """partition.json, with its counts as an array, int64 [clients, classes]."""
     axes: dict[str, AxisChoice] = field(default_factory=dict)
     """The choice on each axis of the run's sweep; empty for a run that is no sweep's cell."""
     problem: str | None = None
@@ -58,16 +61,11 @@ class Run:
         return self.keys.get("seed")
 
     @property
-    def privacy(self) -> Mapping[str, Any] | None:
-        """The privacy that the summary states; None for a run without privacy."""
-        found = (self.summary or {}).get("privacy")
-        return found if isinstance(found, Mapping) else None
-
-    @property
-    def epsilon(self) -> float | None:
-        """The epsilon that the run was accounted for; None for a run without a guarantee."""
-        epsilon = (self.privacy or {}).get("epsilon")
-        return float(epsilon) if is_number(epsilon) else None
+    def privacy(self) -> dict[str, Any]:
+        """The privacy that the summary states; empty without privacy. Its epsilon is None without a guarantee."""
+        found = self.summary.get("privacy")
+        epsilon = found.get("epsilon") if found else None
+        return {**found, "epsilon": epsilon if is_number(epsilon) else None} if found else {}
 
 
 def read_runs(directory: Path) -> list[Run]:
@@ -90,41 +88,44 @@ def read_runs(directory: Path) -> list[Run]:
 
 
 def _read_run(directory: RunDirectory, name: str) -> Run:
+    summary = {}
     try:
         state = directory.read_state() or {}
         config = directory.stored_config()
-        keys = {} if config is None else report_keys(config)
-        summary = None
         if state.get("state") == COMPLETE:
             if config is None:
                 raise ConfigError(f"{directory.config_file}: missing, though the run is complete")
-            summary = _read_summary(directory.summary_file)
+            summary = read_json(directory.summary_file, "method")
+            counts = ("trainable_parameters", "backbone_parameters", "uplink_bytes_total")
+            _check_numbers(directory.summary_file, summary, ["final_accuracy"], counts)
     except ConfigError as error:
         return Run(name, DAMAGED, problem=one_line(error))
     problems = [str(state.get("error", ""))]
-
-    def read(reader: Any, *arguments: Any, default: Any) -> Any:
-        """Reads a file that the result does not depend on; damage to such a file is noted."""
+    found = {}
+    # The result does not depend on these files, so a damaged one is only noted.
+    readers = {
+        "rounds": (_read_rounds, directory.metrics_file),
+        "partition": (_read_partition, directory.partition_file),
+        "axes": (read_axes, directory.path),
+    }
+    for part, (read, path) in readers.items():
         try:
-            return reader(*arguments)
+            found[part] = read(path)
         except ConfigError as error:
             problems.append(one_line(error))
-            return default
-
-    rows = read(_read_rows, directory.metrics_file, default=[])
-    curve = read(_curve, directory.metrics_file, rows, default=())
-    partition = read(_read_partition, directory.partition_file, default=None)
-    axes = read(read_axes, directory.path, default={})
-    if summary is not None and not directory.metrics_file.exists():
+    if summary and not directory.metrics_file.exists():
         problems.append(f"{directory.metrics_file}: missing, so there is no curve")
-    next_round = state.get("next_round")
-    rounds_done = len(rows) or (next_round if type(next_round) is int else 0)
-    problem = "; ".join(filter(None, problems)) or None
-    return Run(name, str(state.get("state")), keys, summary, curve, rounds_done, partition, axes, problem)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    rounds, next_round = found.pop("rounds", ()), state.get("next_round")
+    return Run(
+        name=name,
+        state=str(state.get("state")),
+        keys={} if config is None else report_keys(config),
+        summary=summary,
+        curve=tuple(point for point in rounds if point.mean is not None),
+        rounds_done=len(rounds) or (next_round if type(next_round) is int else 0),
+        problem="; ".join(filter(None, problems)) or None,
+        **found,
+    )
 
 
 def report_keys(config: RunConfig) -> dict[str, Any]:
@@ -136,40 +137,29 @@ def report_keys(config: RunConfig) -> dict[str, Any]:
     return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in keys.items()}
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    summary = read_json(path, *SUMMARY_KEYS)
-    wrong = [key for key in COUNTS if type(summary[key]) is not int or summary[key] < 1]
-    wrong += ["final_accuracy"] * (not is_number(summary["final_accuracy"]))
-    if wrong:
-        raise ConfigError(f"{path}: cannot be read ({wrong[0]} is {summary[wrong[0]]!r}, no valid number)")
-    return summary
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rounds(path: Path) -> list[Point]:
     """The rounds of a metrics.jsonl; empty where there is no such file."""
     try:
         rows = read_metrics(path) if path.exists() else []
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not is_number(row.get("uplink_bytes")) or not is_number(row.get("round")):
-            raise ConfigError(f"{path}: line {number} cannot be read as a round's metrics")
-    return rows
-
-
-def _curve(path: Path, rows: list[dict[str, Any]]) -> tuple[Point, ...]:
     points, sent, seconds = [], 0, 0.0
-    timed = all(is_number(row.get("simulated_seconds")) for row in rows)
-    for row in rows:
-        sent += row["uplink_bytes"]
-        seconds += row["simulated_seconds"] if timed else 0.0
-        accuracy = row.get("accuracy")
-        if accuracy is None:
-            continue
-        if not is_number(accuracy):
-            raise ConfigError(f"{path}: accuracy of round {row['round']} is {accuracy!r}, no number")
-        points.append(Point(int(row["round"]), float(accuracy), sent / MIB, seconds / 3600 if timed else None))
-    return tuple(points)
+    for number, row in enumerate(rows, 1):
+        found = row if isinstance(row, dict) else {}
+        accuracy, time = found.get("accuracy"), found.get("simulated_seconds")
+        keys = ["round", "uplink_bytes"] if accuracy is None else ["round", "uplink_bytes", "accuracy"]
+        _check_numbers(f"{path}: line {number}", found, keys)
+        sent += found["uplink_bytes"]
+        seconds += time if is_number(time) else math.nan
+        points.append(Point(int(found["round"]), sent / MIB, None if math.isnan(seconds) else seconds / 3600, accuracy))
+    return points
+
+
+def _check_numbers(place: Path | str, content: dict[str, Any], keys: Sequence[str], counts: Sequence[str] = ()) -> None:
+    wrong = [key for key in keys if not is_number(content.get(key))]
+    wrong += [key for key in counts if type(content.get(key)) is not int or content[key] < 1]
+    if wrong:
+        raise ConfigError(f"{place}: cannot be read ({wrong[0]} is {content.get(wrong[0])!r}, no valid number)")
 
 
 def _read_partition(path: Path) -> dict[str, Any] | None:
@@ -177,18 +167,16 @@ def _read_partition(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found = read_json(path, "num_clients", "counts")
-    counts = found["counts"]
-    rows = counts if isinstance(counts, list) else []
-    if not rows or not all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows):
+    try:
+        counts = np.array(found["counts"])
+    except ValueError:  # rows of several lengths
+        counts = np.array([])
+    is_table = counts.ndim == 2 and counts.dtype.kind == "i" and counts.min(initial=0) >= 0
+    if not is_table or type(found["num_clients"]) is not int:
         raise ConfigError(f"{path}: cannot be read (counts are no table of clients and classes)")
-    if not all(type(count) is int and count >= 0 for row in rows for count in row):
-        raise ConfigError(f"{path}: cannot be read (counts are no numbers of samples)")
-    if type(found["num_clients"]) is not int:
-        raise ConfigError(f"{path}: cannot be read (num_clients is {found['num_clients']!r})")
     names = found.get("class_names")
-    if not isinstance(names, list) or len(names) != len(rows[0]):
-        found["class_names"] = None
-    return found
+    has_names = isinstance(names, list) and len(names) == counts.shape[1]
+    return {**found, "counts": counts, "class_names": [str(name) for name in names] if has_names else None}
 
 
 def is_number(value: Any) -> bool:

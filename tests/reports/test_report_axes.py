@@ -13,7 +13,7 @@ from fedpeft_dist.reports import runs as report_runs
 from fedpeft_dist.reports.axes import short_names
 from fedpeft_dist.reports.comparisons import comparison_tables
 from fedpeft_dist.reports.groups import group_runs
-from fedpeft_dist.reports.report import make_report
+from fedpeft_dist.reports.report import Report
 from fedpeft_dist.tracking.sweep_axes import AxisChoice, write_axes
 from tests.report_fixtures import (
     COHORT,
@@ -28,7 +28,7 @@ from tests.report_fixtures import (
 
 
 def test_a_report_on_a_sweep_uses_its_axes_and_choices(sweep: Path) -> None:
-    report = make_report(sweep)
+    report = Report(sweep)
     assert headings(report.main)[:4] == ["method", "split", "cohort", "trained parameters"]
     assert [row[:3] for row in texts(report.main)] == [
         [method, split, cohort]
@@ -49,7 +49,7 @@ def test_a_report_on_a_sweep_uses_its_axes_and_choices(sweep: Path) -> None:
 
 def test_one_run_outside_the_sweep_makes_the_configs_give_all_axes(sweep: Path) -> None:
     make_run(sweep / "further", tree("full"), curve(0.5))
-    report = make_report(sweep)
+    report = Report(sweep)
     assert headings(report.main)[:4] == ["method", "clients", "partition", "lr"]
     assert "head, N=16, M=2, iid" in {group.label for group in report.grouping.groups}
 
@@ -57,12 +57,12 @@ def test_one_run_outside_the_sweep_makes_the_configs_give_all_axes(sweep: Path) 
 def test_choices_that_do_not_tell_groups_apart_are_ignored(sweep: Path) -> None:
     for path in sweep.iterdir():
         write_axes(path, {"method": AxisChoice("one", ("method.name",))})
-    assert len({group.label for group in make_report(sweep).grouping.groups}) == 8
+    assert len({group.label for group in Report(sweep).grouping.groups}) == 8
 
 
 def test_a_damaged_sweep_file_is_named_and_changes_no_result(sweep: Path) -> None:
     (sweep / "small-even-2" / "sweep.json").write_text("{")
-    report = make_report(sweep)
+    report = Report(sweep)
     assert len(report.grouping.groups) == 8
     ((name, state, _, problem),) = texts(report.unfinished)
     assert (name, state) == ("small-even-2", "complete")
@@ -73,7 +73,7 @@ def test_both_dirichlet_partitions_have_different_labels(tmp_path: Path) -> None
     for name in ("dirichlet", "dirichlet_mix"):
         data = {**DIGITS, "partition": {"name": name, "alpha": 0.5}}
         make_run(tmp_path / name, tree(data=data), curve(0.5))
-    (table,) = tables(make_report(tmp_path), "partition")
+    (table,) = tables(Report(tmp_path), "partition")
     assert headings(table) == ["method", "dirichlet (alpha 0.5)", "dirichlet_mix (alpha 0.5)"]
 
 
@@ -88,7 +88,7 @@ def test_a_method_is_called_by_its_name_and_the_values_that_differ(tmp_path: Pat
         make_run(tmp_path / str(number), tree() | {"method": method}, curve(0.5))
     make_run(tmp_path / "full", tree("full"), curve(0.5))
     make_run(tmp_path / "scratch", tree("full", backbone={"pretrained": False}), curve(0.5))
-    assert {group.label for group in make_report(tmp_path).grouping.groups} == {
+    assert {group.label for group in Report(tmp_path).grouping.groups} == {
         "adapter (bottleneck 96)",
         "adapter (bottleneck 8)",
         "prompt (depth deep)",
@@ -101,7 +101,7 @@ def test_a_method_is_called_by_its_name_and_the_values_that_differ(tmp_path: Pat
 def test_a_backbones_label_names_its_checkpoint(tmp_path: Path) -> None:
     for number, path in enumerate((None, "/a/b/mae.pth", "/a/c/mae.pth", "/a/moco.npz")):
         make_run(tmp_path / str(number), tree(backbone={"name": "vit", "checkpoint": path}), curve(0.5))
-    labels = {group.axes["backbone"] for group in make_report(tmp_path).grouping.groups}
+    labels = {group.axes["backbone"] for group in Report(tmp_path).grouping.groups}
     assert labels == {"vit", *(f"vit (checkpoint /a/{file})" for file in ("b/mae.pth", "c/mae.pth", "moco.npz"))}
 
 
@@ -122,7 +122,7 @@ def test_every_group_has_its_own_label(tmp_path: Path) -> None:
     ]
     for number, one in enumerate(trees):
         make_run(tmp_path / str(number), one, curve(0.5))
-    report = make_report(tmp_path)
+    report = Report(tmp_path)
     assert len({group.label for group in report.grouping.groups}) == len(trees)
     for table in report.comparisons:
         for row in table.rows:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.reports.report import json_report, make_report, run_rows
-from fedpeft_dist.reports.writing import markdown_report, write_report
+from fedpeft_dist.reports.report import Report, json_report, markdown_report, run_rows, write_report
 from fedpeft_dist.tracking.run_directory import FAILED, RunDirectory
 from tests.report_fixtures import (
     csv_rows,
@@ -23,7 +22,7 @@ from tests.report_fixtures import (
 
 
 def test_unfinished_runs_are_listed_everywhere(runs: Path) -> None:
-    report = make_report(runs)
+    report = Report(runs)
     assert texts(report.unfinished) == [["sweep/lora", "interrupted", "3"]]
     assert "| sweep/lora | interrupted | 3 |" in markdown_report(report)
     found = json_report(report)
@@ -40,7 +39,7 @@ def test_unfinished_runs_are_listed_everywhere(runs: Path) -> None:
 
 def test_a_report_on_runs_that_have_just_begun_raises_no_warning(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "new").write_state("running", 0)  # the state comes before the config
-    report = make_report(tmp_path)
+    report = Report(tmp_path)
     assert run_rows(report.runs) == [{"run": "new", "state": "running"}]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -51,7 +50,7 @@ def test_a_report_on_runs_that_have_just_begun_raises_no_warning(tmp_path: Path)
 
 def test_a_directory_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no run's directory \(state\.json\)"):
-        make_report(tmp_path)
+        Report(tmp_path)
 
 
 SUMMARY = {"method": "bias", "trainable_parameters": 8, "backbone_parameters": 9, "uplink_bytes_total": 7}
@@ -78,7 +77,7 @@ def test_a_damaged_run_is_listed_and_hides_no_other_run(runs: Path, name: str, c
         path.unlink()
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    report = make_report(runs)
+    report = Report(runs)
     damaged, unfinished = (run for run in report.runs if run.state != "complete")
     assert (damaged.name, damaged.state, unfinished.state) == ("full", "damaged", "interrupted")
     assert str(path) in damaged.problem
@@ -110,7 +109,7 @@ def test_a_complete_run_counts_though_another_file_is_damaged(
         path.unlink()
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    report = make_report(runs)
+    report = Report(runs)
     assert {group.label for group in report.grouping.groups} == {"head", "full"}
     (row,) = [row for row in report.unfinished.rows if row[0].text == "full"]
     assert row[1].text == "complete"
@@ -120,7 +119,7 @@ def test_a_complete_run_counts_though_another_file_is_damaged(
 
 def test_a_cell_that_never_began_is_listed_with_its_error(runs: Path) -> None:
     RunDirectory(runs / "cell").write_state(FAILED, 0, error="data.clients: 9 is too many")
-    (row,) = [row for row in make_report(runs).unfinished.rows if row[0].text == "cell"]
+    (row,) = [row for row in Report(runs).unfinished.rows if row[0].text == "cell"]
     assert [cell.text for cell in row] == ["cell", "failed", "0", "data.clients: 9 is too many"]
 
 
@@ -128,13 +127,13 @@ def test_a_directory_of_damaged_runs_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_run(tmp_path / name, tree(), curve(0.5)).summary_file.unlink()
     with pytest.raises(ConfigError, match=r"a.summary\.json.*1 more damaged"):
-        make_report(tmp_path)
+        Report(tmp_path)
 
 
 def test_missing_or_cut_metrics_do_not_hide_a_result(runs: Path) -> None:
     metrics = runs / "full" / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-10])
     (runs / "sweep" / "head" / "metrics.jsonl").unlink()
-    report = make_report(runs)
-    assert [len(group.curve()) for group in report.grouping.groups] == [0, 1]
+    report = Report(runs)
+    assert [len(group.curve) for group in report.grouping.groups] == [0, 1]
     write_report(runs, report)

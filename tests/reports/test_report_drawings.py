@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from fedpeft_dist.reports.page import MAX_POINTS, line_data
-from fedpeft_dist.reports.partitions import partition_pictures
+from fedpeft_dist.reports.page import MAX_POINTS, line_data, partition_pictures
 from fedpeft_dist.reports.plot import accuracy_figure
-from fedpeft_dist.reports.report import make_report
-from fedpeft_dist.reports.writing import write_report
+from fedpeft_dist.reports.report import Report, write_report
 from tests.report_fixtures import (
     COHORT,
     curve,
@@ -24,7 +22,7 @@ from tests.report_fixtures import (
 
 
 def test_the_plot_is_a_picture(runs: Path) -> None:
-    write_report(runs, make_report(runs))
+    write_report(runs, Report(runs))
     picture = imread(runs / "accuracy_against_bytes.png")
     assert picture.shape[0] > 300
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
@@ -32,7 +30,7 @@ def test_the_plot_is_a_picture(runs: Path) -> None:
 
 def test_the_plot_has_a_line_for_each_group_and_unfinished_run(runs: Path) -> None:
     make_run(runs / "full2", tree("full", 2), (0.5, None, 0.25))
-    (axes,) = accuracy_figure(make_report(runs).lines).axes
+    (axes,) = accuracy_figure(Report(runs).lines).axes
     lines = {line.get_label(): line.get_data() for line in axes.lines}
     assert set(lines) == {"full", "head", "sweep/lora (interrupted)"}
     sent, accuracy = lines["full"]
@@ -43,7 +41,7 @@ def test_the_plot_has_a_line_for_each_group_and_unfinished_run(runs: Path) -> No
 def test_the_plot_begins_a_little_below_the_lowest_accuracy(tmp_path: Path) -> None:
     for seed, method in enumerate(("head", "bias")):
         make_run(tmp_path / method, tree(method), (0.94 + seed / 100, 0.96, 0.98))
-    (axes,) = accuracy_figure(make_report(tmp_path).lines).axes
+    (axes,) = accuracy_figure(Report(tmp_path).lines).axes
     low, high = axes.get_ylim()
     assert 0.93 < low < 0.94
     assert 0.98 < high < 0.99
@@ -53,14 +51,14 @@ def test_a_plot_of_many_lines_has_a_colour_for_each_method(tmp_path: Path) -> No
     for method in ("head", "bias"):
         for epochs in range(1, 12):
             make_run(tmp_path / f"{method}{epochs}", tree(method, client={"epochs": epochs}), curve(0.5))
-    figure = accuracy_figure(make_report(tmp_path).lines)
+    figure = accuracy_figure(Report(tmp_path).lines)
     assert len({line.get_color() for line in figure.axes[0].lines}) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["head", "bias"]
 
 
 def test_a_long_curve_is_thinned_out_and_keeps_its_last_point(tmp_path: Path) -> None:
     make_run(tmp_path / "long", tree(), curve(0.5, rounds=1001))
-    (series,) = map(line_data, make_report(tmp_path).lines)
+    (series,) = map(line_data, Report(tmp_path).lines)
     assert len(series["round"]) == MAX_POINTS
     assert (series["round"][0], series["round"][-1], series["mean"][-1]) == (1, 1001, 0.5)
 
@@ -72,7 +70,7 @@ def test_a_curve_has_the_rounds_that_all_seeds_evaluated(tmp_path: Path) -> None
         tree(seed=2, federation={"rounds": 3, "cohort": COHORT, "evaluate_every": 2}),
         (None, 0.25, None, 0.5),
     )
-    (series,) = map(line_data, make_report(tmp_path).lines)
+    (series,) = map(line_data, Report(tmp_path).lines)
     assert series["round"] == [2, 4]
     assert series["mean"] == [0.375, 0.5]
     assert series["std"] == [pytest.approx(statistics.stdev((0.5, 0.25)), abs=1e-6), 0.0]
@@ -83,7 +81,7 @@ def test_each_distinct_partition_has_one_picture(tmp_path: Path) -> None:
         for seed in (1, 2):
             make_run(tmp_path / f"{method}{seed}", tree(method, seed), curve(0.5), counts=partition_counts(seed))
     make_run(tmp_path / "without", tree("lora"), curve(0.5))
-    pictures, left_out = partition_pictures(make_report(tmp_path).runs)
+    pictures, left_out = partition_pictures(Report(tmp_path).runs)
     assert left_out == 0
     assert [(picture["title"], picture["runs"]) for picture in pictures] == [
         ("digits, dirichlet 0.1, N=8, seed 1", 2),

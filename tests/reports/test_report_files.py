@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist import cli
-from fedpeft_dist.reports.formats import csv_text
-from fedpeft_dist.reports.report import json_report, make_report, run_rows
-from fedpeft_dist.reports.writing import markdown_report, write_report
+from fedpeft_dist.reports.report import Report, json_report, markdown_report, run_rows, write_report
+from fedpeft_dist.reports.tables import csv_table
 from tests.report_fixtures import (
     COHORT,
     DIGITS,
@@ -26,7 +25,7 @@ from tests.report_fixtures import (
 
 
 def test_markdown(runs: Path) -> None:
-    lines = markdown_report(make_report(runs)).splitlines()
+    lines = markdown_report(Report(runs)).splitlines()
     assert lines[0] == f"# Runs below {runs.name}"
     assert lines[2].startswith("| method | trained parameters | clients a round |")
     assert lines[3].startswith("| --- | ---: | ---: |")
@@ -37,7 +36,7 @@ def test_markdown(runs: Path) -> None:
 def test_csv_has_unrounded_numbers_and_every_key_that_varies(tmp_path: Path) -> None:
     for seed in (1, 2):
         make_run(tmp_path / f"a{seed}", tree(seed=seed, client={"epochs": seed}), curve(1 / 3))
-    write_report(tmp_path, make_report(tmp_path))
+    write_report(tmp_path, Report(tmp_path))
     rows = csv_rows(tmp_path / "report.csv")
     assert [row["client.epochs"] for row in rows] == ["1", "2"]
     assert "client.batch_size" not in rows[0]
@@ -62,7 +61,7 @@ def test_csv_and_json_keep_the_type_of_every_key(tmp_path: Path) -> None:
         }
         sections["client"]["optimizer"] = {"nesterov": values["nesterov"]}
         make_run(tmp_path / f"run{number}", tree(**sections), curve(0.5))
-    report = make_report(tmp_path)
+    report = Report(tmp_path)
     table = json_report(report)["tables"][0]
     shown = [dict(zip(table["columns"], row)) for row in table["rows"]]
     expected = [{**values, "steps": values["steps"] or "null"} for values in both]
@@ -81,7 +80,7 @@ def test_csv_and_json_keep_the_type_of_every_key(tmp_path: Path) -> None:
 def test_csv_has_mean_and_spread_in_two_columns(tmp_path: Path) -> None:
     for seed in (1, 2):
         make_run(tmp_path / f"a{seed}", tree(seed=seed), curve(seed / 4))
-    (row,) = csv.DictReader(csv_text(make_report(tmp_path).main).splitlines())
+    (row,) = csv.DictReader(csv_table(Report(tmp_path).main).splitlines())
     assert (float(row["final accuracy"]), row["seeds"]) == (0.375, "2")
     assert float(row["std"]) == statistics.stdev((0.25, 0.5))
 
@@ -92,7 +91,7 @@ def test_json_is_one_object(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     cli.main()
     found = json.loads(capsys.readouterr().out)
     assert sorted(runs.rglob("*")) == before
-    assert found["runs"] == run_rows(make_report(runs).runs)
+    assert found["runs"] == run_rows(Report(runs).runs)
     assert [group["final_accuracy"] for group in found["groups"]] == [
         {"mean": 0.625, "std": None},
         {"mean": 0.75, "std": None},
@@ -119,16 +118,16 @@ def test_the_command_prints_tables_and_the_files_it_wrote(
 
 
 def test_a_second_report_ignores_the_files_of_the_first(runs: Path) -> None:
-    first = write_report(runs, make_report(runs))
-    again = make_report(runs)
+    first = write_report(runs, Report(runs))
+    again = Report(runs)
     assert len(again.runs) == 3
     assert write_report(runs, again) == first
 
 
 def test_reading_runs_imports_nothing_heavy(runs: Path) -> None:
     probe = (
-        "import sys; from pathlib import Path; from fedpeft_dist.reports.report import make_report, json_report; "
-        f"json_report(make_report(Path({str(runs)!r}))); "
+        "import sys; from pathlib import Path; from fedpeft_dist.reports.report import Report, json_report; "
+        f"json_report(Report(Path({str(runs)!r}))); "
         "print([name for name in ('torch', 'timm', 'matplotlib', 'torchvision') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, check=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_dist.reports.groups import Statistic
-from fedpeft_dist.reports.report import json_report, make_report, run_rows
-from fedpeft_dist.reports.writing import markdown_report, write_report
+from fedpeft_dist.reports.report import Report, json_report, markdown_report, run_rows, write_report
 from fedpeft_dist.tracking.sweep_axes import AxisChoice, write_axes
 from tests.report_fixtures import (
     COHORT,
@@ -23,7 +22,7 @@ from tests.report_fixtures import (
 
 
 def test_run_rows_are_sorted_by_bytes_and_unfinished_runs_come_last(runs: Path) -> None:
-    rows = run_rows(make_report(runs).runs)
+    rows = run_rows(Report(runs).runs)
     assert rows == [
         {
             "run": "sweep/head",
@@ -52,9 +51,9 @@ def test_run_rows_are_sorted_by_bytes_and_unfinished_runs_come_last(runs: Path) 
 
 
 def test_a_run_can_be_reported_on_alone(runs: Path) -> None:
-    report = make_report(runs / "full")
+    report = Report(runs / "full")
     assert [run.name for run in report.runs] == ["full"]
-    assert [point.mib_sent for point in report.runs[0].curve] == [16.0, 48.0]  # round 2's bytes count
+    assert [point.mib for point in report.runs[0].curve] == [16.0, 48.0]  # round 2's bytes count
 
 
 def test_timed_runs_have_simulated_hours_in_tables_and_plot(tmp_path: Path) -> None:
@@ -64,7 +63,7 @@ def test_timed_runs_have_simulated_hours_in_tables_and_plot(tmp_path: Path) -> N
         make_run(tmp_path / f"timed-{seed}", tree(seed=seed), curve(0.5), simulated_seconds=seconds)
         make_run(tmp_path / f"lossy-{seed}", lossy | {"seed": seed}, curve(0.5), simulated_seconds=seconds)
     make_run(tmp_path / "untimed", tree("lora", seed=1), curve(0.75))
-    report = make_report(tmp_path)
+    report = Report(tmp_path)
     plain, lost = "bias, uniform (dropout none)", "bias, uniform (dropout random)"
     labels = {plain, lost, "lora, uniform (dropout none)"}
     assert {group.label for group in report.grouping.groups} == labels
@@ -72,14 +71,14 @@ def test_timed_runs_have_simulated_hours_in_tables_and_plot(tmp_path: Path) -> N
     hours = {group.label: group.simulated_hours for group in report.grouping.groups}
     assert hours == {plain: 1.5, lost: 1.5, "lora, uniform (dropout none)": None}
     (timed,) = [group for group in report.grouping.groups if group.label == plain]
-    assert [point.hours for point, _ in timed.curve()] == [0.375, 0.75, 1.125, 1.5]
+    assert [point.hours for point in timed.curve] == [0.375, 0.75, 1.125, 1.5]
     table = markdown_report(report).split("\n## ")[0]
     assert "simulated hours" in table
     assert "| 1.5 |" in table
     assert [row["simulated_hours"] for row in json_report(report)["groups"]].count(1.5) == 2
     write_report(tmp_path, report)
     png = (tmp_path / "accuracy_against_bytes.png").read_bytes()
-    untimed = make_report(tmp_path / "untimed")
+    untimed = Report(tmp_path / "untimed")
     assert "simulated hours" not in markdown_report(untimed)
     write_report(tmp_path / "untimed", untimed)
     widths = [
@@ -94,7 +93,7 @@ def test_only_seeds_are_averaged(tmp_path: Path) -> None:
     for seed, accuracy in zip((1, 42, 3407), accuracies):
         make_run(tmp_path / f"bias-{seed}", tree(seed=seed), curve(accuracy))
         make_run(tmp_path / f"slow-{seed}", tree(seed=seed, client={"optimizer": {"lr": 0.5}}), curve(accuracy / 2))
-    slow, fast = sorted(make_report(tmp_path).grouping.groups, key=lambda group: group.accuracy.mean)
+    slow, fast = sorted(Report(tmp_path).grouping.groups, key=lambda group: group.accuracy.mean)
     assert fast.accuracy == Statistic(statistics.fmean(accuracies), statistics.stdev(accuracies), 3)
     assert str(fast.accuracy) == "0.6250 ± 0.1250"
     assert slow.accuracy.mean == pytest.approx(statistics.fmean(accuracies) / 2)
@@ -103,7 +102,7 @@ def test_only_seeds_are_averaged(tmp_path: Path) -> None:
 
 
 def test_one_seed_has_no_standard_deviation(runs: Path) -> None:
-    group = make_report(runs).grouping.groups[0]
+    group = Report(runs).grouping.groups[0]
     assert group.accuracy == Statistic(0.625, None, 1)
     assert str(group.accuracy) == "0.6250"
 
@@ -111,7 +110,7 @@ def test_one_seed_has_no_standard_deviation(runs: Path) -> None:
 def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
     for name, seed, accuracy in (("a", 1, 0.5), ("again", 1, 0.5), ("b", 2, 0.75)):
         make_run(tmp_path / name, tree(seed=seed), curve(accuracy))
-    (group,) = make_report(tmp_path).grouping.groups
+    (group,) = Report(tmp_path).grouping.groups
     assert group.accuracy == Statistic(0.625, statistics.stdev((0.5, 0.75)), 2)
     assert len(group.runs) == 3
 
@@ -119,7 +118,7 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
 def test_seeds_from_different_machines_are_one_group(tmp_path: Path) -> None:
     for seed, lanes in ((1, 2), (2, 4)):
         make_run(tmp_path / str(seed), tree(seed=seed, runtime={"lanes": lanes}), curve(0.5))
-    (group,) = make_report(tmp_path).grouping.groups
+    (group,) = Report(tmp_path).grouping.groups
     assert (group.accuracy.seeds, group.label) == (2, "bias")
 
 
@@ -127,10 +126,10 @@ def test_lanes_are_compared_where_a_sweep_varies_them(tmp_path: Path) -> None:
     for lanes in (2, 4):
         run = make_run(tmp_path / str(lanes), tree(runtime={"lanes": lanes}), curve(0.5))
         write_axes(run.path, {"runtime.lanes": AxisChoice(f"lanes{lanes}", ("runtime.lanes",))})
-    assert [group.label for group in make_report(tmp_path).grouping.groups] == ["bias, lanes 2", "bias, lanes 4"]
+    assert [group.label for group in Report(tmp_path).grouping.groups] == ["bias, lanes 2", "bias, lanes 4"]
 
 
 def test_neutral_keys_do_not_split_a_group(tmp_path: Path) -> None:
     for seed, root in ((1, "here"), (2, "there")):
         make_run(tmp_path / root, tree(seed=seed, data={**DIGITS, "root": root}, output={"root": root}), curve(0.5))
-    assert len(make_report(tmp_path).grouping.groups) == 1
+    assert len(Report(tmp_path).grouping.groups) == 1

@@ -8,8 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from fedpeft_dist.reports.page import script_json
-from fedpeft_dist.reports.report import make_report
-from fedpeft_dist.reports.writing import write_report
+from fedpeft_dist.reports.report import Report, write_report
 from fedpeft_dist.tracking.run_directory import INTERRUPTED
 from tests.report_fixtures import (
     curve,
@@ -46,7 +45,7 @@ def test_names_of_runs_are_escaped(tmp_path: Path) -> None:
     make_run(tmp_path / "other", tree(), curve(0.5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_report(tmp_path, make_report(tmp_path))
+        write_report(tmp_path, Report(tmp_path))
     page = Page((tmp_path / "report.html").read_text())
     assert page.tags.count("script") == 2
     assert "b" not in page.tags
@@ -65,7 +64,7 @@ def test_json_cannot_end_its_script() -> None:
 
 
 def test_the_page_refers_to_nothing_outside_itself(runs: Path) -> None:
-    write_report(runs, make_report(runs))
+    write_report(runs, Report(runs))
     page = Page((runs / "report.html").read_text())
     assert [value for name, value in page.attributes if name in ("src", "href")] == ["data:,"]
     assert any(value and value.startswith("default-src 'none'") for _, value in page.attributes)
@@ -75,5 +74,5 @@ def test_a_page_of_many_runs_stays_small(tmp_path: Path) -> None:
     for number in range(60):
         config = tree(seed=number % 3, client={"epochs": number // 3 + 1})
         make_run(tmp_path / str(number), config, curve(0.5, rounds=50), counts=partition_counts(number % 3, 64, 100))
-    write_report(tmp_path, make_report(tmp_path))
+    write_report(tmp_path, Report(tmp_path))
     assert (tmp_path / "report.html").stat().st_size < 2**19

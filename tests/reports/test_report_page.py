@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft_dist.reports.report import make_report
-from fedpeft_dist.reports.writing import write_report
+from fedpeft_dist.reports.report import Report, write_report
 from fedpeft_dist.tracking.run_directory import INTERRUPTED
 from tests.report_fixtures import curve, make_privacy_sweep, make_run, partition_counts
 
@@ -48,7 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     seconds = 90.0 if data == "digits" else None
                     make_run(path, tree, curve(final, rounds=10), counts=counts, simulated_seconds=seconds)
     make_run(folder / NASTY.replace("/", "\N{FRACTION SLASH}"), {"method": {"name": "lora"}}, state=INTERRUPTED)
-    write_report(folder, make_report(folder))
+    write_report(folder, Report(folder))
     return folder / "report.html"
 
 
@@ -56,7 +55,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def private_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("private")
     make_privacy_sweep(folder)
-    write_report(folder, make_report(folder))
+    write_report(folder, Report(folder))
     return folder / "report.html"
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
-from fedpeft_dist.reports.page import epsilon_data
+from fedpeft_dist.reports.page import script_json
 from fedpeft_dist.reports.plot import epsilon_figure
-from fedpeft_dist.reports.report import json_report, make_report, run_rows
-from fedpeft_dist.reports.writing import write_report
+from fedpeft_dist.reports.report import Report, json_report, run_rows, write_report
 from tests.report_fixtures import (
     csv_rows,
     curve,
@@ -29,7 +29,7 @@ SAID = (
 
 
 def test_private_runs_have_an_epsilon(privacy_sweep: Path) -> None:
-    report = make_report(privacy_sweep)
+    report = Report(privacy_sweep)
     column = headings(report.main).index("epsilon")
     found = {(row[0], row[1]): row[column] for row in texts(report.main)}
     assert found["head", "none"] == ""
@@ -40,7 +40,7 @@ def test_private_runs_have_an_epsilon(privacy_sweep: Path) -> None:
 
 
 def test_the_privacy_table_gives_the_protection_of_each_group(privacy_sweep: Path) -> None:
-    table = make_report(privacy_sweep).privacy
+    table = Report(privacy_sweep).privacy
     assert headings(table)[1:] == [
         "mechanism",
         "epsilon",
@@ -65,13 +65,13 @@ def test_a_group_has_its_runs_largest_epsilon_and_a_range_of_noise(tmp_path: Pat
     for seed, epsilon in ((1, 2.0), (2, 4.0)):
         config = tree(seed=seed, privacy={"name": "sample", "noise_multiplier": 1.0})
         make_run(tmp_path / str(seed), config, curve(0.5), privacy=private("sample", epsilon))
-    (row,) = make_report(tmp_path).privacy.rows
+    (row,) = Report(tmp_path).privacy.rows
     assert [cell.text for cell in row[1:5]] == ["sample", "3.996", "0.001", "0.25-2"]
     assert row[4].value == [0.25, 2.0]
 
 
 def test_every_format_names_the_values_outside_the_guarantee(privacy_sweep: Path) -> None:
-    report = make_report(privacy_sweep)
+    report = Report(privacy_sweep)
     write_report(privacy_sweep, report)
     for name in ("report.md", "report.html"):
         text = (privacy_sweep / name).read_text()
@@ -89,7 +89,7 @@ def test_every_format_names_the_values_outside_the_guarantee(privacy_sweep: Path
 
 
 def test_json_gives_a_groups_privacy(privacy_sweep: Path) -> None:
-    found = {group["label"]: group["privacy"] for group in json_report(make_report(privacy_sweep))["groups"]}
+    found = {group["label"]: group["privacy"] for group in json_report(Report(privacy_sweep))["groups"]}
     assert found["head, privacy none"] is None
     noise = found["head, privacy paper_noise (no guarantee, nominal epsilon 5)"]
     assert (noise["mechanism"], noise["epsilon"], noise["guarantee"]) == ("paper_noise", None, "none")
@@ -98,21 +98,21 @@ def test_json_gives_a_groups_privacy(privacy_sweep: Path) -> None:
 
 
 def test_groups_without_a_guarantee_are_not_on_the_epsilon_axis(privacy_sweep: Path) -> None:
-    (picture,) = make_report(privacy_sweep).epsilon_pictures
-    head, full = picture.lines
-    assert (head.label, full.label) == ("head", "full")
-    on_axis = {name: [group.epsilon for group in groups] for name, groups in head.guaranteed.items()}
+    (picture,) = Report(privacy_sweep).epsilon_pictures
+    head, full = picture["lines"]
+    assert (head["label"], full["label"]) == ("head", "full")
+    on_axis = {name: [group.epsilon for group in groups] for name, groups in head["guaranteed"].items()}
     assert on_axis == {"sample": [0.999 * 2.0, 0.999 * 5.0], "user": [0.999 * 20.0]}
-    assert [group.mechanism for group in head.unguaranteed] == ["paper_noise"]
-    assert [group.accuracy.mean for group in head.public] == [pytest.approx(0.815)]
-    drawn = epsilon_data(picture)["lines"][0]
+    assert [group.mechanism for group in head["unguaranteed"]] == ["paper_noise"]
+    assert [group.accuracy.mean for group in head["public"]] == [pytest.approx(0.815)]
+    drawn = json.loads(script_json(picture))["lines"][0]
     assert [point[0] for point in drawn["guaranteed"]["sample"]] == [1.998, 4.995]
     assert [point[0] for point in (*drawn["unguaranteed"], *drawn["public"])] == [None, None]
 
 
 def test_the_picture_of_epsilon(privacy_sweep: Path) -> None:
     """Lines at their epsilons, a horizontal one for no privacy, and noise without a guarantee in the field beside."""
-    report = make_report(privacy_sweep)
+    report = Report(privacy_sweep)
     axes, beside = epsilon_figure(report.epsilon_pictures).axes
     sample, user = [0.999 * 2.0, 0.999 * 5.0], [0.999 * 20.0]
     assert axes.get_xscale() == "log"
@@ -128,15 +128,15 @@ def test_each_data_set_has_an_epsilon_picture(privacy_sweep: Path) -> None:
     for seed in (1, 2):
         config = tree(seed=seed, data={"name": "glyphs", "clients": 16}, privacy={"name": "sample", "epsilon": 5.0})
         make_run(privacy_sweep / f"glyphs-{seed}", config, curve(0.5), privacy=private("sample", 5.0))
-    report = make_report(privacy_sweep)
-    assert sorted(len(picture.lines) for picture in report.epsilon_pictures) == [1, 2]
-    assert len({picture.title for picture in report.epsilon_pictures}) == 2
+    report = Report(privacy_sweep)
+    assert sorted(len(picture["lines"]) for picture in report.epsilon_pictures) == [1, 2]
+    assert len({picture["title"] for picture in report.epsilon_pictures}) == 2
     assert headings(report.privacy)[1] == "data set"
 
 
 def test_a_report_without_private_runs_does_not_mention_privacy(runs: Path) -> None:
-    report = make_report(runs)
-    assert (report.privacy.rows, report.epsilon_pictures) == ((), ())
+    report = Report(runs)
+    assert (report.privacy.rows, report.epsilon_pictures) == ([], [])
     written = write_report(runs, report)
     assert "accuracy_against_epsilon.png" not in {path.name for path in written}
     assert "uarantee" not in (runs / "report.md").read_text()
@@ -146,6 +146,6 @@ def test_paper_noise_at_two_epsilons_makes_two_groups(tmp_path: Path) -> None:
     for epsilon in (5.0, 8.0):
         config = tree(privacy={"name": "paper_noise", "epsilon": epsilon})
         make_run(tmp_path / str(epsilon), config, curve(0.5), privacy=private("paper_noise", epsilon))
-    report = make_report(tmp_path)
+    report = Report(tmp_path)
     assert len(report.grouping.groups) == 2
-    assert report.epsilon_pictures == ()  # nothing here has an epsilon
+    assert report.epsilon_pictures == []  # nothing here has an epsilon

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedpeft_dist.reports.report import make_report
-from fedpeft_dist.reports.terminal import rich_tables
+from fedpeft_dist.reports.report import Report
+from fedpeft_dist.reports.tables import rich_tables
 from tests.report_fixtures import (
     DIGITS,
     MIB,
@@ -23,7 +23,7 @@ from tests.report_fixtures import (
 
 
 def test_the_main_table(runs: Path) -> None:
-    table = make_report(runs).main
+    table = Report(runs).main
     assert headings(table) == [
         "method",
         "trained parameters",
@@ -48,7 +48,7 @@ def test_the_main_table_shows_exactly_the_keys_that_vary(tmp_path: Path) -> None
             make_run(
                 tmp_path / f"{method}{alpha}", tree(method, data=data, client={"optimizer": {"lr": lr}}), curve(0.5)
             )
-    table = make_report(tmp_path).main
+    table = Report(tmp_path).main
     assert headings(table)[:4] == ["method", "partition", "lr", "trained parameters"]
     assert [row[:3] for row in texts(table)] == [
         ["head", "dirichlet (alpha 0.1)", "0.1"],
@@ -73,7 +73,7 @@ def test_the_communication_table_equals_the_papers(tmp_path: Path) -> None:
                 accuracy = 0.5 + seed / 1000 + cohort / 100
                 path = tmp_path / data / f"{method}-{cohort}-{seed}"
                 make_run(path, config, curve(accuracy), parameters=PARAMETERS[method] * 25 + extra)
-    (table,) = tables(make_report(tmp_path), "communication")
+    (table,) = tables(Report(tmp_path), "communication")
     assert headings(table) == [
         "method",
         "tuned parameters x clients",
@@ -100,7 +100,7 @@ def test_client_stability_and_distribution_have_a_row_for_each_setting(tmp_path:
                 make_run(tmp_path / name, tree(method, data=data, federation={"cohort": cohort}), curve(accuracy))
                 expected[name] = f"{accuracy:.4f}"
                 accuracy += 0.01
-    report = make_report(tmp_path)
+    report = Report(tmp_path)
     (clients,) = tables(report, "clients")
     assert clients.title == "Client stability"
     assert headings(clients) == ["method", "N=16, M=2", "N=16, M=16", "N=64, M=8", "N=64, M=64"]
@@ -121,7 +121,7 @@ def test_data_scale_has_a_table(tmp_path: Path) -> None:
     for max_train, accuracy in ((1000, 0.25), (5000, 0.375), (None, 0.5)):
         data = {"name": "cifar100", "max_train": max_train, "partition": {"name": "dirichlet", "min_samples": 1}}
         make_run(tmp_path / f"scale-{max_train}", tree(data=data), curve(accuracy))
-    (table,) = tables(make_report(tmp_path), "data.max_train")
+    (table,) = tables(Report(tmp_path), "data.max_train")
     assert (table.title, headings(table)) == ("Data scale", ["method", "1000", "5000", "all"])
     assert texts(table) == [["bias", "0.2500", "0.3750", "0.5000"]]
 
@@ -129,7 +129,7 @@ def test_data_scale_has_a_table(tmp_path: Path) -> None:
 def test_backbones_have_a_table(tmp_path: Path) -> None:
     for name, accuracy in (("vit_base_patch16_224.mae", 0.75), ("vit_base_patch16_224.augreg_in21k", 0.5)):
         make_run(tmp_path / name, tree(backbone={"name": name}, data={"name": "cifar100"}), curve(accuracy))
-    (table,) = tables(make_report(tmp_path), "backbone")
+    (table,) = tables(Report(tmp_path), "backbone")
     assert texts(table) == [["bias", "0.5000", "0.7500"]]
 
 
@@ -139,7 +139,7 @@ def test_a_rows_label_gives_the_values_on_all_other_axes(tmp_path: Path) -> None
             data = {**DIGITS, "partition": {"name": partition}}
             config = tree(data=data, client={"optimizer": {"lr": lr}})
             make_run(tmp_path / f"{partition}{lr}", config, curve(accuracy))
-    report = make_report(tmp_path)
+    report = Report(tmp_path)
     (table,) = tables(report, "partition")
     assert texts(table) == [["bias, lr 0.1", "0.2500", "0.2500"], ["bias, lr 0.2", "0.7500", "0.7500"]]
     (by_rate,) = tables(report, "client.optimizer.lr")
@@ -149,14 +149,14 @@ def test_a_rows_label_gives_the_values_on_all_other_axes(tmp_path: Path) -> None
 
 def test_nothing_to_compare_makes_no_tables(tmp_path: Path) -> None:
     make_run(tmp_path / "one", tree(), curve(0.5))
-    assert make_report(tmp_path).comparisons == ()
+    assert Report(tmp_path).comparisons == []
 
 
 def test_accuracies_over_fewer_seeds_are_marked(tmp_path: Path) -> None:
     for method, seeds in (("head", (1, 2)), ("bias", (1,))):
         for seed in seeds:
             make_run(tmp_path / f"{method}{seed}", tree(seed=seed, method=method), curve(0.5))
-    table = make_report(tmp_path).comparisons[0]
+    table = Report(tmp_path).comparisons[0]
     texts = {row[0].text: row[-1].text for row in table.rows}
     assert texts["bias"].endswith("(n=1)")
     assert "n=" not in texts["head"]
@@ -171,7 +171,7 @@ def test_time_to_accuracy(tmp_path: Path) -> None:
         make_run(tmp_path / f"a-{seed}", tree(seed=seed), (0.3, 0.6, 0.8, 0.7), simulated_seconds=900.0)
         make_run(tmp_path / f"b-{seed}", lossy | {"seed": seed}, (0.1, None, 0.4, 0.5), simulated_seconds=3600.0)
     make_run(tmp_path / "untimed", tree("lora"), curve(0.9))
-    (table,) = tables(make_report(tmp_path), "time")
+    (table,) = tables(Report(tmp_path), "time")
     assert headings(table) == [
         "method",
         "participation",
@@ -183,7 +183,7 @@ def test_time_to_accuracy(tmp_path: Path) -> None:
     ]
     assert table.rows[1][4].value is None
     assert "0.8000" in table.note
-    assert tables(make_report(tmp_path / "untimed"), "time") == []
+    assert tables(Report(tmp_path / "untimed"), "time") == []
 
 
 @pytest.mark.parametrize("width", [40, 80, 100, 200])
@@ -193,7 +193,7 @@ def test_printed_tables_fit_the_terminal(tmp_path: Path, width: int, capsys: pyt
             data = {**DIGITS, "partition": {"name": "dirichlet", "alpha": alpha}}
             config = tree("full", data=data, federation={"cohort": cohort})
             make_run(tmp_path / f"{cohort}-{alpha}", config, curve(cohort / 100 + alpha))
-    report = make_report(tmp_path)
+    report = Report(tmp_path)
     console = Console(width=width, color_system=None, force_terminal=False)
     for table in (report.main, *report.comparisons):
         for piece in rich_tables(table, width):
