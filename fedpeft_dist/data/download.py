@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from filelock import FileLock
 
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.data.source import PREFETCH, FileSource, stamp
 
 
@@ -49,10 +49,9 @@ class TorchvisionSource(FileSource):
         except Exception as error:  # the disk, the network and torchvision's checks raise errors of many classes
             if created and root.is_dir() and list(root.iterdir()) == [lock]:
                 shutil.rmtree(root)
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
-                f"data.name: {self.config.name!r} cannot be downloaded to data.root: '{root}' ({reason}); try again "
-                f"where there is internet, or put {self.files[0]} and its like there"
+                f"data.name: {self.config.name!r} cannot be downloaded to data.root: '{root}' "
+                f"({one_line(error, 200)}); try again where there is internet, or put {self.files[0]} and its like there"
             ) from None
 
     def _fetch_and_move(self, incoming: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.schema import HuggingFaceConfig
 from fedpeft_dist.data.datasets import Contents, Dataset, Part
 from fedpeft_dist.data.image_files import DECODING, EncodedImage, Form, choose_form, decode_chunks
@@ -90,7 +90,7 @@ class HuggingFaceSource(FileSource):
 
     def _not_loaded(self, error: Exception, offline: bool) -> ConfigError:
         told = ": ".join(str(part) for part in (error, error.__cause__) if part)  # the first alone may say nothing
-        reason, where = " ".join(told.split())[:200] or type(error).__name__, f"data.path: '{self.config.path}'"
+        reason, where = one_line(told or error, 200), f"data.path: '{self.config.path}'"
         if self.is_folder:
             return ConfigError(f"{where} cannot be read ({reason})")
         if offline:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.schema import DataSection
 from fedpeft_dist.data.datasets import Contents, Dataset
 from fedpeft_dist.data.image_store import ImageStore
@@ -114,8 +114,7 @@ def unreadable(
     key: str = "data.root",
 ) -> ConfigError:
     """The error for a file that is damaged or has other contents than expected."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    return ConfigError(f"{key}: '{printable(path)}' cannot be read ({text[:200]}); {remedy}")
+    return ConfigError(f"{key}: '{printable(path)}' cannot be read ({one_line(reason, 200)}); {remedy}")
 
 
 def printable(name: Path | str) -> str:

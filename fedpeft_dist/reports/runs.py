@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.lanes.wire import MIB
@@ -121,10 +121,6 @@ def _read_run(directory: RunDirectory, name: str) -> Run:
     rounds_done = len(rows) or (next_round if type(next_round) is int else 0)
     problem = "; ".join(filter(None, problems)) or None
     return Run(name, str(state.get("state")), keys, summary, curve, rounds_done, partition, axes, problem)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def report_keys(config: RunConfig) -> dict[str, Any]:
