@@ -21,7 +21,7 @@ from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.load import config_digest
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import write_atomically
-from fedpeft_dist.runtime.versions import library_versions
+from fedpeft_dist.runtime.process import library_versions
 
 NUM_KEPT = 2
 FORMAT = "2"

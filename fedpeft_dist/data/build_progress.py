@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedpeft_dist.runtime.progress import ProgressBar
+from fedpeft_dist.runtime.streams import ProgressBar
 
 SECONDS_BETWEEN_LINES = 30
 SECONDS_WORTH_TELLING = 5

@@ -51,7 +51,8 @@ class TorchvisionSource(FileSource):
                 shutil.rmtree(root)
             raise ConfigError(
                 f"data.name: {self.config.name!r} cannot be downloaded to data.root: '{root}' "
-                f"({one_line(error, 200)}); try again where there is internet, or put {self.files[0]} and its like there"
+                f"({one_line(error, 200)}); try again where there is internet, or put {self.files[0]} "
+                "and its like there"
             ) from None
 
     def _fetch_and_move(self, incoming: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fedpeft_dist.runtime.errors import PeerLostError
+from fedpeft_dist.config.errors import PeerLostError
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.launch import Launch
 
