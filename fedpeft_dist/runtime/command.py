@@ -23,11 +23,7 @@ UsageError = typer.BadParameter.__base__  # click's own, or the copy in newer ve
 
 
 def run_app(app: typer.Typer, name: str | None = None) -> None:
-    """Runs a command and turns errors into exit codes.
-
-    Args:
-        name: the program's name in its help; None takes it from the command line.
-    """
+    """Runs a command and turns errors into exit codes. `name` is the program's in its help, else the command line's."""
     open_streams()
     try:
         if app(prog_name=name, standalone_mode=False):  # newer versions of typer turn Ctrl-C into a returned code
@@ -81,11 +77,7 @@ def leave_interrupted(advice: str = "run the same command to go on") -> NoReturn
 
 
 def user_path(text: str | Path) -> Path:
-    """Parses an argument that is a path. A path that exists exactly as written is taken literally.
-
-    Raises:
-        BadParameter: the text cannot be a path.
-    """
+    """Parses an argument; raises BadParameter for no path. One that exists exactly as written is taken literally."""
     try:
         return Path(text if os.path.lexists(text) else expand_path(str(text)))
     except ValueError as error:

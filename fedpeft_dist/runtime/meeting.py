@@ -26,23 +26,17 @@ _SIOCGIFADDR = 0x8915
 
 
 class Meeting(NamedTuple):
-    """The facts that all ranks of a group agree on."""
+    """A group's name, which no other group has, and the largest of its ranks' numbers of restarts."""
 
     token: str
-    """A name that no other group has."""
     restart: int
-    """The largest of the ranks' numbers of restarts."""
 
 
 def meet(store: dist.Store, rank: int, world_size: int, restart: int, seconds: float) -> Meeting:
     """Waits until every rank of this attempt, and of no earlier one, is here.
 
-    Args:
-        restart: how often this rank's launcher believes to have restarted it.
-        seconds: how long to wait.
-
-    Raises:
-        PeerLostError: some rank has not come in that time.
+    `restart` is how often this rank's launcher believes to have restarted it. Raises PeerLostError if some rank has not
+    come in that many seconds.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + seconds
     names = [f"name/{other}" for other in range(world_size)]

@@ -17,8 +17,7 @@ import torch
 def available_host_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can take without swapping; half of the installed memory if the kernel does not tell.
 
-    Args:
-        root: the folder that holds proc and sys.
+    The folder `root` holds proc and sys.
     """
     with suppress(FileNotFoundError):
         return min([_figure(root / "proc/meminfo", "MemAvailable"), *_left_in_groups(root)])

@@ -62,16 +62,10 @@ class Runtime:
 
 
 def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device, str]:
-    """The device and the precision that `auto` stands for.
-
-    Raises:
-        ConfigError: a device or a precision that this machine lacks.
-    """
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise ConfigError("runtime.device: 'cuda', but PyTorch finds no CUDA device here; give cpu or auto")
-    on_cuda = has_cuda and config.device != "cpu"
-    if not on_cuda:
+    """The device and the precision that `auto` stands for; raises ConfigError for one that this machine lacks."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        if config.device == "cuda":
+            raise ConfigError("runtime.device: 'cuda', but PyTorch finds no CUDA device here; give cpu or auto")
         if config.precision == "fp16":
             raise ConfigError("runtime.precision: 'fp16' needs a CUDA device; on the CPU give fp32, bf16 or auto")
         return torch.device("cpu"), "fp32" if config.precision == "auto" else config.precision
@@ -83,13 +77,11 @@ def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device,
             "device(s), and each needs its own; start fewer ranks, or give runtime.device: cpu"
         )
     device = torch.device("cuda", 0 if is_bound else launch.local_rank)
-    precision = "bf16" if config.precision == "auto" else config.precision
-    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        if config.precision == "auto":
-            return device, "fp16"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "bf16" and not has_bf16:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"runtime.precision: 'bf16' is beyond {name}; give fp16, fp32 or auto")
-    return device, precision
+    return device, ("bf16" if has_bf16 else "fp16") if config.precision == "auto" else config.precision
 
 
 def library_versions() -> dict[str, str]:
