@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedpeft_dist.algorithms.state import State, with_rows
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.load import config_digest
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.runtime.files import write_atomically
-from fedpeft_dist.runtime.versions import library_versions
+from fedpeft_dist.runtime.process import library_versions
 
 NUM_KEPT = 2
 FORMAT = "2"
@@ -122,7 +122,7 @@ def load_newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            damaged.append(f"{path}: a damaged checkpoint ({' '.join(str(error).split())})")
+            damaged.append(f"{path}: a damaged checkpoint ({one_line(error)})")
     return None, damaged
 
 

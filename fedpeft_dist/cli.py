@@ -6,6 +6,7 @@ command to go on; 1 anything else. A command whose output nobody reads goes on, 
 
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,10 @@ app.add_typer(sweep_app, name="sweep")
 
 def path_argument(metavar: str, text: str) -> typer.models.ArgumentInfo:
     return typer.Argument(metavar=metavar, help=text, show_default=False, parser=user_path)
+
+
+def path_option(metavar: str, text: str) -> typer.models.OptionInfo:
+    return typer.Option(metavar=metavar, help=text, parser=user_path)
 
 
 ConfigPath = Annotated[Path, path_argument("CONFIG", "A YAML file.")]
@@ -87,9 +92,7 @@ def cost(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
 def partition(
     config: ConfigPath,
     overrides: Overrides = None,
-    picture: Annotated[
-        Path, typer.Option(metavar="PATH", help="Where the picture is written.", parser=user_path)
-    ] = Path("partition.png"),
+    picture: Annotated[Path, path_option("PATH", "Where the picture is written.")] = Path("partition.png"),
 ) -> None:
     """Show which client holds which classes: a table here and a picture in a file."""
     run_config = load_config(config, overrides or ())
@@ -160,10 +163,7 @@ def export(
     export_format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="timm, peft or safetensors.", show_default=False)
     ] = ...,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The export's folder; RUN/export/FORMAT without it.", parser=user_path),
-    ] = None,
+    output: Annotated[Path | None, path_option("DIR", "The export's folder; RUN/export/FORMAT without it.")] = None,
 ) -> None:
     """Write what a run has trained for use elsewhere: in timm, in Hugging Face peft, or as named tensors."""
     from fedpeft_dist.export import export_run
@@ -176,10 +176,7 @@ def export(
 
 
 def run_directory(path: Path) -> "RunDirectory":
-    """
-    Raises:
-        ConfigError: no run was begun there.
-    """
+    """Raises ConfigError if no run was begun there."""
     from fedpeft_dist.tracking.run_directory import RunDirectory
 
     directory = RunDirectory(path)
@@ -191,13 +188,27 @@ def run_directory(path: Path) -> "RunDirectory":
 @app.command()
 def prefetch(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fetch the weights and data of a config, or of a sweep's, where there is internet, and decode the images."""
-    from fedpeft_dist.sweeps import load_cells
+    from fedpeft_dist.sweeps.expansion import load_cells
 
     configs = [cell.config for cell in load_cells(config, overrides or ())]
 
-    from fedpeft_dist.sweeps.prefetch import prefetch as fetch_all
+    from fedpeft_dist.backbones.timm_backbone import prefetch_weights
+    from fedpeft_dist.data import prefetch_data
 
-    fetch_all(configs)
+    weights = {("weights:", str(c.backbone)): (prefetch_weights, c.backbone) for c in configs}
+    # The number of clients or of samples does not change which files a data set needs.
+    same = {"clients": None, "max_train": None}
+    data = {("data:", str(c.data.model_copy(update=same))): (prefetch_data, c.data) for c in configs}
+    lines, failures = [], []
+    for (kind, _), (fetch, section) in (weights | data).items():
+        try:
+            lines.append(f"{kind:<8} {fetch(section) or 'nothing to download'}")
+            if lines.count(lines[-1]) == 1:
+                print(lines[-1], flush=True)
+        except ConfigError as error:
+            failures.append(str(error))  # everything else is fetched first
+    if failures:
+        raise ConfigError("; ".join(dict.fromkeys(failures)))
 
 
 @app.command()
@@ -229,9 +240,7 @@ def report(
 
 @app.command()
 def pretrain(
-    output: Annotated[Path, typer.Option(metavar="PATH", help="Where the weights go.", parser=user_path)] = Path(
-        "glyph_vit.safetensors"
-    ),
+    output: Annotated[Path, path_option("PATH", "Where the weights go.")] = Path("glyph_vit.safetensors"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer make a weaker backbone.")] = 6000,
 ) -> None:
     """Rebuild the embedded backbone, glyph_vit, from its recipe."""
@@ -243,7 +252,8 @@ def pretrain(
 @sweep_app.command("list")
 def sweep_list(sweep: SweepPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """List a sweep's cells, in the order of their indices, with how far each has got."""
-    from fedpeft_dist.sweeps import cell_rows, count_states, load_sweep
+    from fedpeft_dist.sweeps.expansion import load_sweep
+    from fedpeft_dist.sweeps.workers import cell_rows
 
     rows = cell_rows(load_sweep(sweep, overrides or ()))
     if as_json:
@@ -251,7 +261,8 @@ def sweep_list(sweep: SweepPath, overrides: Overrides = None, as_json: AsJson = 
         return
     for row in rows:
         print(f"{row['index']:>4}  {row['state']:<11}  {row['name']}")
-    print(f"{len(rows)} cells: {count_states(rows)}; below {Path(rows[0]['directory']).parent}")
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(Counter(row["state"] for row in rows).items()))
+    print(f"{len(rows)} cells: {counts}; below {Path(rows[0]['directory']).parent}")
 
 
 @sweep_app.command("run")
@@ -261,7 +272,8 @@ def sweep_run(
     index: Annotated[int | None, typer.Option(help="The one cell to run.", show_default=False)] = None,
 ) -> None:
     """Run a sweep's cells in turn, or one of them. Cells that are complete, or in work elsewhere, are skipped."""
-    from fedpeft_dist.sweeps import load_sweep, pick_cell, work_through
+    from fedpeft_dist.sweeps.expansion import load_sweep, pick_cell
+    from fedpeft_dist.sweeps.workers import work_through
 
     with stoppable() as stop:
         cells = load_sweep(sweep, overrides or ())

@@ -10,8 +10,6 @@ With three seeds the intervals are wide: 4.3 standard errors to each side.
 A hypothesis is shown if all its differences hold, refuted if one fails, and undecided otherwise.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -16,8 +16,6 @@ Logs lie in `jobs/` in the run's directory, or in the folder of the sweep's cell
 file for each job and rank. Exit codes, here and of the jobs, are those of `fedpeft`.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -49,7 +47,8 @@ from fedpeft_dist.config.yaml_text import read_yaml
 from fedpeft_dist.runtime.command import EXIT_MISTAKE, leave_interrupted, run_app, user_path
 from fedpeft_dist.runtime.interrupts import listen_for_stop
 from fedpeft_dist.runtime.streams import open_streams
-from fedpeft_dist.sweeps import Cell, cell_state, load_cells, work_through
+from fedpeft_dist.sweeps.expansion import Cell, load_cells
+from fedpeft_dist.sweeps.workers import cell_state, work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 
 # --- in the job --------------------------------------------------------------------------------------------------

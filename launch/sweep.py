@@ -13,8 +13,6 @@ cells. If this process is killed, its running cells go on to their end, and thei
 Exit codes: 0 all cells are complete; 1 some failed; 2 the user's mistake; 75 interrupted.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time
@@ -34,9 +32,9 @@ from rich.text import Text
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.command import EXIT_MISTAKE, leave_interrupted, run_app, user_path
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
-from fedpeft_dist.sweeps import Cell, cell_state, load_sweep, record_failure
-from fedpeft_dist.sweeps.attempts import Attempt, Task
-from fedpeft_dist.sweeps.places import Place, find_places
+from fedpeft_dist.sweeps.attempts import Attempt, Place, Task, find_places
+from fedpeft_dist.sweeps.expansion import Cell, load_sweep
+from fedpeft_dist.sweeps.workers import cell_state, record_failure
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
 
 WAITING, SKIPPED, ELSEWHERE = "waiting", "skipped", "in work elsewhere"
@@ -102,7 +100,7 @@ class Runner:
     """Gives the tasks to the places."""
 
     def __init__(
-        self, tasks: list[Task], places: list[Place], overrides: Sequence[str], retries: int, display: Display
+        self, tasks: list[Task], places: list[Place], overrides: Sequence[str], retries: int, display: "Display"
     ):
         self.tasks, self.places, self.overrides, self.retries = tasks, places, overrides, retries
         self.display = display

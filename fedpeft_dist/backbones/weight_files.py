@@ -149,6 +149,6 @@ def _explain(path: Path, error: Exception) -> str:
         listed = ", ".join(sorted(names)[:MOST_GLOBALS])
         return f"beside weights it holds {listed}{more}, which could run code; save the model's state_dict() alone"
     if not isinstance(error, pickle.UnpicklingError):
-        return " ".join(text.split())[:200]
+        return one_line(text or error, 200)
     reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(" Please")[0]
     return f"it is damaged, or no file of torch.save: {reason[:200]}; save its tensors anew with torch.save"

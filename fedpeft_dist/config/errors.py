@@ -1,4 +1,4 @@
-"""The exception for the user's mistakes, and how an error's text becomes one line."""
+"""Errors that end a command with one line, and how an error's text becomes one line."""
 
 
 class ConfigError(ValueError):
@@ -7,6 +7,26 @@ class ConfigError(ValueError):
     The message is one line and names the key or file, the value, and what would be valid. A command that ends with it
     prints `error: <message>` and exits with code 2.
     """
+
+
+class FirstToldError(ConfigError):
+    """The user's mistake, found on at least one rank of a group. This rank prints it."""
+
+
+class ToldElsewhereError(ConfigError):
+    """The user's mistake, found on at least one rank of a group. Another rank prints it."""
+
+
+class PeerLostError(RuntimeError):
+    """Another rank, or the group's store, has died, failed or fallen silent, so that this rank cannot go on.
+
+    Args:
+        is_told: whether this rank prints the error; the others end silently.
+    """
+
+    def __init__(self, message: str, is_told: bool):
+        super().__init__(message)
+        self.is_told = is_told
 
 
 def one_line(told: object, most: int | None = None) -> str:

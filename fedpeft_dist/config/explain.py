@@ -2,12 +2,12 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.config.trees import section_types
+from fedpeft_dist.config.trees import names_of, section_types
 from fedpeft_dist.config.yaml_text import did_you_mean
 
 _MAPPING, _LIST = "should be a mapping of keys to values", "should be a list, such as [1, 2]"
@@ -29,10 +29,9 @@ def explain_error(tree: Mapping[str, Any], item: Mapping[str, Any]) -> str:
         case "extra_forbidden":
             return f"{key}: unknown key{_nearest_key(path, tree)}"
         case "union_tag_invalid":
-            choices = [choice.strip().strip("'") for choice in item["ctx"]["expected_tags"].split(",")]
+            choices = item["ctx"]["expected_tags"].replace("'", "").split(", ")
             given = str(item["ctx"]["tag"])
-            near = difflib.get_close_matches(given, choices, n=1)
-            return f"{key}.name: {given!r} is none of {', '.join(choices)}{did_you_mean(near)}"
+            return f"{key}.name: {given!r} is none of {', '.join(choices)}{did_you_mean(given, choices)}"
         case "union_tag_not_found":
             return f"{key}.name: missing; give the name of a {key}"
         case "value_error":
@@ -73,9 +72,9 @@ def _nearest_key(path: Sequence[str], tree: Mapping[str, Any]) -> str:
     section, _, leaf = ".".join(path).rpartition(".")
     siblings = [name for prefix, _, name in (key.rpartition(".") for key in known) if prefix == section]
     if near := difflib.get_close_matches(leaf, siblings, n=1):
-        return did_you_mean([".".join([*path[:-1], near[0]])])
+        return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    return did_you_mean(elsewhere) or f"; known here: {', '.join(siblings)}"
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(siblings)}"
 
 
 def _known_keys(model: type[BaseModel], tree: Any, prefix: str) -> Iterator[str]:
@@ -86,7 +85,5 @@ def _known_keys(model: type[BaseModel], tree: Any, prefix: str) -> Iterator[str]
         chosen = given.get("name") if isinstance(given, Mapping) else None
         sections = section_types(field)
         for section in sections:
-            tag = section.model_fields.get("name")
-            matches = chosen in get_args(tag.annotation) if tag and chosen else section is type(field.default)
-            if len(sections) == 1 or matches:
+            if len(sections) == 1 or (chosen in names_of(section) if chosen else section is type(field.default)):
                 yield from _known_keys(section, given, f"{prefix}{name}.")

@@ -29,8 +29,7 @@ RESULT_NEUTRAL = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a config file, applies its parents and then `key=value` overrides, and validates the whole.
 
-    Raises:
-        ConfigError: a missing or unreadable file, an unknown key, a wrong value; the message is one line.
+    Raises ConfigError, whose message is one line, for a missing or unreadable file, an unknown key or a wrong value.
     """
     tree = read_tree(Path(path))
     if is_sweep(tree):
@@ -41,9 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """`load_config`, with the run's default name if the config gives none."""
     config = load_config(path, overrides)
-    if config.output.name is not None:
-        return config
-    return with_values(config, "output", name=default_run_name(path, config))
+    return with_values(config, "output", name=config.output.name or default_run_name(path, config))
 
 
 def is_sweep(tree: Mapping[str, Any]) -> bool:
@@ -54,28 +51,19 @@ def is_sweep(tree: Mapping[str, Any]) -> bool:
 def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a config file and of its parents, merged; not yet validated.
 
-    Args:
-        children: the files that led here by `extends`.
-
-    Raises:
-        ConfigError: a missing or unreadable file, here or among the parents.
+    `children` are the files that led here by `extends`. Raises ConfigError for a missing or unreadable file.
     """
     resolved = path.resolve()
     if resolved in children:
         raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, children))}")
     tree = read_yaml(path)
-    parent = tree.pop("extends", None)
-    if parent is None:
+    if (parent := tree.pop("extends", None)) is None:
         return tree
     return merge_trees(read_tree(extended_file(path, parent), (*children, resolved)), tree)
 
 
 def extended_file(path: Path, extends: Any) -> Path:
-    """The file that `extends` names in the file `path`, relative to that file.
-
-    Raises:
-        ConfigError: the value cannot be a path.
-    """
+    """The file that `extends` names, relative to the file `path`; raises ConfigError if the value cannot be a path."""
     if not isinstance(extends, str):
         raise ConfigError(f"{path}: extends: {extends!r} is not a path relative to this file")
     try:
@@ -116,15 +104,13 @@ def config_digest(config: RunConfig) -> str:
 
 def result_keys(config: RunConfig) -> dict[str, Any]:
     """Dotted key to value for every leaf that can change a run's result."""
-    # A folder of images is known by its place alone. The root of other data sets says only where their files lie.
-    kept = {"data.root"} if config.data.root_is_identity else set()
-    # FedAvg was once the only algorithm. Without its name, the digests of those runs stay valid.
-    neutral_keys = (*RESULT_NEUTRAL, "algorithm.name") if config.algorithm.name == "fedavg" else RESULT_NEUTRAL
-    return {
-        key: value
-        for key, value in flatten_keys(_as_tree(config)).items()
-        if key in kept or not any(f"{key}.".startswith(f"{neutral}.") for neutral in neutral_keys)
-    }
+    neutral = set(RESULT_NEUTRAL)
+    if config.data.root_is_identity:  # the root of other data sets says only where their files lie
+        neutral.remove("data.root")
+    if config.algorithm.name == "fedavg":  # it was once the only algorithm, and the digests of those runs stay valid
+        neutral.add("algorithm.name")
+    leaves = flatten_keys(_as_tree(config)).items()
+    return {key: value for key, value in leaves if not f"{key}.".startswith(tuple(f"{part}." for part in neutral))}
 
 
 def _as_tree(config: RunConfig) -> dict[str, Any]:

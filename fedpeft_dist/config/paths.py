@@ -24,8 +24,7 @@ _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 def expand_path(path: str, part_bytes: int = PART_BYTES) -> str:
     """The path with `~`, `~user`, `$NAME` and `${NAME}` replaced; a path without them stays as it is.
 
-    Raises:
-        ValueError: an unknown user, a variable without a value, or a path that no file system could have.
+    Raises ValueError for an unknown user, a variable without a value, or a path that no file system could have.
     """
     if not path:
         raise ValueError(f"{path!r} is no path; give . for the folder that the command runs in")
@@ -33,7 +32,7 @@ def expand_path(path: str, part_bytes: int = PART_BYTES) -> str:
         raise ValueError(f"{path!r} holds a NUL character, which no path has; leave it out")
 
     def value(found: re.Match[str]) -> str:
-        name = found[1] if found[1] is not None else found[2]
+        name = found[found.lastindex]
         if not os.environ.get(name):
             raise ValueError(f"{path!r}: the environment variable {name!r} has no value here; set it, or write a path")
         return os.environ[name]
@@ -48,15 +47,15 @@ def expand_path(path: str, part_bytes: int = PART_BYTES) -> str:
         raise ValueError(f"{path!r}: {expanded!r} is no UTF-8; give a path that is")
     for part in expanded.split("/"):
         if (size := len(os.fsencode(part))) > part_bytes:
-            raise ValueError(f"{_shown(part)} has {size} bytes; give a name of {part_bytes} bytes at most")
+            shown = part if len(part) <= 80 else f"{part[:40]}...{part[-20:]}"
+            raise ValueError(f"{shown!r} has {size} bytes; give a name of {part_bytes} bytes at most")
     return expanded
 
 
 def check_run_name(name: str) -> str:
     """A run's name with its variables replaced: one folder, or several as in `group/run`, all below `output.root`.
 
-    Raises:
-        ValueError: the name leads elsewhere, or leaves no room for names made from it.
+    Raises ValueError for a name that leads elsewhere, or leaves no room for names made from it.
     """
     if not name.strip():
         raise ValueError(f"{name!r} is no name for a run's folder; give one, or null to derive it from the config")
@@ -70,10 +69,7 @@ def check_run_name(name: str) -> str:
 
 
 def check_run_place(root: str, name: str | None) -> None:
-    """
-    Raises:
-        ValueError: the folder for runs leaves no room for their files.
-    """
+    """Raises ValueError if the folder for runs leaves no room for their files."""
     if _CONTROL.search(root):
         raise ValueError(f"root: {root!r} holds a line break or another control character; leave it out")
     size = len(os.fsencode(root)) + (NAME_BYTES if name is None else len(os.fsencode(name)))
@@ -92,11 +88,6 @@ def derived_name(text: str, ending: str = "") -> str:
         digest = f"-{hashlib.sha256(encoded).hexdigest()[:8]}"
         text = encoded[: room - len(digest)].decode(errors="ignore") + digest
     return text + ending
-
-
-def _shown(text: str) -> str:
-    """A text as a message quotes it; a very long one is cut."""
-    return repr(text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}")
 
 
 UserPath = Annotated[str, AfterValidator(expand_path)]

@@ -19,34 +19,26 @@ from fedpeft_dist.config.yaml_text import parse_yaml
 
 
 def merge_trees(parent: Mapping[str, Any], child: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Two trees of keys, the child's values over the parent's."""
+    """Two trees of keys, the child's values over the parent's; `prefix` is the dotted key that they stand below."""
     merged = dict(parent)
     for key, value in child.items():
         old = merged.get(key)
-        both_sections = isinstance(old, dict) and isinstance(value, dict) and value
-        if both_sections and not _names_another(prefix + key, old, value):
-            value = merge_trees(old, value, f"{prefix}{key}.")
+        if isinstance(old, dict) and isinstance(value, dict) and value:
+            default = _default_choice(prefix + key)
+            old_name = old.get("name", default)
+            if default is None or value.get("name", old_name) == old_name:
+                value = merge_trees(old, value, f"{prefix}{key}.")
         merged[key] = value
     return merged
-
-
-def _names_another(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a section is a choice (of a method, a data set, ...) and its new value chooses something else."""
-    if key not in _choices():
-        return False
-    old_name = old.get("name", _default_choice(key))
-    return new.get("name", old_name) != old_name
 
 
 def name_choices(tree: Mapping[str, Any], key: str = "", parent: Any = None) -> dict[str, Any]:
     """The tree with a name in every choice: the default, if none is given.
 
-    Args:
-        key: the dotted key of the tree, which may be a section of a larger one.
-        parent: the name of the choice that the tree is a section of.
+    `key` is the dotted key of a tree that is a section of a larger one, and `parent` the name of the choice around it.
     """
-    if key in _choices():
-        tree = {"name": _default_choice(key, parent), **tree}
+    if default := _default_choice(key, parent):
+        tree = {"name": default, **tree}
     prefix = f"{key}." if key else ""
     return {
         name: name_choices(value, prefix + name, tree.get("name")) if isinstance(value, dict) else value
@@ -54,9 +46,10 @@ def name_choices(tree: Mapping[str, Any], key: str = "", parent: Any = None) -> 
     }
 
 
-def _default_choice(key: str, parent: Any = None) -> str:
-    defaults = _choices()[key]
-    return defaults.get(parent, next(iter(defaults.values())))
+def _default_choice(key: str, parent: Any = None) -> str | None:
+    """The name that a section has by default; None for a section that is no choice."""
+    defaults = _choices().get(key, {})
+    return defaults.get(parent, next(iter(defaults.values()), None))
 
 
 @cache
@@ -68,17 +61,21 @@ def _choices() -> dict[str, dict[Any, str]]:
     found: dict[str, dict[Any, str]] = {}
 
     def walk(model: type[BaseModel], prefix: str) -> None:
-        own_name = model.model_fields.get("name")
-        parent = next(iter(get_args(own_name.annotation)), None) if own_name is not None else None
+        parent = next(iter(names_of(model)), None)
         for name, field in model.model_fields.items():
             for section in section_types(field):
-                tag = section.model_fields.get("name")
-                if tag is not None and get_origin(tag.annotation) is Literal and len(get_args(tag.annotation)) == 1:
+                if len(names_of(section)) == 1:
                     found.setdefault(prefix + name, {})[parent] = field.default.name
                 walk(section, f"{prefix}{name}.")
 
     walk(RunConfig, "")
     return found
+
+
+def names_of(section: type[BaseModel]) -> tuple[str, ...]:
+    """The names that choose a section; empty for one that is no choice."""
+    tag = section.model_fields.get("name")
+    return get_args(tag.annotation) if tag is not None and get_origin(tag.annotation) is Literal else ()
 
 
 def section_types(field: FieldInfo) -> list[type[BaseModel]]:
@@ -88,11 +85,7 @@ def section_types(field: FieldInfo) -> list[type[BaseModel]]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`key=value` texts as a tree; values are YAML.
-
-    Raises:
-        ConfigError: a text has another form, or two of them contradict each other.
-    """
+    """`key=value` texts as a tree; values are YAML. Raises ConfigError for another form, or for a contradiction."""
     pairs = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -110,8 +103,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def nest_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
     """A tree from keys that may be dotted, such as `client.optimizer.lr`; later ones win.
 
-    Raises:
-        ConfigError: a key is given a value and is also a section.
+    Raises ConfigError for a key that is given a value and is also a section.
     """
     tree: dict[str, Any] = {}
     for key, value in flat.items():
@@ -131,6 +123,6 @@ def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys to the values of the tree's leaves."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        is_section = isinstance(value, dict) and value
-        flat |= flatten_keys(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+        inner = flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        flat |= inner or {f"{prefix}{key}": value}
     return flat

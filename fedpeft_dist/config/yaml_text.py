@@ -29,20 +29,12 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if is_alias and node.end_mark is None:
             _refuse("an alias stands inside of what it names", node)
-        return node
-
-    def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
-        node = super().compose_scalar_node(anchor)
-        if SURROGATE.search(node.value):
+        if isinstance(node, yaml.ScalarNode) and SURROGATE.search(node.value):
             _refuse(f"{node.value!r} holds half a character", node)
-        return node
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        # Checked before merges (<<) add other mappings' keys.
-        node = super().compose_mapping_node(anchor)
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            _refuse(f"key {twice[0][1]!r} is given twice", node)
+        if isinstance(node, yaml.MappingNode):  # checked before merges (<<) add other mappings' keys
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                _refuse(f"key {twice[0][1]!r} is given twice", node)
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -50,16 +42,17 @@ class _Loader(yaml.SafeLoader):
 
         In some versions of PyYAML a merged mapping loses its own keys to those that it has merged itself.
         """
+        merges = [value for key, value in node.value if key.tag == _MERGE]
         pairs = [pair for pair in node.value if pair[0].tag != _MERGE]
-        for _, value in (pair for pair in node.value if pair[0].tag == _MERGE):
+        for value in merges:
             for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 if not isinstance(source, yaml.MappingNode):
                     _refuse("<< takes mappings", source)
                 self.flatten_mapping(source)
                 pairs += source.value
         first: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
-        for key, value in pairs:
-            first.setdefault((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key), (key, value))
+        for pair in pairs:
+            first.setdefault((pair[0].tag, pair[0].value) if isinstance(pair[0], yaml.ScalarNode) else id(pair), pair)
         node.value = list(first.values())
 
 
@@ -67,12 +60,9 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes text which `_Loader` would read as a number."""
 
 
+_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def _refuse(problem: str, node: yaml.Node) -> NoReturn:
@@ -80,10 +70,7 @@ def _refuse(problem: str, node: yaml.Node) -> NoReturn:
 
 
 def parse_yaml(text: str) -> Any:
-    """
-    Raises:
-        ValueError: the text is not valid YAML; the message says why on one line.
-    """
+    """The value of a text; raises ValueError, which says why on one line, if the text is not valid YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -95,20 +82,14 @@ def dump_yaml(tree: dict[str, Any]) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of one file.
-
-    Raises:
-        ConfigError: the file is missing, cannot be read, or holds no mapping.
-    """
+    """The keys of one file; raises ConfigError if it is missing, cannot be read, or holds no mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(f"{path}: no such config file{did_you_mean(near)}") from None
+        hint = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        raise ConfigError(f"{path}: no such config file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a config file ({error})") from None
-    try:
-        tree = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(tree, dict | None):
@@ -116,6 +97,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree or {}
 
 
-def did_you_mean(near: list[str]) -> str:
-    """The end of a message that suggests the first of some near names, if there is one."""
+def did_you_mean(given: str, known: list[str]) -> str:
+    """The end of a message, which suggests the known name that is spelt most like the given one, if one is near."""
+    near = difflib.get_close_matches(given, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -29,7 +29,7 @@ from rich.console import Console
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.datasets import Contents, Dataset, ImageSet, Part
 from fedpeft_dist.runtime.files import DISK_FULL
-from fedpeft_dist.runtime.progress import ProgressBar
+from fedpeft_dist.runtime.streams import ProgressBar
 
 FORMAT = 1
 """The version of a store's files and of how images are decoded. A new number makes every store be built again."""

@@ -24,8 +24,7 @@ from fedpeft_dist.federation.watch import Watch
 from fedpeft_dist.runtime.collectives import any_rank, assert_same_on_all_ranks, barrier, failing_together
 from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest
 from fedpeft_dist.runtime.launch import Launch
-from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.runtime.versions import library_versions
+from fedpeft_dist.runtime.process import Runtime, library_versions
 from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RUNNING, RunDirectory
 from fedpeft_dist.tracking.run_lock import Owner, RunLock
 from fedpeft_dist.tracking.same_run import check_same, check_same_run, is_complete, with_choices_of

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedpeft_dist.algorithms.state import State
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.partition import class_counts
@@ -121,8 +121,7 @@ def _marking_failures(opened: OpenRun, runtime: Runtime) -> Iterator[None]:
     except StoppedEarlyError:
         raise
     except BaseException as error:
-        told = _full_disk(error, opened.simulation.config) or error
-        opened.mark_failed(" ".join(str(told).split()) or type(error).__name__)
+        opened.mark_failed(one_line(_full_disk(error, opened.simulation.config) or error))
         raise
 
 

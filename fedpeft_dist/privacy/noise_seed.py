@@ -18,8 +18,7 @@ from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.runtime.collectives import sum_over_ranks
-from fedpeft_dist.runtime.process import Runtime
-from fedpeft_dist.runtime.versions import library_versions
+from fedpeft_dist.runtime.process import Runtime, library_versions
 
 
 def derive_noise_seed(

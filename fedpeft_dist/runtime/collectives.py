@@ -2,21 +2,19 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.runtime.errors import FirstToldError, ToldElsewhereError
+from fedpeft_dist.config.errors import ConfigError, FirstToldError, ToldElsewhereError
 from fedpeft_dist.runtime.process import Runtime
 
 
 def sum_over_ranks(values: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     """Adds an int64 tensor over all ranks, in place. The order of the sum cannot matter, because these are integers."""
     assert values.dtype == torch.int64
-    _all_reduce(values, dist.ReduceOp.SUM, runtime)
-    return values
+    return _all_reduce(values, dist.ReduceOp.SUM, runtime)
 
 
 def gather_rows(rows: Mapping[int, torch.Tensor], owners: Sequence[int], size: int, runtime: Runtime) -> torch.Tensor:
@@ -39,22 +37,23 @@ def gather_rows(rows: Mapping[int, torch.Tensor], owners: Sequence[int], size: i
 
 def any_rank(flag: bool, runtime: Runtime) -> bool:
     """Whether the flag is set on at least one rank."""
-    return bool(sum_over_ranks(torch.tensor([int(flag)], device=runtime.device), runtime))
+    return min_over_ranks(-int(flag), runtime) < 0
 
 
 def min_over_ranks(value: int, runtime: Runtime) -> int:
     """The smallest of the ranks' integers."""
-    tensor = torch.tensor([value], dtype=torch.int64, device=runtime.device)
-    _all_reduce(tensor, dist.ReduceOp.MIN, runtime)
-    return int(tensor.item())
+    return int(_all_reduce(torch.tensor([value], device=runtime.device), dist.ReduceOp.MIN, runtime))
+
+
+def barrier(runtime: Runtime) -> None:
+    """Waits until every rank is here."""
+    min_over_ranks(0, runtime)
 
 
 def assert_same_on_all_ranks(data: bytes, what: str, runtime: Runtime) -> None:
     """Fails on every rank if the ranks hold different bytes. Replicated state is never sent, so it must be equal."""
     digest = int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
-    spread = torch.tensor([digest, -digest], dtype=torch.int64, device=runtime.device)
-    _all_reduce(spread, dist.ReduceOp.MAX, runtime)
-    if int(spread[0]) != -int(spread[1]):
+    if min_over_ranks(digest, runtime) != -min_over_ranks(-digest, runtime):
         raise RuntimeError(f"{what} differs between the ranks of this run")
 
 
@@ -82,19 +81,10 @@ def failing_together(runtime: Runtime) -> Iterator[None]:
         raise ToldElsewhereError(f"rank {teller} of this run tells why it cannot start")
 
 
-def barrier(runtime: Runtime) -> None:
-    if dist.is_initialized():
-        with _naming_the_lost(runtime):
-            dist.barrier()
-
-
-def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp, runtime: Runtime) -> None:
-    if dist.is_initialized():
-        with _naming_the_lost(runtime):
+def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp, runtime: Runtime) -> torch.Tensor:
+    if runtime.peers is not None:
+        with runtime.peers.naming_the_lost():
             dist.all_reduce(values, op=operation)
             if values.is_cuda:  # the call has only begun, and its errors must appear here
                 torch.cuda.current_stream().synchronize()
-
-
-def _naming_the_lost(runtime: Runtime) -> AbstractContextManager[None]:
-    return nullcontext() if runtime.peers is None else runtime.peers.naming_the_lost()
+    return values

@@ -1,4 +1,4 @@
-"""A typer app as a program: its streams, its exit codes, and the one line in which it tells the user's mistake."""
+"""A typer app as a program: its exit codes, and the one line in which it tells the user's mistake."""
 
 import os
 import sys
@@ -10,9 +10,8 @@ from typing import NoReturn
 
 import typer
 
-from fedpeft_dist.config.errors import ConfigError, one_line
+from fedpeft_dist.config.errors import ConfigError, FirstToldError, PeerLostError, ToldElsewhereError, one_line
 from fedpeft_dist.config.paths import expand_path
-from fedpeft_dist.runtime.errors import FirstToldError, PeerLostError, ToldElsewhereError
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.runtime.launch import find_launch, follow_agent
 from fedpeft_dist.runtime.streams import lost_output, open_streams
@@ -24,11 +23,7 @@ UsageError = typer.BadParameter.__base__  # click's own, or the copy in newer ve
 
 
 def run_app(app: typer.Typer, name: str | None = None) -> None:
-    """Runs a command and turns errors into exit codes.
-
-    Args:
-        name: the program's name in its help; None takes it from the command line.
-    """
+    """Runs a command and turns errors into exit codes. `name` is the program's in its help, else the command line's."""
     open_streams()
     try:
         if app(prog_name=name, standalone_mode=False):  # newer versions of typer turn Ctrl-C into a returned code
@@ -37,11 +32,11 @@ def run_app(app: typer.Typer, name: str | None = None) -> None:
             print(f"error: stdout: cannot be written ({reason})", file=sys.stderr)
             raise SystemExit(1)
     except ConfigError as error:
-        refuse(error)
+        _refuse(error, one_line(error))
     except UsageError as error:
         if not error.format_message():  # typer has printed the help instead
             raise SystemExit(EXIT_MISTAKE) from None
-        refuse(error)
+        _refuse(error, one_line(error.format_message()))
     except PeerLostError as error:
         if error.is_told:
             print(f"error: {error}", file=sys.stderr)
@@ -50,7 +45,7 @@ def run_app(app: typer.Typer, name: str | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def refuse(error: Exception) -> NoReturn:
+def _refuse(error: Exception, told: str) -> NoReturn:
     """Prints the user's mistake, on one rank of each machine at most, and ends the process."""
     launch = find_launch()
     # torchrun ends all ranks as soon as one has failed. The rank that prints exits first; silent ranks wait for it.
@@ -61,8 +56,7 @@ def refuse(error: Exception) -> NoReturn:
         # rank that is still running now made its mistake alone, except under srun, which lets every rank end by itself.
         is_silent = is_silent or launch.is_step
     if not is_silent:
-        message = error.format_message() if isinstance(error, UsageError) else error
-        print(f"error: {one_line(message)}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
     raise SystemExit(EXIT_MISTAKE)
 
 
@@ -83,11 +77,7 @@ def leave_interrupted(advice: str = "run the same command to go on") -> NoReturn
 
 
 def user_path(text: str | Path) -> Path:
-    """Parses an argument that is a path. A path that exists exactly as written is taken literally.
-
-    Raises:
-        BadParameter: the text cannot be a path.
-    """
+    """Parses an argument; raises BadParameter for no path. One that exists exactly as written is taken literally."""
     try:
         return Path(text if os.path.lexists(text) else expand_path(str(text)))
     except ValueError as error:

@@ -14,8 +14,7 @@ _TEMPORARY = ".tmp-"
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path beside `path`, flushes what it wrote to disk and renames it into place.
 
-    Raises:
-        OSError: a full disk, a missing permission. Its filename is `path`, whose content stays as it was.
+    For a full disk or a missing permission, raises OSError, whose filename is `path`. The file there stays as it was.
     """
     # The suffix stays last, because numpy, matplotlib and others choose a format by it. A long name does not fit whole.
     temporary = path.with_name(f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{path.name[-40:]}")

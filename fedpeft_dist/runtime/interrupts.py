@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -16,7 +16,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE_SECONDS = 10.0
 """Seconds that a round, or the work before the first one, may go on after it has noticed the request."""
 LOOK_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
 T = TypeVar("T")
 
 
@@ -30,10 +29,10 @@ class StopRequest:
 
     received: bool = False
     """Set by a signal, or by the thread that learns of another rank's request."""
-    is_heard: bool = field(default=False, init=False)
+    is_heard: bool = False
     """Whether this process's signals arrive here."""
-    _noticed: float | None = field(default=None, init=False)
-    _is_limited: bool = field(default=False, init=False)
+    _noticed: float | None = None
+    _is_limited: bool = False
 
     def is_overdue(self) -> bool:
         """Whether to drop the current round. The first call after the request starts the grace period."""
@@ -49,7 +48,14 @@ class StopRequest:
             return work()
         self._noticed, self._is_limited = None, True
         is_done = threading.Event()
-        watcher = threading.Thread(target=self._break_off, args=(is_done,), daemon=True)
+
+        def break_off() -> None:
+            while not is_done.wait(LOOK_SECONDS):
+                if self.is_overdue():  # nothing but a real signal ends waiting for a lock or a disk
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+
+        watcher = threading.Thread(target=break_off, daemon=True)
         watcher.start()
         try:
             return work()
@@ -61,15 +67,8 @@ class StopRequest:
             watcher.join()
             self._noticed = None
 
-    def _break_off(self, is_done: threading.Event) -> None:
-        """Sends this process a real signal when it is overdue: nothing else ends waiting for a lock or a disk."""
-        while not is_done.wait(LOOK_SECONDS):
-            if self.is_overdue():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
     def notice(self) -> None:
-        """Takes a signal, from outside or from `_break_off`."""
+        """Takes a signal, from outside or from `within_grace`."""
         self.received = True
         if self._is_limited and self.is_overdue():
             self._is_limited = False
@@ -80,14 +79,11 @@ class StopRequest:
 def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
     """Turns the stop signals into a flag for as long as the context lasts; a second SIGINT interrupts at once.
 
-    SIGHUP stays ignored if it is ignored already: nohup starts a process that way.
-
-    Args:
-        is_last: this process ends after the context. Unless an error was raised, ignore late signals of launchers and
-            Slurm, so that they cannot change the exit code.
+    SIGHUP stays ignored if it is ignored already: nohup starts a process that way. If this process ends after the
+    context (`is_last`) and no error was raised, late signals of launchers and Slurm are ignored, so that they cannot
+    change the exit code.
     """
-    request = StopRequest()
-    request.is_heard = True
+    request = StopRequest(is_heard=True)
 
     def remember(number: int, frame: object) -> None:
         if request.received and number == signal.SIGINT:
@@ -95,7 +91,7 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
         request.notice()
 
     is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    heard = [number for number in STOP_SIGNALS if not (is_kept and number == signal.SIGHUP)]
+    heard = [number for number in STOP_SIGNALS if not is_kept or number != signal.SIGHUP]
     previous = {number: signal.signal(number, remember) for number in heard}
     try:
         yield request
@@ -111,4 +107,4 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
 def stop_with_parent() -> None:
     """Has the kernel send SIGTERM to this process when its parent ends, however that happens (Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

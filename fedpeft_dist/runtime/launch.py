@@ -47,10 +47,8 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     Only a Slurm job step counts (SLURM_STEP_NUM_TASKS): a batch script that starts python itself is one process,
     however many tasks its job asked for.
     """
-    slurm = {
-        "slurm_job": environment.get("SLURM_JOB_ID", ""),
-        "requeues": int(environment.get("SLURM_RESTART_COUNT", 0)),
-    }
+    job, requeues = environment.get("SLURM_JOB_ID", ""), int(environment.get("SLURM_RESTART_COUNT", 0))
+    slurm = {"slurm_job": job, "requeues": requeues}
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Launch(
             rank=int(environment["RANK"]),
@@ -65,13 +63,17 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             **slurm,
         )
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        step = int(environment.get("SLURM_STEP_ID", 0))
         return Launch(
             rank=int(environment["SLURM_PROCID"]),
             world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment["SLURM_LOCALID"]),
             local_world_size=_tasks_on_this_node(environment),
             address=environment.get("MASTER_ADDR") or _first_slurm_host(environment),
-            port=int(environment.get("MASTER_PORT") or _slurm_port(environment)),
+            # A port that steps on the same node are unlikely to share, below the ports that the system hands out. After
+            # a requeue, the attempt before may still hold its port. With these factors, the ports of a job's first 16
+            # steps and 4 attempts lie at least 180 apart, so jobs with close numbers do not collide.
+            port=int(environment.get("MASTER_PORT") or 20000 + (int(job or 0) + 5909 * step + 1463 * requeues) % 12000),
             is_step=True,
             **slurm,
         )
@@ -91,26 +93,18 @@ def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
 
 def _first_slurm_host(environment: Mapping[str, str]) -> str:
     """The node of the step's first task: its name if that resolves, else Slurm's address for it."""
+
+    def ask(*what: str) -> str:
+        return subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, check=True).stdout
+
     try:
-        node = _ask_slurm("hostnames", environment["SLURM_STEP_NODELIST"]).split()[0]
+        node = ask("hostnames", environment["SLURM_STEP_NODELIST"]).split()[0]
         with suppress(OSError):
             socket.getaddrinfo(node, None)
             return node
-        return re.search(r" NodeAddr=(\S+)", _ask_slurm("node", node))[1]
+        return re.search(r" NodeAddr=(\S+)", ask("node", node))[1]
     except (OSError, subprocess.CalledProcessError):  # in a container: the node that called srun, a job's first
         return environment["SLURM_LAUNCH_NODE_IPADDR"]
-
-
-def _ask_slurm(*what: str) -> str:
-    return subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, check=True).stdout
-
-
-def _slurm_port(environment: Mapping[str, str]) -> int:
-    """A port that steps on the same node are unlikely to share, below the ports that the system hands out."""
-    job, step, restart = (int(environment.get(f"SLURM_{key}", 0)) for key in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    # After a requeue, the attempt before may still hold its port. With these factors, the ports of a job's first 16
-    # steps and 4 attempts lie at least 180 apart, so jobs with close numbers do not collide.
-    return 20000 + (job + 5909 * step + 1463 * restart) % 12000
 
 
 def follow_agent(environment: Mapping[str, str] = os.environ) -> None:

@@ -1,4 +1,4 @@
-"""How the ranks of a group find each other in a store that may still hold entries of earlier ranks.
+"""How the ranks of a group find each other: over the network, and in a store that may hold entries of earlier ranks.
 
 torchrun keeps its store across restarts. On several machines, its agents do not even agree on the number of restarts:
 an agent that restarts its ranks because another machine's have failed does not count that. So nothing that a launcher
@@ -9,69 +9,72 @@ group meets once every called rank has answered.
 """
 
 import json
+import socket
+import struct
 import time
 import uuid
-from dataclasses import dataclass
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from fedpeft_dist.runtime.errors import PeerLostError
+from fedpeft_dist.config.errors import PeerLostError
 
 LOOK_SECONDS = 0.05
+_SIOCGIFADDR = 0x8915
+"""Linux's request for an interface's IPv4 address."""
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """The facts that all ranks of a group agree on."""
+class Meeting(NamedTuple):
+    """A group's name, which no other group has, and the largest of its ranks' numbers of restarts."""
 
     token: str
-    """A name that no other group has."""
     restart: int
-    """The largest of the ranks' numbers of restarts."""
 
 
 def meet(store: dist.Store, rank: int, world_size: int, restart: int, seconds: float) -> Meeting:
     """Waits until every rank of this attempt, and of no earlier one, is here.
 
-    Args:
-        restart: how often this rank's launcher believes to have restarted it.
-        seconds: how long to wait.
-
-    Raises:
-        PeerLostError: some rank has not come in that time.
+    `restart` is how often this rank's launcher believes to have restarted it. Raises PeerLostError if some rank has not
+    come in that many seconds.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + seconds
-    store.set(f"name/{rank}", json.dumps([name, restart]))
-    token, called = "", None
+    names = [f"name/{other}" for other in range(world_size)]
+    store.set(names[rank], json.dumps([name, restart]))
+    token, called = "", []
     while time.monotonic() < deadline:
-        if rank == 0:
-            token, called = _call(store, world_size, token, called)
-            if token and store.check([f"answer/{token}/{other}" for other in range(1, world_size)] or ["roster"]):
+        if rank == 0 and store.check(names):
+            found = [json.loads(value) for value in store.multi_get(names)]
+            if found != called:
+                token, called = uuid.uuid4().hex, found
+                store.set("roster", json.dumps([token, called]))
+            if store.check([f"answer/{token}/{other}" for other in range(1, world_size)] or ["roster"]):
                 store.set(f"begin/{token}", "")
-                return _meeting(token, called)
-        elif store.check(["roster"]):
+        elif rank and store.check(["roster"]):
             token, called = json.loads(store.get("roster"))
             if len(called) > rank and called[rank][0] == name:
                 store.set(f"answer/{token}/{rank}", "")
-                if store.check([f"begin/{token}"]):
-                    return _meeting(token, called)
+        if called and called[rank:] and called[rank][0] == name and store.check([f"begin/{token}"]):
+            return Meeting(token, max(restart for _, restart in called))
         time.sleep(LOOK_SECONDS)
-    missing = [other for other in range(world_size) if not store.check([f"name/{other}"])]
+    missing = [other for other in range(world_size) if not store.check([names[other]])]
     who = f"rank {', '.join(map(str, missing))}" if missing else "some rank"
     raise PeerLostError(f"{who} of {world_size} has not come in {seconds:.0f} s", is_told=rank == 0 or 0 in missing)
 
 
-def _call(store: dist.Store, world_size: int, token: str, called: list | None) -> tuple[str, list | None]:
-    """Calls all ranks by their names, unless the same names were called before."""
-    keys = [f"name/{rank}" for rank in range(world_size)]
-    if not store.check(keys):
-        return token, called
-    found = [json.loads(value) for value in store.multi_get(keys)]
-    if found != called:
-        token = uuid.uuid4().hex
-        store.set("roster", json.dumps([token, found]))
-    return token, found
+def interface_towards(address: str) -> str | None:
+    """The interface by which this machine reaches an IPv4 address or host; None if the system does not tell.
 
+    gloo would use the interface that this machine's own name resolves to: perhaps the loopback, or none.
+    """
+    with suppress(ImportError, OSError):
+        import fcntl
 
-def _meeting(token: str, called: list) -> Meeting:
-    return Meeting(token, max(restart for _, restart in called))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: it looks the route up
+            own = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # one without an IPv4 address
+                    if fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))[20:24] == own:
+                        return name
+    return None

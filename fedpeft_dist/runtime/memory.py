@@ -13,21 +13,15 @@ from pathlib import Path
 
 import torch
 
-_ROOT = Path("/")
-_PROCESS_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
-
-def available_host_memory(root: Path = _ROOT) -> int:
+def available_host_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can take without swapping; half of the installed memory if the kernel does not tell.
 
-    Args:
-        root: the folder that holds proc and sys.
+    The folder `root` holds proc and sys.
     """
-    meminfo = root / "proc/meminfo"
-    if not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return min([int(fields["MemAvailable"].split()[0]) * 1024, *_left_in_groups(root)])
+    with suppress(FileNotFoundError):
+        return min([_figure(root / "proc/meminfo", "MemAvailable"), *_left_in_groups(root)])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
@@ -46,41 +40,38 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         for folder in (group, *group.parents):  # the limits of parent groups hold, too
             if not folder.is_relative_to(top):
                 break
-            try:
-                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # a container may not see its own group
-                continue
-            if most != "max":
+            with suppress(OSError, ValueError):  # a container may not see its own group; a limit may be "max"
+                left = int((folder / limit).read_text()) - int((folder / usage).read_text())
                 # Cached files count as used, but the kernel drops them when memory is needed.
-                yield max(0, int(most) - used + int(statistics.get(cache, 0)))
+                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                yield max(0, left + int(statistics.get(cache, 0)))
 
 
 def used_memory(device: torch.device) -> int:
     """Bytes that this process has now: allocated on the GPU, or resident in memory."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _own_status("VmRSS") or peak_memory(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _own_memory("VmRSS")
 
 
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has had since the last `forget_peak_memory`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _own_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _own_memory("VmHWM")
 
 
 def forget_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # no Linux, or a container that forbids it
-        _CLEAR_PEAK.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def _own_status(field: str) -> int | None:
-    """A figure in bytes; None if the kernel does not tell."""
-    if not _PROCESS_STATUS.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in _PROCESS_STATUS.read_text().splitlines())
+def _own_memory(field: str) -> int:
+    """A figure of this process; its peak since it started if the kernel does not tell more."""
+    with suppress(FileNotFoundError):
+        return _figure(Path("/proc/self/status"), field)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _figure(file: Path, field: str) -> int:
+    """The bytes that one of the kernel's files tells in kB."""
+    fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
     return int(fields[field].split()[0]) * 1024

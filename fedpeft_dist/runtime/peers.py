@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fedpeft_dist.runtime.errors import PeerLostError
+from fedpeft_dist.config.errors import PeerLostError
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.launch import Launch
 
@@ -37,15 +37,17 @@ _DONE, _FAILED, _STOP = "done", "failed", "stop"
 
 @dataclass(frozen=True)
 class Member:
-    """A rank's process, as it introduces itself to the others."""
+    """A rank's process, as it introduces itself to the others.
+
+    `started`, its start time, tells it from a later process of the same number. `place` is the kernel and the process
+    namespace in which `pid` is valid; empty if unknown.
+    """
 
     rank: int
     host: str
     pid: int
     started: str
-    """The process's start time, which tells it from a later process of the same number."""
     place: str
-    """The kernel and the process namespace in which `pid` is valid; empty if unknown."""
 
     @classmethod
     def this_process(cls, rank: int) -> "Member":
@@ -74,8 +76,7 @@ def _start_time(pid: int) -> str | None:
 class Peers:
     """The other ranks, watched by threads from `start` to `leave`.
 
-    Args:
-        connect: makes a connection to the group's store. Its calls end within some seconds, unless the store hangs.
+    `connect` makes a connection to the group's store, whose calls end within some seconds, unless the store hangs.
     """
 
     def __init__(self, connect: Callable[[], dist.Store], launch: Launch):
@@ -90,20 +91,16 @@ class Peers:
         self._left, self._loss_found = threading.Event(), threading.Event()
         self._loss: PeerLostError | None = None
         self._beats: list[str] = []
-        """The ranks' beats when the store last answered, at `_answered`."""
         self._answered = time.monotonic()
-        self._talker = threading.Thread(target=self._talk, name="peers", daemon=True)
+        """When the store last answered, with these beats of the ranks."""
         self._store_ended = False
+        self._talker = threading.Thread(target=self._talk, daemon=True)
         self.store = connect()
         self.store.set(f"member/{self.rank}", json.dumps(asdict(self.this)))
         self._beat("0")
 
     def start(self) -> None:
-        """Begins to watch, once every rank has been made.
-
-        Raises:
-            PeerLostError: some rank has not been made in the time that a call on the store may take.
-        """
+        """Begins to watch once every rank is there. Raises PeerLostError if one stays missing."""
         keys = [f"member/{rank}" for rank in self.ranks]
         try:
             found = self.store.multi_get(keys)
@@ -117,7 +114,7 @@ class Peers:
         if len(self.ranks) > 1:
             self._answered = time.monotonic()
             self._talker.start()
-            threading.Thread(target=self._judge, name="judge", daemon=True).start()
+            threading.Thread(target=self._judge, daemon=True).start()
 
     def leave(self, failure: BaseException | None = None) -> None:
         """Tells the other ranks that this one has ended, well or with a failure of its own."""
@@ -137,17 +134,13 @@ class Peers:
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
-        """
-        Raises:
-            PeerLostError: a collective inside failed because a rank was lost.
-        """
+        """Raises PeerLostError if a collective inside failed because a rank was lost."""
         try:
             yield
         except RuntimeError as error:
-            loss = self.loss()
-            if loss is None:
-                raise
-            raise loss from error
+            if loss := self.loss():
+                raise loss from error
+            raise
 
     def _beat(self, value: str) -> None:
         self.store.set(f"beat/{self.rank}", value)
@@ -165,56 +158,54 @@ class Peers:
                 if not self.launch.agent_store:
                     self._store_ended = True
                     return
-                self._reconnect()  # a connection may break; `_judge` notices if the store stays silent
-
-    def _reconnect(self) -> None:
-        with suppress(OSError, RuntimeError):
-            # A store that cannot connect waits, and prints pages about it.
-            socket.create_connection((self.launch.address, self.launch.port), timeout=LAST_SECONDS).close()
-            self.store = self.connect()
+                # A connection may break, and `_judge` notices if the store stays silent. A store that cannot connect
+                # waits, and prints pages about it.
+                with suppress(OSError, RuntimeError):
+                    socket.create_connection((self.launch.address, self.launch.port), timeout=LAST_SECONDS).close()
+                    self.store = self.connect()
 
     def _judge(self) -> None:
         """Ends this process when another rank or the store is lost, unless its main thread ends it first."""
-        silent = SILENT_BEATS * self.beat_seconds
         before = time.monotonic()
         seen, changed = [""] * len(self.ranks), [before] * len(self.ranks)
         lost: dict[int, str] = {}
         while not lost and not self._left.wait(self.beat_seconds):
             now = time.monotonic()
-            if now - before > silent / 2:  # this process was silent itself: it was suspended
+            if now - before > SILENT_BEATS * self.beat_seconds / 2:  # this process was silent itself: it was suspended
                 self._answered, changed = now, [now] * len(self.ranks)
             before = now
             if self._store_ended:
                 if self._left.wait(LAST_SECONDS):
                     return
                 lost[0] = "has died, and with it the store that the group meets in"
-            elif now - self._answered > silent and (self.launch.agent_store or self.rank):
-                silence = f"has given no sign of life for {now - self._answered:.0f} s"
-                if self.launch.agent_store:  # nobody knows which ranks are left, so one rank of every agent prints it
-                    place = f"{self.launch.address}:{self.launch.port}"
-                    self._end(f"the store of torchrun's agent ({place}) {silence}", self.launch.local_rank == 0)
-                    return
+            elif (silence := self._silence(now - self._answered)) and self.launch.agent_store:
+                # Nobody knows which ranks are left, so one rank of every agent prints it.
+                place = f"{self.launch.address}:{self.launch.port}"
+                self._end(f"the store of torchrun's agent ({place}) {silence}", self.launch.local_rank == 0)
+                return
+            elif silence and self.rank:
                 lost[0] = silence
             else:
                 for rank, beat in enumerate(self._beats):
                     if seen[rank] != beat:
                         seen[rank], changed[rank] = beat, now
-                    if rank != self.rank and beat != _DONE and (what := self._fate(rank, beat, now - changed[rank])):
-                        lost[rank] = what
+                    if beat.endswith(_STOP):
+                        self.stop.received = True
+                    if rank == self.rank or beat == _DONE:
+                        continue
+                    if beat == _FAILED:
+                        lost[rank] = "has failed, its own error says why"
+                    elif self.members[rank].has_ended(self.this.place):
+                        lost[rank] = "has died"
+                    elif silence := self._silence(now - changed[rank]):
+                        lost[rank] = silence
         if lost:
             told = "; ".join(f"{self.members[rank]} {what}" for rank, what in lost.items())
             self._end(told, self.rank == min(rank for rank in self.ranks if rank not in lost))
 
-    def _fate(self, rank: int, beat: str, silence: float) -> str | None:
-        """The fate of a lost rank; None for a running one, whose request to stop is taken over."""
-        if beat.endswith(_STOP):
-            self.stop.received = True
-        if beat == _FAILED:
-            return "has failed, its own error says why"
-        if self.members[rank].has_ended(self.this.place):
-            return "has died"
-        is_silent = silence > SILENT_BEATS * self.beat_seconds
-        return f"has given no sign of life for {silence:.0f} s" if is_silent else None
+    def _silence(self, seconds: float) -> str:
+        is_lost = seconds > SILENT_BEATS * self.beat_seconds
+        return f"has given no sign of life for {seconds:.0f} s" if is_lost else ""
 
     def _end(self, told: str, is_told: bool) -> None:
         """Lets the main thread fail by itself, and ends this process if it does not."""

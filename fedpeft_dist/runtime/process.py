@@ -7,14 +7,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 
+import fedpeft_dist
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.runtime.launch import Launch, find_launch
-from fedpeft_dist.runtime.meeting import meet
-from fedpeft_dist.runtime.network import interface_towards
+from fedpeft_dist.runtime.meeting import interface_towards, meet
 from fedpeft_dist.runtime.peers import Peers
 
 ARRIVAL_SECONDS = 300
@@ -47,7 +49,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        return self.launch.rank == 0
+        return self.rank == 0
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -60,16 +62,10 @@ class Runtime:
 
 
 def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device, str]:
-    """The device and the precision that `auto` stands for.
-
-    Raises:
-        ConfigError: a device or a precision that this machine lacks.
-    """
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise ConfigError("runtime.device: 'cuda', but PyTorch finds no CUDA device here; give cpu or auto")
-    on_cuda = has_cuda and config.device != "cpu"
-    if not on_cuda:
+    """The device and the precision that `auto` stands for; raises ConfigError for one that this machine lacks."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        if config.device == "cuda":
+            raise ConfigError("runtime.device: 'cuda', but PyTorch finds no CUDA device here; give cpu or auto")
         if config.precision == "fp16":
             raise ConfigError("runtime.precision: 'fp16' needs a CUDA device; on the CPU give fp32, bf16 or auto")
         return torch.device("cpu"), "fp32" if config.precision == "auto" else config.precision
@@ -81,13 +77,16 @@ def resolve_device(config: RuntimeConfig, launch: Launch) -> tuple[torch.device,
             "device(s), and each needs its own; start fewer ranks, or give runtime.device: cpu"
         )
     device = torch.device("cuda", 0 if is_bound else launch.local_rank)
-    precision = "bf16" if config.precision == "auto" else config.precision
-    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        if config.precision == "auto":
-            return device, "fp16"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "bf16" and not has_bf16:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"runtime.precision: 'bf16' is beyond {name}; give fp16, fp32 or auto")
-    return device, precision
+    return device, ("bf16" if has_bf16 else "fp16") if config.precision == "auto" else config.precision
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that a run's rounding may depend on, by name."""
+    return {module.__name__: module.__version__ for module in (fedpeft_dist, torch, timm, np)}
 
 
 def fit_to_machine(config: RuntimeConfig) -> RuntimeConfig:
@@ -106,7 +105,16 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     launch = find_launch()
     device, precision = resolve_device(config, launch)
     torch.set_num_threads(config.threads)
-    _be_deterministic(device)
+    # MKL's batched products round by the alignment of their operands, so that a lane's result would depend on its
+    # number. STRICT forbids it, at no measurable cost. MKL reads this variable at its first use.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
     # Gradients accumulate into views of one matrix on purpose; PyTorch warns that their strides are unusual.
     warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
     if not launch.address:
@@ -118,12 +126,12 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
         peers.start()  # before the group is formed, because a rank may also die while others wait for it there
         with peers.naming_the_lost():
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                "nccl" if on_cuda else "gloo",
                 store=store,
                 rank=launch.rank,
                 world_size=launch.world_size,
                 timeout=timedelta(hours=LONGEST_WAIT_HOURS),
-                device_id=device if device.type == "cuda" else None,
+                device_id=device if on_cuda else None,
             )
         yield Runtime(launch, device, precision, config.threads, peers)
     except BaseException as error:
@@ -138,47 +146,28 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     dist.destroy_process_group()
 
 
-def _be_deterministic(device: torch.device) -> None:
-    # MKL's batched products round by the alignment of their operands, so that a lane's result would depend on its
-    # number. STRICT forbids it, at no measurable cost. MKL reads this variable at its first use.
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.benchmark = False
-
-
 def _meet_peers(launch: Launch) -> tuple[Launch, Peers, dist.Store]:
-    """Waits for all ranks.
-
-    Returns:
-        The launch as all ranks agree on it, the ranks, and the store to form their group in.
-    """
+    """Waits for all ranks; returns the launch they agree on, the ranks, and the store to form their group in."""
     if launch.local_world_size < launch.world_size:
         interface = interface_towards(launch.address)
         if interface == "lo":  # a machine's own name often means the loopback, which leads to no other machine
             interface = interface_towards(FAR_AWAY)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    store = _connect(launch, is_server=launch.rank == 0 and not launch.agent_store, seconds=ARRIVAL_SECONDS)
+
+    def connect(seconds: float = 30, is_server: bool = False) -> dist.Store:
+        # An agent starts its store before its ranks. If the store is missing, the agent has gone, and nobody will come.
+        patience = timedelta(seconds=20 if launch.agent_store else ARRIVAL_SECONDS)
+        store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=is_server, timeout=patience)
+        store.set_timeout(timedelta(seconds=seconds))
+        return store
+
+    store = connect(ARRIVAL_SECONDS, is_server=launch.rank == 0 and not launch.agent_store)
     # Ranks of another job that reach this store by mistake meet nobody under this prefix.
     here = dist.PrefixStore(f"fedpeft/{launch.slurm_job}", store)
-    meeting = meet(here, launch.rank, launch.world_size, launch.restart, ARRIVAL_SECONDS)
-    launch = replace(launch, restart=meeting.restart)
+    token, restart = meet(here, launch.rank, launch.world_size, launch.restart, ARRIVAL_SECONDS)
+    launch = replace(launch, restart=restart)
     if launch.agent_store:  # torchrun calls most launches "none"; the first group's token lives as long as the agent
-        launch = replace(launch, job=here.compare_set("launch", "", meeting.token).decode())
-
-    def connect() -> dist.Store:
-        return dist.PrefixStore(f"fedpeft/{meeting.token}", _connect(launch, is_server=False, seconds=30))
-
-    return launch, Peers(connect, launch), dist.PrefixStore(f"fedpeft/{meeting.token}", store)
-
-
-def _connect(launch: Launch, is_server: bool, seconds: float) -> dist.Store:
-    # An agent starts its store before its ranks. If the store is missing, the agent has gone, and nobody will come.
-    patience = timedelta(seconds=20 if launch.agent_store else ARRIVAL_SECONDS)
-    store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=is_server, timeout=patience)
-    store.set_timeout(timedelta(seconds=seconds))
-    return store
+        launch = replace(launch, job=here.compare_set("launch", "", token).decode())
+    prefix = f"fedpeft/{token}"
+    return launch, Peers(lambda: dist.PrefixStore(prefix, connect()), launch), dist.PrefixStore(prefix, store)

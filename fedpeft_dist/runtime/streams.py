@@ -1,14 +1,16 @@
-"""Standard output and error that never end a command: output that cannot be written is dropped.
+"""What a command shows: standard streams that never end it, and the progress bar of work that takes long.
 
 `train | head`, a closed terminal, a closed descriptor (`>&-`) and a full disk would each raise an OSError in the code
-that happens to print, and the run would be marked as failed.
+that happens to print, and the run would be marked as failed. So output that cannot be written is dropped.
 """
 
 import errno
 import io
 import os
 import sys
-from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 NO_READER = (errno.EPIPE, errno.EIO)
 """The reader of a pipe, or the terminal, has gone. Nobody misses the output."""
@@ -33,9 +35,13 @@ def open_streams() -> None:
         pass
     os.close(descriptor)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name)
+        stream = getattr(sys, name)  # None if its descriptor was closed when Python started
         if stream is getattr(sys, f"__{name}__"):
-            setattr(sys, name, _never_failing(descriptor, stream))
+            buffer = io.BufferedWriter(_Descriptor(descriptor, "w", closefd=False))
+            by_line = stream is not None and (stream.line_buffering or stream.write_through)
+            # A character that the encoding lacks must not raise an error either.
+            safe = io.TextIOWrapper(buffer, stream and stream.encoding, "backslashreplace", line_buffering=by_line)
+            setattr(sys, name, safe)
 
 
 def lost_output() -> str | None:
@@ -48,12 +54,28 @@ def lost_output() -> str | None:
     return None if error is None or error.errno in NO_READER else error.strerror
 
 
-def _never_failing(descriptor: int, stream: TextIO | None) -> TextIO:
-    """
+class ProgressBar(Progress):
+    """A context manager, which shows a bar on a terminal only.
+
     Args:
-        stream: the process's own stream; None if its descriptor was closed when Python started.
+        columns: shown between the count and the time left.
+        visible: whether this process shows anything.
+        transient: whether the bar disappears at its end.
     """
-    buffer = io.BufferedWriter(_Descriptor(descriptor, "w", closefd=False))
-    is_by_line = stream is not None and (stream.line_buffering or stream.write_through)
-    # A character that the encoding lacks must not raise an error either.
-    return io.TextIOWrapper(buffer, stream and stream.encoding, "backslashreplace", line_buffering=is_by_line)
+
+    def __init__(
+        self, console: Console, title: str, total: int, *columns: ProgressColumn, visible: bool = True, transient=False
+    ):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn())
+        is_shown = visible and console.is_terminal
+        super().__init__(*columns, console=console, disable=not is_shown, transient=transient)
+        self.title, self.total, self.visible = title, total, visible
+        self._task = self.add_task(title, total=total, status="")
+
+    def advance_to(self, done: int, status: str = "") -> None:
+        self.update(self._task, completed=done, status=status)
+
+    def note(self, text: str) -> None:
+        """Prints a line that stays, above the bar."""
+        if self.visible:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)

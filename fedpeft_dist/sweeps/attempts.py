@@ -1,4 +1,7 @@
-"""A cell of a sweep in a process of its own, observed from outside: how far it is, and why it ended."""
+"""A cell of a sweep in a process of its own, observed from outside: where it runs, how far it is, and why it ended.
+
+PyTorch is not asked for the GPUs, because it would open them in a process that only looks after others.
+"""
 
 import json
 import os
@@ -7,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +18,57 @@ from statistics import fmean
 from typing import Any
 
 from fedpeft_dist.sweeps.expansion import Cell
-from fedpeft_dist.sweeps.places import Place
 
 TAIL_BYTES = 8192
 _NEEDED = {"round", "accuracy", "seconds", "evaluate_seconds"}
 _REASON = re.compile(r"error: .*|interrupted; .*|[\w.]+(Error|Exception)\b.*")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's share of the machine, where one cell at a time runs."""
+
+    name: str
+    environment: Mapping[str, str]
+    cpus: frozenset[int] | None = None
+    """The CPUs to run on; None leaves the choice to the system."""
+
+
+def find_places(cells: Sequence[Cell], num_workers: int | None, cores: int | None) -> list[Place]:
+    """A place for each worker, on a GPU or on cores of its own.
+
+    Args:
+        num_workers: None takes as many as there are GPUs, or as the cores suffice for. More workers share the GPUs.
+        cores: the cores of a worker; None takes as many as the cells have threads.
+    """
+    pin = num_workers is None or cores is not None  # a mere number of workers may leave cores free on purpose
+    cores = cores or max(cell.config.runtime.threads for cell in cells)
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
+    gpus = [] if all(cell.config.runtime.device == "cpu" for cell in cells) else find_gpus()
+    if gpus:
+        numbers = [i % len(gpus) for i in range(num_workers or len(gpus))]
+        return [Place(f"gpu {i}", {**threads, "CUDA_VISIBLE_DEVICES": gpus[i]}) for i in numbers]
+    can_pin = hasattr(os, "sched_setaffinity")
+    cpus = sorted(os.sched_getaffinity(0)) if can_pin else range(os.cpu_count() or 1)
+    num_workers = num_workers or max(1, len(cpus) // cores)
+    if not (can_pin and pin and num_workers * cores <= len(cpus)):
+        return [Place(f"worker {i}", threads) for i in range(num_workers)]
+    shares = [cpus[i * cores : (i + 1) * cores] for i in range(num_workers)]
+    return [Place("cpu " + ",".join(map(str, share)), threads, frozenset(share)) for share in shares]
+
+
+def find_gpus() -> list[str]:
+    """The name in CUDA_VISIBLE_DEVICES of each GPU that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        ends = (i for i, name in enumerate(names) if name in ("", "-1"))  # CUDA ignores the names after these
+        return names[: next(ends, len(names))]
+    with suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+        # UUIDs, because nvidia-smi and CUDA may number GPUs differently. A split GPU is replaced by its parts.
+        return re.findall(r"\(UUID: (MIG-[^)]+|GPU-[^)]+(?!\)\n\s+MIG))\)", listed)
+    return []
 
 
 @dataclass(eq=False)
@@ -41,20 +90,16 @@ class Task:
 
 
 class Attempt:
-    """A cell's process.
-
-    Raises:
-        OSError: its log cannot be written.
-    """
+    """A cell's process. Its start raises OSError if its log cannot be written."""
 
     def __init__(self, task: Task, place: Place, overrides: Sequence[str]):
-        self.task, self.place = task, place
+        self.task, self.place, self.rounds = task, place, task.cell.config.federation.rounds
         self.look()
         self.rounds_before = self.rounds_done
         self.started = time.monotonic()
         arguments = ["-m", "fedpeft_dist", "sweep", "run", str(task.sweep), "--index", str(task.cell.index), *overrides]
         task.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(task.log, "ab") as log, place.starting_here():
+        with open(task.log, "ab") as log:
             log.write(f"$ python {' '.join(arguments)}\n".encode())
             log.flush()
             self.log_start = log.tell()
@@ -68,18 +113,13 @@ class Attempt:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        if place.cpus is not None:  # inherited by the threads that the process starts later
+            with suppress(ProcessLookupError):  # it has ended already
+                os.sched_setaffinity(self.process.pid, place.cpus)
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.started
-
-    @property
-    def rounds_done(self) -> int:
-        return self.rows[-1]["round"] if self.rows else 0
-
-    @property
-    def rounds(self) -> int:
-        return self.task.cell.config.federation.rounds
 
     def look(self) -> None:
         """Reads the last rows of the run's metrics; damaged and unfinished lines are left out."""
@@ -91,12 +131,12 @@ class Attempt:
                     row = json.loads(line)
                     if isinstance(row, dict) and row.keys() >= _NEEDED:
                         self.rows.append(row)
+        self.rounds_done = self.rows[-1]["round"] if self.rows else 0
 
     @property
     def accuracy(self) -> str:
         """The last measured accuracy."""
-        found = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
-        return f"{found[-1]:.4f}" if found else "?"
+        return next((f"{row['accuracy']:.4f}" for row in reversed(self.rows) if row["accuracy"] is not None), "?")
 
     def seconds_left(self) -> float | None:
         """An estimate from the speed of the last rounds; None before the first one is done."""
@@ -113,5 +153,5 @@ class Attempt:
         if code == 0:
             return "its process ended well, but its run is not complete; was the sweep's file changed meanwhile?"
         said = self.task.log.read_bytes()[self.log_start :].decode(errors="replace").splitlines()
-        reasons = [line for line in said if _REASON.match(line)]
-        return reasons[-1].removeprefix("error: ") if reasons else f"exit code {code}"
+        reasons = (line.removeprefix("error: ") for line in reversed(said) if _REASON.match(line))
+        return next(reasons, f"exit code {code}")

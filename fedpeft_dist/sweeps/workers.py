@@ -3,14 +3,14 @@
 import gc
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
+from fedpeft_dist.runtime.launch import find_launch
 from fedpeft_dist.sweeps.expansion import Cell
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
 from fedpeft_dist.tracking.run_lock import Owner, RunInUseError
@@ -31,7 +31,7 @@ class Outcome:
     interrupted: bool = False
 
 
-def cell_rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+def cell_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Index, name, state and directory of each cell; `waiting` is the state of one that has not begun."""
     return [
         {"index": cell.index, "name": cell.name, "state": cell_state(cell), "directory": str(cell.directory.path)}
@@ -39,37 +39,22 @@ def cell_rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def count_states(rows: Iterable[Mapping[str, Any]]) -> str:
-    """How many cells are in which state, in words."""
-    counts = Counter(row["state"] for row in rows)
-    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-
-
 def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outcome:
     """Runs the cells in turn in this process, except those that are complete or that another worker is running.
 
     A cell that fails is reported and does not stop the others, unless this process has lost its GPU. A signal that asks
-    a run to stop also stops the worker. The errors of an only cell are raised.
-
-    Args:
-        stop: the request of a caller that listens for signals itself; None listens here.
-
-    Raises:
-        ConfigError: this process is one of several ranks and there is more than one cell.
-        RunInUseError: the only cell is in work.
+    a run to stop also stops the worker; without a caller's `stop`, signals are heard here. The errors of an only cell
+    are raised, RunInUseError if it is in work. Several ranks with more than one cell are a ConfigError.
     """
-    from fedpeft_dist.runtime.launch import find_launch
-
     launch = find_launch()
     if launch.world_size > 1 and len(cells) > 1:
         raise ConfigError(f"--index: missing; {launch.world_size} ranks run one cell together, so say which")
     with listen_for_stop() if stop is None else nullcontext(stop) as stop:
         if len(cells) > 1:
             outcome = _run_in_turn(cells, stop, Owner.this_process(launch.slurm_job, launch.requeues))
-        elif _run_cell(cells[0], stop):
-            outcome = Outcome(complete=[cells[0].name])
         else:
-            outcome = Outcome(interrupted=True)
+            is_done = _run_cell(cells[0], stop)
+            outcome = Outcome([cells[0].name] if is_done else [], interrupted=not is_done)
     if launch.rank == 0:
         parts = ("complete", "skipped", "taken", "failed")
         print(", ".join(f"{len(getattr(outcome, part))} {part}" for part in parts if getattr(outcome, part)))
@@ -79,8 +64,8 @@ def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outc
 def _run_in_turn(cells: Sequence[Cell], stop: StopRequest, this: Owner) -> Outcome:
     outcome = Outcome()
     for cell in cells:
-        outcome.interrupted = outcome.interrupted or stop.received
-        if outcome.interrupted:
+        if stop.received or outcome.interrupted:
+            outcome.interrupted = True
             break
         if cell_state(cell) == COMPLETE:
             outcome.skipped.append(cell.name)
@@ -96,7 +81,10 @@ def _run_in_turn(cells: Sequence[Cell], stop: StopRequest, this: Owner) -> Outco
         except RunInUseError:
             outcome.taken.append(cell.name)
         except Exception as error:
-            _report_failure(cell, error)
+            if not isinstance(error, ConfigError):
+                traceback.print_exception(error)
+            print(f"cell {cell.index} {cell.name} failed: {one_line(error)}", file=sys.stderr)
+            record_failure(cell, one_line(error))
             outcome.failed.append(cell.name)
             if _gpu_is_lost():
                 print("this process cannot use its GPU any more; the same command goes on", file=sys.stderr)
@@ -108,7 +96,6 @@ def _run_in_turn(cells: Sequence[Cell], stop: StopRequest, this: Owner) -> Outco
 def _run_cell(cell: Cell, stop: StopRequest) -> bool:
     """Runs a cell, and writes its axes into its directory for reports. Returns whether it is complete."""
     from fedpeft_dist.federation.run import run
-    from fedpeft_dist.runtime.launch import find_launch
 
     is_done = run(cell.config, stop) == COMPLETE
     if is_done and cell.axes and find_launch().rank == 0:
@@ -120,21 +107,12 @@ def _gpu_is_lost() -> bool:
     """Whether every further use of this process's GPU will fail: some errors last as long as the process."""
     import torch
 
-    if not torch.cuda.is_initialized():
-        return False
     try:
-        torch.cuda.synchronize()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except RuntimeError:
         return True
     return False
-
-
-def _report_failure(cell: Cell, error: Exception) -> None:
-    if not isinstance(error, ConfigError):
-        traceback.print_exception(error)
-    reason = one_line(error)
-    print(f"cell {cell.index} {cell.name} failed: {reason}", file=sys.stderr)
-    record_failure(cell, reason)
 
 
 def record_failure(cell: Cell, reason: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn, TimeElapsedColumn
 
-from fedpeft_dist.runtime.progress import ProgressBar
+from fedpeft_dist.runtime.streams import ProgressBar
 
 
 class RoundProgress(ProgressBar):

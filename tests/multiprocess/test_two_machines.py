@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedpeft_dist.runtime.network import interface_towards
+from fedpeft_dist.runtime.meeting import interface_towards
 from tests.multiprocess.exactness_worker import METHODS, make_config
 from tests.warm_process import run_fedpeft
 

@@ -10,7 +10,8 @@ import yaml
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.federation import run as rounds
 from fedpeft_dist.runtime.interrupts import StopRequest
-from fedpeft_dist.sweeps import Cell, load_sweep, work_through
+from fedpeft_dist.sweeps.expansion import Cell, load_sweep
+from fedpeft_dist.sweeps.workers import work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED
 from fedpeft_dist.tracking.sweep_axes import AxisChoice, read_axes, write_axes
 

@@ -16,7 +16,7 @@ from fedpeft_dist.config.load import load_config
 from fedpeft_dist.data import DATASETS
 from fedpeft_dist.data.partition import SPLITS
 from fedpeft_dist.methods import METHODS
-from fedpeft_dist.sweeps import load_sweep
+from fedpeft_dist.sweeps.expansion import load_sweep
 
 REPOSITORY = Path(__file__).parents[2]
 ALL_PATHS = [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))]

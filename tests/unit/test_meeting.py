@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from fedpeft_dist.runtime.errors import PeerLostError
+from fedpeft_dist.config.errors import PeerLostError
 from fedpeft_dist.runtime.meeting import Meeting, meet
 
 

@@ -19,8 +19,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from fedpeft_dist.config.errors import PeerLostError
 from fedpeft_dist.runtime import peers
-from fedpeft_dist.runtime.errors import PeerLostError
 from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.peers import Member, Peers
 

@@ -9,8 +9,8 @@ import pytest
 
 from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.sweeps import Cell
-from fedpeft_dist.sweeps.places import find_gpus, find_places
+from fedpeft_dist.sweeps.attempts import find_gpus, find_places
+from fedpeft_dist.sweeps.expansion import Cell
 
 LISTED = """\
 GPU 0: NVIDIA A100 (UUID: GPU-aaa)

@@ -11,7 +11,8 @@ import yaml
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation import run as rounds
 from fedpeft_dist.runtime.interrupts import StopRequest
-from fedpeft_dist.sweeps import cell_rows, load_sweep, work_through
+from fedpeft_dist.sweeps.expansion import load_sweep
+from fedpeft_dist.sweeps.workers import cell_rows, work_through
 from fedpeft_dist.tracking.run_directory import FAILED
 
 BASE = {"data": {"name": "digits", "clients": 4}, "federation": {"rounds": 2, "cohort": 2}}

@@ -19,7 +19,8 @@ from fedpeft_dist.config.paths import NAME_BYTES
 from fedpeft_dist.config.schema import BackboneConfig, DataConfig, RunConfig
 from fedpeft_dist.federation import run as rounds
 from fedpeft_dist.runtime.interrupts import StopRequest
-from fedpeft_dist.sweeps import Cell, cell_rows, load_sweep, pick_cell, work_through
+from fedpeft_dist.sweeps.expansion import Cell, load_sweep, pick_cell
+from fedpeft_dist.sweeps.workers import cell_rows, work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, RunDirectory
 from fedpeft_dist.tracking.run_lock import RunInUseError
 
