@@ -100,7 +100,7 @@ class Peers:
         self._beat("0")
 
     def start(self) -> None:
-        """Begins to watch, once every rank is made; raises PeerLostError if one is missing as long as a call may last."""
+        """Begins to watch, once every rank is made; PeerLostError if one is missing as long as a call may last."""
         keys = [f"member/{rank}" for rank in self.ranks]
         try:
             found = self.store.multi_get(keys)
