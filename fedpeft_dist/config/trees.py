@@ -49,7 +49,8 @@ def name_choices(tree: Mapping[str, Any], key: str = "", parent: Any = None) -> 
 def _default_choice(key: str, parent: Any = None) -> str | None:
     """The name that a section has by default; None for a section that is no choice."""
     defaults = _choices().get(key, {})
-    return defaults.get(parent, next(iter(defaults.values()), None))
+    first = next(iter(defaults.values()), None)
+    return defaults.get(parent, first) if isinstance(parent, str) else first
 
 
 @cache
