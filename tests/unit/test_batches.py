@@ -8,12 +8,12 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from fedpeft_dist.training.batches import Batches, EpochBatches, PoissonBatches
+from fedpeft_dist.training.batches import EpochBatches, PoissonBatches
 
 SEED, ROUND = 3, 2
 
 
-def batches_of(batches: Batches, samples: torch.Tensor, num_steps: int, client: int = 0) -> list[list[int]]:
+def batches_of(batches: EpochBatches, samples: torch.Tensor, num_steps: int, client: int = 0) -> list[list[int]]:
     return [batch.tolist() for batch in islice(batches.of(samples, client, ROUND), num_steps)]
 
 

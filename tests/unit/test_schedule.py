@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
-from fedpeft_dist.training.batches import Batches, EpochBatches, PoissonBatches
+from fedpeft_dist.training.batches import EpochBatches, PoissonBatches
 from fedpeft_dist.training.schedule import ClientTask, Pass, Schedule
 
 BATCH, SEED, ROUND = 4, 3, 2
@@ -40,7 +40,9 @@ def by_lanes(tasks: list[ClientTask], num_lanes: int, seed: int = SEED, round_nu
     return list(Schedule(num_lanes, EpochBatches(BATCH, seed), seed).passes(tasks, round_number))
 
 
-def by_slots(tasks: list[ClientTask], num_lanes: int, num_slots: int, batches: Batches = POISSON_BATCHES) -> list[Pass]:
+def by_slots(
+    tasks: list[ClientTask], num_lanes: int, num_slots: int, batches: EpochBatches = POISSON_BATCHES
+) -> list[Pass]:
     """The passes of clients that draw their batches at random: each row holds one sample."""
     return list(Schedule(num_lanes, batches, SEED, num_slots).passes(tasks, ROUND))
 
@@ -79,7 +81,7 @@ def batches_by_client(passes: list[Pass]) -> dict[int, list[list[int]]]:
     return {client: [batch for batch, _ in steps] for client, steps in steps_by_client(passes).items()}
 
 
-def own_batches(own: ClientTask, batches: Batches) -> list[list[int]]:
+def own_batches(own: ClientTask, batches: EpochBatches) -> list[list[int]]:
     drawn = batches.of(own.samples, own.client, ROUND)
     return [batch.tolist() for batch in islice(drawn, own.num_steps)]
 
