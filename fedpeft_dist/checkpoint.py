@@ -34,15 +34,15 @@ class Origin:
     """What a checkpoint belongs to."""
 
     config: dict[str, Any]
-    """Its keys and values."""
+    """The config's keys and values."""
     config_sha256: str
-    """Of the keys that can change the result."""
+    """SHA-256 of the keys that can change the result."""
     backbone_sha256: str
-    """Of the backbone that the vector goes with."""
+    """SHA-256 of the backbone that the vector goes with."""
     data_sha256: str
-    """Of the data that it was trained on (`Dataset.fingerprint`)."""
+    """SHA-256 of the training data (`Dataset.fingerprint`)."""
     traces_sha256: str = ""
-    """Of the traces that clients took part by; the empty text where there were none."""
+    """SHA-256 of the traces of participation; the empty text if there are none."""
     versions: dict[str, str] = field(default_factory=library_versions)
 
     @classmethod
@@ -175,7 +175,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 
 def _paths(directory: Path) -> list[Path]:
-    """By round. What a user keeps beside the checkpoints has another name, such as a copy's, and is left out."""
+    """The checkpoints, ordered by round. A user's files beside them have other names and are left out."""
     return sorted((path for path in directory.glob("round-*.safetensors") if _NAME.fullmatch(path.name)), key=_round_of)
 
 

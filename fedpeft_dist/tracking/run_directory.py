@@ -136,7 +136,7 @@ class RunDirectory:
     def write_partition(
         self, counts: Sequence[Sequence[int]], num_clients: int, class_names: Sequence[str] | None = None
     ) -> None:
-        """Who holds what, for a report, which has no data at hand.
+        """Writes which client holds which classes, for a report, which has no data at hand.
 
         Args:
             counts: samples of each class (inner) that the first clients (outer) hold.

@@ -1,9 +1,9 @@
-"""One writer a run: a lock that ends with its holder, and a file that says who it is.
+"""One writer for each run: a lock that ends with its holder, and a file that names the writer.
 
-The lock (flock) keeps two processes from writing at once. The owner's file settles what a lock cannot: Slurm puts a job
-whose node's daemon has died back into its queue and starts it elsewhere, while the old processes, which nobody killed,
-still train and hold the lock. The new attempt of the same job then writes its own name into the owner's file; the old
-one sees it before it writes the next round, and ends without writing anything.
+The lock (flock) keeps two processes from writing at once. It cannot settle one case. When a node's daemon dies, Slurm
+starts the job again elsewhere, while the job's old processes still train and hold the lock. The new attempt then writes
+its own name into the owner's file. The old attempt sees the name before it writes the next round, and ends without
+writing anything.
 """
 
 import json
@@ -23,10 +23,11 @@ from fedpeft_dist.runtime.files import write_text
 from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest
 
 LOCK_SECONDS = 1.0
-"""`find_holder` holds the lock for a moment to see whether it can be had; who wants it in earnest waits that out."""
+"""Seconds to wait for the lock, because `find_holder` holds it for a moment."""
 LOOK_SECONDS = 1.0
+"""Seconds between two looks at the owner's file."""
 TAKEOVER_SECONDS = 1200.0
-"""How long a job's new attempt waits for the old one, which looks around once a round; less than a group's time-out."""
+"""Seconds that a job's new attempt waits for the old one to let go; less than a group's time-out."""
 
 
 class RunInUseError(ConfigError):
@@ -35,7 +36,7 @@ class RunInUseError(ConfigError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes a run, or is about to."""
+    """A process that writes a run, or is about to."""
 
     host: str
     pid: int
@@ -44,7 +45,7 @@ class Owner:
     attempt: int
     """How often Slurm had put the job back into its queue."""
     token: str
-    """No other owner's, of this run or another."""
+    """A text that no other owner has."""
 
     @classmethod
     def this_process(cls, job: str = "", attempt: int = 0) -> "Owner":
@@ -147,7 +148,7 @@ def find_holder(directory: Path) -> Owner | None:
 
 
 def read_owner(directory: Path) -> Owner | None:
-    """Who may write a run; None where nobody says so, or it cannot be read just now."""
+    """The process that may write a run; None if no file says so, or if the file cannot be read just now."""
     try:
         return Owner(**json.loads(_owner_file(directory).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -82,7 +82,7 @@ def check_lanes(model: LaneModel, config: RunConfig, runtime: Runtime) -> None:
 
 
 def _compare(model: LaneModel, config: RunConfig, runtime: Runtime) -> str:
-    """What is wrong with the model on lanes; empty where nothing is."""
+    """The fault of the model on lanes; empty if there is none."""
     is_private, difference = config.privacy.name == "sample", ""
     has_neighbours = is_private or config.runtime.lanes != 1
     for draw in range(DRAWS):
@@ -109,7 +109,10 @@ def _compare(model: LaneModel, config: RunConfig, runtime: Runtime) -> str:
 
 
 def _differing_from_plain(model: LaneModel, client: _Client, runtime: Runtime) -> str:
-    """What plain PyTorch computes otherwise, without dropout, where all that is trained belongs to the backbone."""
+    """The name of a tensor that plain PyTorch computes otherwise, without dropout; empty if there is none.
+
+    It compares methods that train tensors of the backbone alone.
+    """
     if not set(model.layout.shapes) <= {name for name, _ in model.backbone.plain.named_parameters()}:
         return ""
     still = _step(model, [client], runtime, with_keys=False)[0]

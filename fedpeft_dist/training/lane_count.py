@@ -1,4 +1,4 @@
-"""How many lanes `runtime.lanes: auto` takes, and slots for samples: what is needed and the memory allows."""
+"""The number of lanes for `runtime.lanes: auto`, and of slots for samples, as the memory allows."""
 
 import torch
 
@@ -9,11 +9,11 @@ from fedpeft_dist.runtime.memory import available_host_memory
 from fedpeft_dist.runtime.process import Runtime
 
 MEMORY_SHARE = 0.7
-"""Of the free memory; the rest is for temporaries, fragmentation and the aggregation."""
+"""Share of the free memory for lanes. The rest is for temporaries, fragmentation and the aggregation."""
 STATE_COPIES = 12
 """Float32 matrices [L, W] alive in a step: theta, grad, two moments, and AdamW's temporaries."""
 PRIVATE_STATE_BYTES = 4 * STATE_COPIES + 8 * 8
-"""Per element of [L, W] under sample-level privacy: the above, and what sums and noise take in 64 bits."""
+"""Bytes for each element of [L, W] under sample-level privacy: these matrices, and 64-bit sums and noise."""
 
 
 def choose_lanes(needed: int, batch_size: int, model: LaneModel, store: DeviceStore, runtime: Runtime) -> int:
@@ -64,7 +64,7 @@ def measure_activations(batch_size: int, model: LaneModel, store: DeviceStore, r
 
 
 def _free_memory(runtime: Runtime) -> int:
-    """In bytes, for this rank."""
+    """The free memory of this rank, in bytes."""
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()  # what the measurement has left in PyTorch's own pool
         return torch.cuda.mem_get_info(runtime.device)[0]

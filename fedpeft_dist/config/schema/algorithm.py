@@ -58,7 +58,7 @@ ClientOptimizerConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="
 class ClientConfig(Section):
     epochs: Count = 10
     steps: Count | None = None
-    """Where given, every client takes this many local steps in place of `epochs`."""
+    """The local steps of every client in a round, in place of `epochs`; null goes by epochs."""
     batch_size: Count = 64
     """A client with fewer samples takes all of them in every step; what exceeds the largest client costs nothing."""
     proximal: NonNegative = 0.0
@@ -80,7 +80,7 @@ class AlgorithmSection(Section):
     allows_fp16: ClassVar[bool] = True
 
     def conflicts(self, config: "RunConfig") -> dict[str, bool]:
-        """As `problems`, with the other sections of a run's config."""
+        """The problems of this section with the other sections of a run's config, as in `problems`."""
         proximal = config.client.proximal
         return {
             f"client.proximal: {proximal} is fedprox's algorithm.mu by another name, and goes with algorithm fedavg "
