@@ -39,7 +39,6 @@ ConfigPath = Annotated[Path, path_argument("CONFIG", "A YAML file.")]
 SweepPath = Annotated[Path, path_argument("SWEEP", "A sweep's YAML file.")]
 RunPath = Annotated[Path, path_argument("RUN", "A run's directory.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to override.")]
-FORMAT = typer.Option("--format", metavar="FORMAT", help="timm, peft or safetensors.", show_default=False)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 # Heavy imports (torch, timm) stand inside the commands: `fedpeft --help` and a mistyped key answer at once.
@@ -51,17 +50,13 @@ def show_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)]
-
-
 @app.callback(help="Federated parameter-efficient fine-tuning: many clients side by side on one frozen backbone.")
-def fedpeft(version: Version = False) -> None:
+def fedpeft(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
     pass
-
-
-def show(as_json: bool, content: object, *lines: str) -> None:
-    """Prints a command's result: as one JSON object, or in lines."""
-    print(json.dumps(content) if as_json else "\n".join(lines))
 
 
 @app.command()
@@ -86,8 +81,11 @@ def cost(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     from fedpeft_dist.reports.forecast import cost_lines
 
     result = compute_cost(run_config)
-    head = f"{config}: {run_config.method.name} on {run_config.backbone.name}"
-    show(as_json, asdict(result), head, *cost_lines(run_config, result))
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    print(f"{config}: {run_config.method.name} on {run_config.backbone.name}")
+    print("\n".join(cost_lines(run_config, result)))
 
 
 @app.command()
@@ -135,8 +133,11 @@ def privacy(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     figures = None if plan is None else plan.figures(num_rounds)
     if plan is not None and plan.warning is not None:
         print(f"warning: {plan.warning}", file=sys.stderr)
-    content = {**summarize(section, figures), "rounds": num_rounds}
-    show(as_json, content, f"{config}: {section.name}, {num_rounds} rounds", *privacy_lines(run_config, figures))
+    if as_json:
+        print(json.dumps({**summarize(section, figures), "rounds": num_rounds}))
+        return
+    print(f"{config}: {section.name}, {num_rounds} rounds")
+    print("\n".join(privacy_lines(run_config, figures)))
 
 
 @app.command()
@@ -152,14 +153,16 @@ def evaluate(run: RunPath, overrides: Overrides = None, as_json: AsJson = False)
     with process.start(config.runtime) as runtime:
         metrics = evaluate_run(config, directory, runtime)
     if runtime.is_main:
-        show(as_json, metrics, *(f"{name} {value:.4f}" for name, value in metrics.items()))
+        print(json.dumps(metrics) if as_json else "\n".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
 
 @app.command()
 def export(
     run: RunPath,
     overrides: Overrides = None,
-    export_format: Annotated[str, FORMAT] = ...,
+    export_format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="timm, peft or safetensors.", show_default=False)
+    ] = ...,
     output: Annotated[Path | None, path_option("DIR", "The export's folder; RUN/export/FORMAT without it.")] = None,
 ) -> None:
     """Write what a run has trained for use elsewhere: in timm, in Hugging Face peft, or as named tensors."""
@@ -253,9 +256,13 @@ def sweep_list(sweep: SweepPath, overrides: Overrides = None, as_json: AsJson = 
     from fedpeft_dist.sweeps.workers import cell_rows
 
     rows = cell_rows(load_sweep(sweep, overrides or ()))
-    lines = (f"{row['index']:>4}  {row['state']:<11}  {row['name']}" for row in rows)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['index']:>4}  {row['state']:<11}  {row['name']}")
     counts = ", ".join(f"{count} {state}" for state, count in sorted(Counter(row["state"] for row in rows).items()))
-    show(as_json, rows, *lines, f"{len(rows)} cells: {counts}; below {Path(rows[0]['directory']).parent}")
+    print(f"{len(rows)} cells: {counts}; below {Path(rows[0]['directory']).parent}")
 
 
 @sweep_app.command("run")

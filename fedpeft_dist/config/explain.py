@@ -23,31 +23,33 @@ _YAML_WORDS = {
 
 def explain_error(tree: Mapping[str, Any], item: Mapping[str, Any]) -> str:
     """One pydantic error as `key: value: what is wrong and what would be valid`."""
-    path, given = _key_path(tree, item["loc"]), item.get("input")
+    path = _key_path(tree, item["loc"])
     key = ".".join(path)
     match item["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key{_nearest_key(path, tree)}"
         case "union_tag_invalid":
             choices = item["ctx"]["expected_tags"].replace("'", "").split(", ")
-            name = str(item["ctx"]["tag"])
-            return f"{key}.name: {name!r} is none of {', '.join(choices)}{did_you_mean(name, choices)}"
+            given = str(item["ctx"]["tag"])
+            return f"{key}.name: {given!r} is none of {', '.join(choices)}{did_you_mean(given, choices)}"
         case "union_tag_not_found":
             return f"{key}.name: missing; give the name of a {key}"
         case "value_error":
-            return f"{key}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
+            message = str(item["ctx"]["error"])
+            return f"{key}: {message}" if path else message
         case "missing":
             return f"{key}: missing"
-        case "string_type" if given is None:
-            words = "should be text; ~ alone means null in YAML, so give ~/ for the home folder"
-        case "string_type" if isinstance(given, bool | int | float):
-            kind = "boolean" if isinstance(given, bool) else "number"
-            words = (
-                f"""YAML reads this as a {kind}, not as text; put it in quotes ("..." in a file, '"..."' in a shell)"""
-            )
-        case other:
-            words = _YAML_WORDS.get(other, f"{item['msg'][0].lower()}{item['msg'][1:]}")
-    return f"{key}: {given!r}: {words}"
+    return f"{key}: {item['input']!r}: {explain_message(item)}"
+
+
+def explain_message(item: Mapping[str, Any]) -> str:
+    """pydantic's own words, or clearer ones for errors that are particular to YAML."""
+    if item["type"] == "string_type" and item["input"] is None:
+        return "should be text; ~ alone means null in YAML, so give ~/ for the home folder"
+    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+        kind = "boolean" if isinstance(item["input"], bool) else "number"
+        return f"""YAML reads this as a {kind}, not as text; put it in quotes ("..." in a file, '"..."' in a shell)"""
+    return _YAML_WORDS.get(item["type"], f"{item['msg'][0].lower()}{item['msg'][1:]}")
 
 
 def _key_path(tree: Any, location: Sequence[Any]) -> list[str]:

@@ -49,8 +49,7 @@ def name_choices(tree: Mapping[str, Any], key: str = "", parent: Any = None) -> 
 def _default_choice(key: str, parent: Any = None) -> str | None:
     """The name that a section has by default; None for a section that is no choice."""
     defaults = _choices().get(key, {})
-    first = next(iter(defaults.values()), None)
-    return defaults.get(parent, first) if isinstance(parent, str) else first
+    return defaults.get(parent, next(iter(defaults.values()), None))
 
 
 @cache

@@ -18,10 +18,14 @@ def sum_over_ranks(values: torch.Tensor, runtime: Runtime) -> torch.Tensor:
 
 
 def gather_rows(rows: Mapping[int, torch.Tensor], owners: Sequence[int], size: int, runtime: Runtime) -> torch.Tensor:
-    """The rows of all ranks, float32 [size] each, in the order of their owners, to the bit; every rank must call it.
+    """The rows of all ranks in the order of their owners, to the bit; every rank must call it.
 
-    `owners` is the same on every rank, and no owner has rows on two ranks. Returns float32 [len(owners), size] on the
-    device, in which an owner without a row has zeros.
+    Args:
+        rows: float32 [size] each, by owner; no owner has rows on two ranks.
+        owners: the owners of all rows, the same on every rank.
+
+    Returns:
+        float32 [len(owners), size], on the device. An owner without a row has zeros.
     """
     gathered = torch.zeros(len(owners), size, device=runtime.device)
     for place, owner in enumerate(owners):
@@ -57,8 +61,11 @@ def assert_same_on_all_ranks(data: bytes, what: str, runtime: Runtime) -> None:
 def failing_together(runtime: Runtime) -> Iterator[None]:
     """Makes every rank raise ConfigError if one of them does, so that none waits for the others for ever.
 
-    The code inside may not call collectives. In a group, the first rank that raised one inside raises FirstToldError,
-    and the other ranks raise ToldElsewhereError.
+    The code inside may not call collectives.
+
+    Raises:
+        ConfigError: on the first rank that raised one inside; in a group of ranks it is a FirstToldError.
+        ToldElsewhereError: on the other ranks.
     """
     error: ConfigError | None = None
     try:

@@ -1,7 +1,9 @@
 """Signals that ask a run to stop at a round boundary."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +32,7 @@ class StopRequest:
     is_heard: bool = False
     """Whether this process's signals arrive here."""
     _noticed: float | None = None
-    is_limited: bool = False
-    """Whether work goes on that a signal may break off."""
+    _is_limited: bool = False
 
     def is_overdue(self) -> bool:
         """Whether to drop the current round. The first call after the request starts the grace period."""
@@ -45,7 +46,7 @@ class StopRequest:
         """Returns the result of `work`, or None if it goes on for too long after a request. It has nothing to lose."""
         if not self.is_heard:
             return work()
-        self._noticed, self.is_limited = None, True
+        self._noticed, self._is_limited = None, True
         is_done = threading.Event()
 
         def break_off() -> None:
@@ -61,10 +62,17 @@ class StopRequest:
         except StoppedEarlyError:
             return None
         finally:
-            self.is_limited = False
+            self._is_limited = False
             is_done.set()
             watcher.join()
             self._noticed = None
+
+    def notice(self) -> None:
+        """Takes a signal, from outside or from `within_grace`."""
+        self.received = True
+        if self._is_limited and self.is_overdue():
+            self._is_limited = False
+            raise StoppedEarlyError
 
 
 @contextmanager
@@ -80,10 +88,7 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
     def remember(number: int, frame: object) -> None:
         if request.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.received = True
-        if request.is_limited and request.is_overdue():
-            request.is_limited = False
-            raise StoppedEarlyError
+        request.notice()
 
     is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     heard = [number for number in STOP_SIGNALS if not is_kept or number != signal.SIGHUP]
@@ -97,3 +102,9 @@ def listen_for_stop(is_last: bool = False) -> Iterator[StopRequest]:
         for number, handler in previous.items():
             if signal.getsignal(number) is remember:  # a handler that was set meanwhile stays
                 signal.signal(number, handler)
+
+
+def stop_with_parent() -> None:
+    """Has the kernel send SIGTERM to this process when its parent ends, however that happens (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -3,16 +3,15 @@
 A process can be started by torchrun (RANK, WORLD_SIZE, ...), by Slurm's srun (SLURM_PROCID, ...), or alone.
 """
 
-import ctypes
 import os
 import re
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+
+from fedpeft_dist.runtime.interrupts import stop_with_parent
 
 
 @dataclass(frozen=True)
@@ -110,5 +109,5 @@ def _first_slurm_host(environment: Mapping[str, str]) -> str:
 
 def follow_agent(environment: Mapping[str, str] = os.environ) -> None:
     """Asks this process to stop when torchrun's agent ends. Some signals kill an agent before it tells its ranks."""
-    if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: the kernel sends SIGTERM when the parent ends
+    if "TORCHELASTIC_RUN_ID" in environment:
+        stop_with_parent()

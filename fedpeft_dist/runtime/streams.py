@@ -55,13 +55,16 @@ def lost_output() -> str | None:
 
 
 class ProgressBar(Progress):
-    """A context manager, which shows a bar on a terminal only, with `columns` between the count and the time left.
+    """A context manager, which shows a bar on a terminal only.
 
-    A process that is not `visible` shows nothing; a `transient` bar disappears at its end.
+    Args:
+        columns: shown between the count and the time left.
+        visible: whether this process shows anything.
+        transient: whether the bar disappears at its end.
     """
 
     def __init__(
-        self, console: Console, title: str, total: int, *columns: ProgressColumn, visible=True, transient=False
+        self, console: Console, title: str, total: int, *columns: ProgressColumn, visible: bool = True, transient=False
     ):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn())
         is_shown = visible and console.is_terminal

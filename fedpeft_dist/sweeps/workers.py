@@ -4,12 +4,12 @@ import gc
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft_dist.config.errors import ConfigError, one_line
-from fedpeft_dist.runtime.interrupts import StopRequest
+from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.runtime.launch import find_launch
 from fedpeft_dist.sweeps.expansion import Cell
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
@@ -20,11 +20,13 @@ from fedpeft_dist.tracking.sweep_axes import write_axes
 
 @dataclass
 class Outcome:
-    """A worker's results: the names of cells. Skipped ones were complete before; another worker ran the taken ones."""
+    """A worker's results: the names of cells."""
 
     complete: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    """Cells that were complete before."""
     taken: list[str] = field(default_factory=list)
+    """Cells that another worker was running."""
     failed: list[str] = field(default_factory=list)
     interrupted: bool = False
 
@@ -37,24 +39,25 @@ def cell_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def work_through(cells: Sequence[Cell], stop: StopRequest) -> Outcome:
+def work_through(cells: Sequence[Cell], stop: StopRequest | None = None) -> Outcome:
     """Runs the cells in turn in this process, except those that are complete or that another worker is running.
 
     A cell that fails is reported and does not stop the others, unless this process has lost its GPU. A signal that asks
-    a run to stop also stops the worker. The errors of an only cell are raised, RunInUseError if it is in work. Several
-    ranks with more than one cell are a ConfigError.
+    a run to stop also stops the worker; without a caller's `stop`, signals are heard here. The errors of an only cell
+    are raised, RunInUseError if it is in work. Several ranks with more than one cell are a ConfigError.
     """
     launch = find_launch()
     if launch.world_size > 1 and len(cells) > 1:
         raise ConfigError(f"--index: missing; {launch.world_size} ranks run one cell together, so say which")
-    if len(cells) > 1:
-        outcome = _run_in_turn(cells, stop, Owner.this_process(launch.slurm_job, launch.requeues))
-    else:
-        is_done = _run_cell(cells[0], stop)
-        outcome = Outcome([cells[0].name] if is_done else [], interrupted=not is_done)
+    with listen_for_stop() if stop is None else nullcontext(stop) as stop:
+        if len(cells) > 1:
+            outcome = _run_in_turn(cells, stop, Owner.this_process(launch.slurm_job, launch.requeues))
+        else:
+            is_done = _run_cell(cells[0], stop)
+            outcome = Outcome([cells[0].name] if is_done else [], interrupted=not is_done)
     if launch.rank == 0:
-        parts = {part: len(names) for part, names in vars(outcome).items() if part != "interrupted"}
-        print(", ".join(f"{count} {part}" for part, count in parts.items() if count))
+        parts = ("complete", "skipped", "taken", "failed")
+        print(", ".join(f"{len(getattr(outcome, part))} {part}" for part in parts if getattr(outcome, part)))
     return outcome
 
 

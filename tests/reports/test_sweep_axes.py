@@ -48,7 +48,7 @@ def test_a_complete_cell_leaves_its_axes_in_its_directory(cells: list[Cell], mon
     monkeypatch.setattr(rounds, "run", run)
     for cell in cells:
         cell.directory.path.mkdir(parents=True)
-    work_through(cells, StopRequest())
+    work_through(cells)
     assert [read_axes(cell.directory.path) for cell in cells] == [cell.axes for cell in cells]
     assert not (cells[-1].directory.path / "sweep.json").exists()
 

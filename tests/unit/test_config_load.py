@@ -351,7 +351,6 @@ def test_another_choices_key_is_unknown(load: Load) -> None:
     ("text", "words"),
     [
         ("method: {name: lroa}\n", ["method.name", "'lroa'", "did you mean lora?", "prompt", "adapter"]),
-        ("data: {name: [a], partition: {alpha: 3}}\n", ["data.name", "['a']", "cifar10"]),
         ("data: {name: digits, partition: {name: x}}\n", ["data.partition.name", "'x'", "dirichlet", "iid"]),
         ("client: {optimizer: {name: adam}}\n", ["client.optimizer.name", "'adam'", "sgd", "adamw"]),
         ("method: {name: prompt, depth: medium}\n", ["method.depth", "'medium'", "'shallow'", "'deep'"]),

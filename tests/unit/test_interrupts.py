@@ -101,10 +101,9 @@ def test_a_process_is_asked_to_stop_when_its_parent_dies(tmp_path: Path) -> None
     child = f"""
 import time
 from pathlib import Path
-from fedpeft_dist.runtime.interrupts import listen_for_stop
-from fedpeft_dist.runtime.launch import follow_agent
+from fedpeft_dist.runtime.interrupts import listen_for_stop, stop_with_parent
 with listen_for_stop() as stop:
-    follow_agent({{"TORCHELASTIC_RUN_ID": "job"}})
+    stop_with_parent()
     Path({str(tmp_path / "ready")!r}).touch()
     deadline = time.monotonic() + 60
     while not stop.received and time.monotonic() < deadline:

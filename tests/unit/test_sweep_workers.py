@@ -39,7 +39,7 @@ def test_a_lost_gpu_fails_no_other_cell(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(rounds, "run", run_and_fail)
     cells = load_sweep(sweep, ())
-    outcome = work_through(cells, StopRequest())
+    outcome = work_through(cells)
     assert outcome.failed == (["a-seed1"] if is_lost else ["a-seed1", "b-seed1"])
     assert [row["state"] for row in cell_rows(cells)] == [FAILED, "waiting" if is_lost else FAILED]
     assert ("cannot use its GPU any more" in capsys.readouterr().err) == is_lost

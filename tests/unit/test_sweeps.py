@@ -18,7 +18,7 @@ from fedpeft_dist.config.load import load_config, with_values
 from fedpeft_dist.config.paths import NAME_BYTES
 from fedpeft_dist.config.schema import BackboneConfig, DataConfig, RunConfig
 from fedpeft_dist.federation import run as rounds
-from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
+from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.sweeps.expansion import Cell, load_sweep, pick_cell
 from fedpeft_dist.sweeps.workers import cell_rows, work_through
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING, RunDirectory
@@ -160,7 +160,7 @@ def test_a_run_of_an_older_sweep_file_is_another_config(folder: Path, monkeypatc
     assert cell_rows([cell])[0]["state"] == COMPLETE
     edited = expand(folder, cells={"a": {"client.epochs": 2}, "b": {"data.clients": 9999}}, output="out")
     assert cell_rows(edited)[0]["state"] == "other config"
-    outcome = work_through(edited, StopRequest())
+    outcome = work_through(edited)
     assert (outcome.skipped, outcome.failed) == ([], ["a-seed1", "b-seed1"])
 
 
@@ -174,8 +174,7 @@ def test_a_signal_in_a_cells_last_round_stops_the_worker(folder: Path, monkeypat
         return COMPLETE
 
     monkeypatch.setattr(rounds, "run", run_and_be_told_to_stop)
-    with listen_for_stop() as stop:
-        outcome = work_through(expand(folder, cells={"a": {}, "b": {}}), stop)
+    outcome = work_through(expand(folder, cells={"a": {}, "b": {}}))
     assert begun == ["a-seed1"]
     assert outcome.interrupted
 
@@ -299,7 +298,7 @@ def test_states_of_killed_damaged_and_failed_cells(folder: Path, monkeypatch: py
     cells[0].directory.write_state(RUNNING, 1)
     cells[1].directory.path.mkdir(parents=True)
     cells[1].directory.state_file.write_text("{bad")
-    work_through(cells[1:], StopRequest())
+    work_through(cells[1:])
     assert [row["state"] for row in cell_rows(cells)] == ["stopped", "damaged", FAILED]
     assert "data.clients: 9999 is more" in cells[2].directory.read_state()["error"]
     lock = cells[0].directory.lock()
