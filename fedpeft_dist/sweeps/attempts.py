@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +32,18 @@ class Place:
     environment: Mapping[str, str]
     cpus: frozenset[int] | None = None
     """The CPUs to run on; None leaves the choice to the system."""
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Holds this thread on the place's cores, which processes that are started meanwhile inherit."""
+        allowed = os.sched_getaffinity(0) if self.cpus is not None else None
+        if allowed is not None:
+            os.sched_setaffinity(0, self.cpus)
+        try:
+            yield
+        finally:
+            if allowed is not None:
+                os.sched_setaffinity(0, allowed)
 
 
 def find_places(cells: Sequence[Cell], num_workers: int | None, cores: int | None) -> list[Place]:
@@ -105,17 +117,15 @@ class Attempt:
             self.log_start = log.tell()
             # A session of its own, because a terminal sends Ctrl-C to all foreground processes. The launcher decides
             # which cells stop.
-            self.process = subprocess.Popen(
-                [sys.executable, *arguments],
-                env={**os.environ, **place.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        if place.cpus is not None:  # inherited by the threads that the process starts later
-            with suppress(ProcessLookupError):  # it has ended already
-                os.sched_setaffinity(self.process.pid, place.cpus)
+            with place.pinned():
+                self.process = subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env={**os.environ, **place.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
 
     @property
     def elapsed(self) -> float:
