@@ -32,6 +32,5 @@ def make_algorithm(config: schema.RunConfig, federation: Federation) -> Algorith
 
 def traffic(config: schema.RunConfig, num_parameters: int) -> Traffic:
     """What a client sends and receives in a round of a config with P = num_parameters."""
-    algorithm, _ = find_algorithm(config)
     size = BYTES_PER_PARAMETER * num_parameters
-    return Traffic(algorithm.vectors_sent * size, algorithm.vectors_received * size)
+    return Traffic(config.algorithm.vectors_sent * size, config.algorithm.vectors_received * size)

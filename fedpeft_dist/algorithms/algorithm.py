@@ -3,12 +3,13 @@
     part                                       where                       for example
     a constant for each client's gradient      offset                      SCAFFOLD, FedDyn
     a term in each client's gradient           add_to_gradient             FedProx, SCAFFOLD, FedDyn
-    what a client sends, and how many vectors  send, vectors_sent          SCAFFOLD; QSGD, top-k
-    what a client receives                     vectors_received            SCAFFOLD
+    what a client sends                        send                        SCAFFOLD; QSGD, top-k
     what a client keeps between rounds         row_size, next_row          SCAFFOLD; FedDyn, Ditto, top-k residuals
     how much a client counts                   weight                      SCAFFOLD, trimmed mean
     sum, or gather the cohort's vectors        gathers, combine            trimmed mean, median; Krum, FlexLoRA
     the next global vector                     step, initial_state         FedAvgM, FedAdam; SCAFFOLD, FedDyn
+
+The section in config/schema says how many vectors clients send and receive, which bytes are counted by.
 
 Two parts have no method yet, because no algorithm here needs one. Columns that a client keeps for itself (FedPer,
 Ditto) live in its row; `Trainer._load` would start the client from them, and `send` leaves zeros in their place. A
@@ -51,10 +52,6 @@ class Algorithm:
     """Whether every rank gets all vectors that clients send (`combine`). False: only their exact weighted mean."""
     counts_alike = False
     """Whether each client has weight 1 in the mean, whatever its number of samples."""
-    vectors_sent = 1
-    """V / P: what a client sends, in vectors of P float32 numbers."""
-    vectors_received = 1
-    """What a client receives, in vectors of P float32 numbers."""
     row_size = 0
     """S / P: what a client keeps between rounds, in vectors of P float32 numbers; zeros at first."""
 

@@ -22,8 +22,6 @@ from fedpeft_dist.training.trainer import ClientUpdate
 
 class Scaffold(Algorithm):
     counts_alike = True
-    vectors_sent = 2
-    vectors_received = 2
     row_size = 1
 
     def initial_state(self) -> dict[str, torch.Tensor]:

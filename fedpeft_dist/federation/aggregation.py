@@ -101,7 +101,7 @@ class Aggregation:
         self.algorithm, self.state, self.lr_factor, self.rule = algorithm, state, lr_factor, rule
         self.loss_bits = fraction_bits(largest_total_weight)
         size, device = len(state.vector), state.vector.device
-        self.num_summed = 0 if algorithm.gathers else algorithm.vectors_sent * size
+        self.num_summed = 0 if algorithm.gathers else algorithm.config.vectors_sent * size
         self.sums = torch.zeros(self.num_summed + TAIL, dtype=torch.int64, device=device)
         self.accepted: dict[int, torch.Tensor] = {}
         self.sent: dict[int, torch.Tensor] = {}
@@ -164,7 +164,7 @@ class Aggregation:
         """What the algorithm steps on, float32 [V]; None if no client was accepted. Every rank must call it."""
         if not self.algorithm.gathers:
             return total.mean
-        size = self.algorithm.vectors_sent * len(self.state.vector)
+        size = self.algorithm.config.vectors_sent * len(self.state.vector)
         sent = gather_rows(self.sent, cohort, size, runtime)
         sent = sent[sent.isfinite().all(dim=1)]
         return self.algorithm.combine(sent) if len(sent) else None

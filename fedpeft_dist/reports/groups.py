@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER, MIB
+from fedpeft_dist.lanes.wire import MIB
 from fedpeft_dist.reports.axes import COHORT, Axis, find_axes, in_order, short_names, show, telling
 from fedpeft_dist.reports.runs import Point, Run, is_number
 
@@ -54,7 +54,7 @@ class Group:
         self.trained_parameters = first["trainable_parameters"]
         self.share_of_full = self.trained_parameters / first["backbone_parameters"]
         self.cohort = self.keys[COHORT]
-        self.mib_per_client = self.trained_parameters * BYTES_PER_PARAMETER / MIB
+        self.mib_per_client = runs[0].mib_per_client
         self.mib_per_round = self.mib_per_client * self.cohort
         self.mib_total = statistics.fmean(run.summary["uplink_bytes_total"] for run in runs) / MIB
         self.simulated_hours = statistics.fmean(hours) if all(map(is_number, hours)) else None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER, MIB
+from fedpeft_dist.lanes.wire import MIB
 from fedpeft_dist.reports.axes import show
 from fedpeft_dist.reports.comparisons import comparison_tables, main_table, time_tables, unfinished_table
 from fedpeft_dist.reports.groups import Group, Grouping, group_runs
@@ -99,7 +99,7 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "method": run.summary["method"],
                 "seed": run.seed,
                 "trained_parameters": parameters,
-                "mib_per_client": parameters * BYTES_PER_PARAMETER / MIB,
+                "mib_per_client": run.mib_per_client,
                 "mib_total": run.summary["uplink_bytes_total"] / MIB,
                 "share_of_full": parameters / run.summary["backbone_parameters"],
                 "final_accuracy": run.summary["final_accuracy"],

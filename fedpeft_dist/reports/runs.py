@@ -15,7 +15,7 @@ import numpy as np
 from fedpeft_dist.config.errors import ConfigError, one_line
 from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import RunConfig
-from fedpeft_dist.lanes.wire import MIB
+from fedpeft_dist.lanes.wire import BYTES_PER_PARAMETER, MIB
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory, read_json, read_metrics
 from fedpeft_dist.tracking.sweep_axes import AxisChoice, read_axes
 
@@ -46,6 +46,8 @@ class Run:
     """Every config key that can change a result, dotted, with its value; empty for a run without a config."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Empty unless the run is complete."""
+    vectors_sent: int = 1
+    """What a client sends in a round, in vectors of the trained parameters."""
     curve: tuple[Point, ...] = ()
     """The rounds that were evaluated."""
     rounds_done: int = 0
@@ -55,6 +57,11 @@ class Run:
     """The choice on each axis of the run's sweep; empty for a run that is no sweep's cell."""
     problem: str | None = None
     """The reason why files cannot be read, or why the run failed."""
+
+    @property
+    def mib_per_client(self) -> float:
+        """What a client of a complete run sends in a round."""
+        return self.vectors_sent * self.summary["trainable_parameters"] * BYTES_PER_PARAMETER / MIB
 
     @property
     def seed(self) -> int | None:
@@ -121,6 +128,7 @@ def _read_run(directory: RunDirectory, name: str) -> Run:
         state=str(state.get("state")),
         keys={} if config is None else report_keys(config),
         summary=summary,
+        vectors_sent=1 if config is None else config.algorithm.vectors_sent,
         curve=tuple(point for point in rounds if point.mean is not None),
         rounds_done=len(rounds) or (next_round if type(next_round) is int else 0),
         problem="; ".join(filter(None, problems)) or None,

@@ -78,6 +78,10 @@ class ClientConfig(Section):
 
 class AlgorithmSection(Section):
     allows_fp16: ClassVar[bool] = True
+    vectors_sent: ClassVar[int] = 1
+    """V / P: what a client sends in a round, in vectors of P float32 numbers."""
+    vectors_received: ClassVar[int] = 1
+    """What a client receives in a round, in vectors of P float32 numbers."""
 
     def conflicts(self, config: "RunConfig") -> dict[str, bool]:
         """The problems of this section with the other sections of a run's config, as in `problems`."""
@@ -107,6 +111,8 @@ class ScaffoldConfig(AlgorithmSection):
 
     name: Literal["scaffold"]
     allows_fp16: ClassVar[bool] = False
+    vectors_sent: ClassVar[int] = 2
+    vectors_received: ClassVar[int] = 2
 
     def conflicts(self, config: "RunConfig") -> dict[str, bool]:
         optimizer, privacy = config.client.optimizer, config.privacy.name
