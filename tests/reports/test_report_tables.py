@@ -203,3 +203,13 @@ def test_printed_tables_fit_the_terminal(tmp_path: Path, width: int, capsys: pyt
     for group in report.grouping.groups:
         assert str(group.accuracy) in printed
     assert "1,048,576" in printed
+
+
+def test_both_vectors_of_scaffold_are_counted(tmp_path: Path) -> None:
+    sgd = {"optimizer": {"name": "sgd", "momentum": 0.0, "nesterov": False}}
+    for name in ("fedavg", "scaffold"):
+        sections = {"method": {"name": "bias"}, "data": DIGITS, "federation": {"cohort": 4}, "client": sgd}
+        make_run(tmp_path / name, {**sections, "algorithm": {"name": name}})
+    table = Report(tmp_path).main
+    place = headings(table).index("MiB per client and round")
+    assert [row[place] for row in texts(table)] == ["0.0312", "0.0625"]
