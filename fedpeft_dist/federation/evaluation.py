@@ -31,7 +31,9 @@ class Evaluator:
     def __init__(self, model: LaneModel, store: DeviceStore, samples: torch.Tensor, batch_size: int, runtime: Runtime):
         self.model, self.store, self.runtime = model, store, runtime
         self.samples, self.batch_size = samples, batch_size
-        self.parameters = LaneParameters(model.layout, 1, runtime.device, with_grad=False)
+        self.parameters = LaneParameters(
+            model.layout, 1, runtime.device, with_grad=False, compute_dtype=runtime.compute_dtype
+        )
 
     def correct(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU.

@@ -4,48 +4,74 @@ Shapes: B batch, R = L * B rows of L lanes.
 """
 
 from collections.abc import Set
-from dataclasses import dataclass
 
 import torch
 from timm.layers import DropPath, PatchDropout
 from torch import nn
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.lanes.random import fold_in, uniform
+from fedpeft_dist.lanes.random import derive_seed, random_bits
 
 
-@dataclass
 class SampleKeys:
-    """The keys that all stochastic modules of a model share."""
+    """The keys that all stochastic modules of a model share, and the random bits that follow from them.
 
-    rows: torch.Tensor | None = None
-    """A key for each row, int64 [R]; None turns the modules off."""
+    Two words of 32 bits, u and v, are drawn once a forward pass for each sample and element. A module's own word is
+    u + a * v with a factor of its own. The words of two modules are independent of each other, as in the hashing of
+    Carter and Wegman (1979), and a module takes one kernel for them instead of a hash of its own.
+    """
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+        self._words: torch.Tensor | None = None
+        self._numbers = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """A key for each row, int64 [R]; None turns the modules off."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: torch.Tensor | None) -> None:
+        self._rows, self._words = rows, None
+
+    def draw(self, factor: int, elements: int) -> torch.Tensor:
+        """The words of the module with this factor: int32 [R, elements], uniform over all values."""
+        if self._words is None or self._words.shape[1] < elements:
+            if len(self._numbers) < elements or self._numbers.device != self.rows.device:
+                self._numbers = random_bits(torch.arange(elements, device=self.rows.device))
+            words = random_bits(self.rows.unsqueeze(1) ^ self._numbers)
+            self._words = words.view(torch.int32).unflatten(1, (-1, 2))
+        u, v = self._words[:, :elements].unbind(-1)
+        return torch.add(u, v, alpha=factor)
 
 
 class KeyedModule(nn.Module):
-    """A module that drops at random. Its name makes its masks differ from those of other modules.
-
-    A subclass drops parts of x in `drop(x, keys)`, with the module's own keys, int64 [R].
-    """
+    """A module that drops at random. Its name makes its masks differ from those of other modules."""
 
     def __init__(self, probability: float, name: str):
         super().__init__()
-        self.probability = probability
-        self.site = int.from_bytes(name.encode(), "big") % (2**61 - 1)
+        self.probability, self.scale = probability, 1 / (1 - probability)
+        self.site = derive_seed(0, name) % 2**32 - 2**31
+        self.threshold = min(round(probability * 2**32), 2**32 - 1) - 2**31
         self.keys = SampleKeys()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.keys.rows is None else self.drop(x, fold_in(self.keys.rows, self.site))
+        if self.keys.rows is None:
+            return x
+        return Drop.apply(x, self.words(x) >= self.threshold, self.scale)
+
+    def words(self, x: torch.Tensor) -> torch.Tensor:
+        """The words that decide which parts of x are kept: int32, in a shape that broadcasts over x."""
+        raise NotImplementedError
 
 
 class KeyedDropout(KeyedModule):
     """Dropout of single elements."""
 
-    def drop(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def words(self, x: torch.Tensor) -> torch.Tensor:
         # A windowed layer cuts each sample into several leading entries, which stay next to each other.
-        elements = torch.arange(x.numel() // len(keys), device=x.device)
-        draws = uniform(fold_in(keys.unsqueeze(1), elements)).view(x.shape)
-        return torch.where(draws >= self.probability, x / (1 - self.probability), torch.zeros((), dtype=x.dtype))
+        return self.keys.draw(self.site, x.numel() // len(self.keys.rows)).view(x.shape)
 
 
 class KeyedDropPath(KeyedModule):
@@ -53,11 +79,31 @@ class KeyedDropPath(KeyedModule):
 
     def __init__(self, probability: float, scale_by_keep: bool, name: str):
         super().__init__(probability, name)
-        self.scale = 1 / (1 - probability) if scale_by_keep else 1.0
+        self.scale = self.scale if scale_by_keep else 1.0
 
-    def drop(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        keep = (uniform(keys) >= self.probability).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(keep, x * self.scale, torch.zeros((), dtype=x.dtype))
+    def words(self, x: torch.Tensor) -> torch.Tensor:
+        return self.keys.draw(self.site, 1).view(-1, *[1] * (x.dim() - 1))
+
+
+class Drop(torch.autograd.Function):
+    """x * scale where `keep` holds, else 0. On CUDA it is one kernel, forward as backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
+        if x.is_cuda:
+            return torch.ops.aten.native_dropout_backward(x, keep, scale)
+        return torch.where(keep, x * scale, 0.0)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        _, keep, ctx.scale = inputs
+        ctx.save_for_backward(keep)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return Drop.apply(grad, ctx.saved_tensors[0], ctx.scale), None, None
 
 
 def make_dropout(probability: float, name: str) -> nn.Module:

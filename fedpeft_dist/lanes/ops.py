@@ -6,6 +6,7 @@ Shapes: L lanes, B batch, R = L * B rows, D and E channels.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from timm.layers import activations
@@ -40,13 +41,62 @@ def lane_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def lane_bias(x: torch.Tensor, bias: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
     """Adds each lane's own bias [L, D] to rows [R, ...] that have D channels at `channel_dim`."""
+    if channel_dim == -1:
+        return _Bias.apply(x, bias.to(x.dtype))
     return (x.unflatten(0, (len(bias), -1)) + _over_channels(x, bias, channel_dim)).flatten(0, 1)
 
 
 def lane_affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
     """x * scale + bias with each lane's own scale and bias, both [L, D]; x as in `lane_bias`."""
+    if channel_dim == -1:
+        return _Affine.apply(x, scale.to(x.dtype), bias.to(x.dtype))
     scale, bias = (_over_channels(x, t, channel_dim) for t in (scale, bias))
     return torch.addcmul(bias, x.unflatten(0, (len(scale), -1)), scale).flatten(0, 1)
+
+
+class _Bias(torch.autograd.Function):
+    """x + bias. Autograd's own backward pass sums over the rows with a kernel that needs its memory cleared first."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.num_lanes = len(bias)
+        return (_by_lane(x, len(bias)) + bias.unsqueeze(1)).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad, _sum_rows(_by_lane(grad, ctx.num_lanes))
+
+
+class _Affine(torch.autograd.Function):
+    """x * scale + bias. Autograd's own backward pass multiplies each factor by one more, and sums as for `_Bias`."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, scale)
+        return torch.addcmul(bias.unsqueeze(1), _by_lane(x, len(scale)), scale.unsqueeze(1)).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, scale = ctx.saved_tensors
+        own = _by_lane(grad, len(scale))
+        to_scale = _sum_rows(own * _by_lane(x, len(scale)))
+        return (own * scale.unsqueeze(1)).view(grad.shape), to_scale, _sum_rows(own)
+
+
+def _by_lane(x: torch.Tensor, num_lanes: int) -> torch.Tensor:
+    """Rows [R, ..., D] as [L, rows of a lane, D]."""
+    return x.reshape(num_lanes, -1, x.shape[-1])
+
+
+def _sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """[L, rows, D] summed over its rows: [L, D]. A product with ones is one kernel and needs no cleared memory."""
+    ones = _ones(x.shape[1], x.dtype, x.device)
+    return torch.bmm(ones.expand(len(x), 1, -1), x).squeeze(1)
+
+
+@lru_cache(maxsize=16)
+def _ones(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.ones(1, 1, size, dtype=dtype, device=device)
 
 
 def lane_tokens(tokens: torch.Tensor, num_rows: int) -> torch.Tensor:

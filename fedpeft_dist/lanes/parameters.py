@@ -1,7 +1,7 @@
 """The matrix that holds every lane's trainable parameters, and the names of its columns.
 
 All client state of a rank is `theta [L, W]`: a row is a client. Modules compute with plain leaf tensors `[L, *shape]`,
-which are views of theta. Their gradients are views of a second matrix. So loading a client, taking its delta and
+which are views of theta. Their gradients are laid into a second matrix. So loading a client, taking its delta and
 stepping an optimizer are operations on rows.
 
 Shapes: L lanes, P trainable parameters, W = P plus the padding columns that align each tensor.
@@ -27,6 +27,8 @@ class ParameterLayout:
 
     shapes: Mapping[str, torch.Size]
     """Shape of each tensor without a lane axis, by name."""
+    cast: frozenset[str] = frozenset()
+    """The tensors that enter matrix products alone, and so are computed with in the run's compute type."""
 
     @cached_property
     def num_parameters(self) -> int:
@@ -77,11 +79,15 @@ class ParameterLayout:
 class LaneParameters:
     """L rows of trainable parameters and their gradients, with views by name.
 
+    A view in the compute type reads a copy of theta, which `refresh` brings up to date: one cast a step, whatever the
+    number of tensors. Without such a type, all views are views of theta.
+
     Args:
         layout: names and shapes of the columns.
         num_lanes: L.
         dtype: float32 in a run; tests also use float64.
         with_grad: False for rows that are only evaluated. Then there is no gradient matrix.
+        compute_dtype: the type of the tensors in `layout.cast`, if it is a 16-bit type; else they stay in `dtype`.
     """
 
     def __init__(
@@ -91,31 +97,72 @@ class LaneParameters:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         with_grad: bool = True,
+        compute_dtype: torch.dtype | None = None,
     ):
         self.layout, self.num_lanes = layout, num_lanes
         self.theta = torch.zeros(num_lanes, layout.width, device=device, dtype=dtype)
-        self.views = self._views_of(self.theta)
+        has_low = layout.cast and compute_dtype in (torch.bfloat16, torch.float16)
+        self.low = self.theta.to(compute_dtype) if has_low else None
+        self.views = {
+            name: self._matrix_of(name)[:, columns].view(-1, *layout.shapes[name]).detach()
+            for name, columns in self._columns()
+        }
+        self._grad = torch.zeros_like(self.theta) if with_grad else None
         if with_grad:
-            self.grad = torch.zeros_like(self.theta)
-            for name, grad in self._views_of(self.grad).items():
-                self.views[name].requires_grad_().grad = grad
-
-    def _views_of(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        shapes, columns = self.layout.shapes, self.layout.columns()
-        return {n: matrix[:, start : start + size].view(-1, *shapes[n]).detach() for n, start, size in columns}
+            for view in self.views.values():
+                view.requires_grad_()
+            self._padding = torch.zeros(num_lanes, ALIGNMENT, device=device, dtype=dtype)
 
     def load(self, lane: int, row: torch.Tensor) -> None:
         """Copies a client's parameters, a padded row [W], into a lane."""
         self.theta[lane].copy_(row)
 
+    def refresh(self) -> None:
+        """Brings the copy in the compute type up to date with theta. To be called before each forward pass."""
+        if self.low is not None:
+            self.low.copy_(self.theta)
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """The gradients of the backward pass before: [L, W], with zeros in the padding. The next one overwrites them.
+
+        Autograd leaves each gradient in a tensor of its own. All of them are laid into the matrix at the first reading,
+        by two or three kernels instead of one for each tensor.
+        """
+        own = {name: view.grad for name, view in self.views.items()}
+        if all(gradient is None for gradient in own.values()):
+            return self._grad
+        own = {
+            name: (torch.zeros_like(self.views[name]) if gradient is None else gradient).reshape(self.num_lanes, -1)
+            for name, gradient in own.items()
+        }
+        low = [name for name in own if own[name].dtype != self.theta.dtype]
+        if low:
+            widths = [own[name].shape[1] for name in low]
+            cast = torch.cat([own[name] for name in low], dim=1).to(self.theta.dtype)
+            own.update(zip(low, cast.split(widths, dim=1)))
+        parts = [part for gradient in own.values() for part in (gradient, self._pad_after(gradient)) if part.shape[1]]
+        torch.cat(parts, dim=1, out=self._grad)
+        for view in self.views.values():
+            view.grad = None
+        return self._grad
+
     def assert_views_alive(self) -> None:
-        """Fails if a view has left its matrix, as after `module.to()` or an optimizer that rebinds `.grad`."""
-        element = self.theta.element_size()
-        for name, start, _ in self.layout.columns():
-            view = self.views[name]
-            assert view.data_ptr() == self.theta.data_ptr() + start * element, f"{name} left the parameter matrix"
-            assert view.grad is not None, f"{name} lost its gradient"
-            assert view.grad.data_ptr() == self.grad.data_ptr() + start * element, f"{name}.grad left its matrix"
+        """Fails if a view has left its matrix, as after `module.to()`, or no longer has a gradient."""
+        for name, columns in self._columns():
+            view, matrix = self.views[name], self._matrix_of(name)
+            expected = matrix.data_ptr() + columns.start * matrix.element_size()
+            assert (view.data_ptr(), view.dtype) == (expected, matrix.dtype), f"{name} left the parameter matrix"
+            assert view.requires_grad, f"{name} lost its gradient"
+
+    def _matrix_of(self, name: str) -> torch.Tensor:
+        return self.low if self.low is not None and name in self.layout.cast else self.theta
+
+    def _columns(self) -> list[tuple[str, slice]]:
+        return [(name, slice(start, start + size)) for name, start, size in self.layout.columns()]
+
+    def _pad_after(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self._padding[:, : -gradient.shape[1] % ALIGNMENT]
 
 
 def _aligned(size: int) -> int:

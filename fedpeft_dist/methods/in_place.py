@@ -44,8 +44,8 @@ class LaneNorm(LaneModule):
 
     def __init__(self, name: str, layer: nn.Module):
         super().__init__()
-        self.declare("scale", f"{name}.weight", layer.weight)
-        self.declare("bias", f"{name}.bias", layer.bias)
+        self.declare("scale", f"{name}.weight", layer.weight, cast=False)
+        self.declare("bias", f"{name}.bias", layer.bias, cast=False)
         layer.weight = layer.bias = None
         self.layer, self.channel_dim = layer, CHANNEL_DIM[type(layer)]
 
@@ -58,7 +58,7 @@ class LaneBias(LaneModule):
 
     def __init__(self, name: str, layer: nn.Module):
         super().__init__()
-        self.declare("bias", f"{name}.bias", layer.bias)
+        self.declare("bias", f"{name}.bias", layer.bias, cast=type(layer) not in NORM_CHANNEL_DIM)
         layer.bias = None
         self.layer, self.channel_dim = layer, CHANNEL_DIM[type(layer)]
 

@@ -7,7 +7,7 @@ fine-tuning.
 Shapes: L lanes, B batch, K classes, P trainable parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import nullcontext
 
 import torch
@@ -32,10 +32,18 @@ class LaneModule(nn.Module):
         super().__init__()
         self.declared: dict[str, tuple[str, torch.Tensor]] = {}
         """Name on the wire and initial value of each attribute."""
+        self.cast: set[str] = set()
+        """Names on the wire of the tensors that are bound in the run's compute type."""
 
-    def declare(self, attribute: str, name: str, initial: torch.Tensor) -> None:
-        """Declares `self.<attribute>`, called `name` on the wire, with its value before the first round."""
+    def declare(self, attribute: str, name: str, initial: torch.Tensor, cast: bool = True) -> None:
+        """Declares `self.<attribute>`, called `name` on the wire, with its value before the first round.
+
+        Args:
+            cast: bind it in the run's compute type, as autocast would give it to a matrix product.
+        """
         self.declared[attribute] = (name, initial.detach())
+        if cast:
+            self.cast.add(name)
 
     def bind(self, views: Mapping[str, torch.Tensor]) -> None:
         """Computes with these tensors [L, *shape] from now on. Their keys are the names on the wire."""
@@ -48,11 +56,12 @@ class LaneModel:
 
     Args:
         initial: the trained tensors before the first round, without a lane axis, by their names on the wire.
+        cast: the names of those that are bound in the run's compute type.
     """
 
-    def __init__(self, backbone: Backbone, initial: Mapping[str, torch.Tensor]):
+    def __init__(self, backbone: Backbone, initial: Mapping[str, torch.Tensor], cast: Set[str] = frozenset()):
         self.backbone, self.initial, self.num_lanes = backbone, initial, 0
-        self.layout = ParameterLayout({name: value.shape for name, value in initial.items()})
+        self.layout = ParameterLayout({name: value.shape for name, value in initial.items()}, frozenset(cast))
         self.keys = key_dropout(backbone.model, backbone.shared_layers)
         align_activations(backbone.model)
         backbone.model.eval()  # new modules start in training mode
@@ -63,7 +72,8 @@ class LaneModel:
         return self.layout.join(self.initial).detach().float().cpu()
 
     def bind(self, parameters: LaneParameters) -> None:
-        """Makes the model compute with these rows from now on."""
+        """Makes the model compute with these rows from now on, as they are now in the compute type."""
+        parameters.refresh()
         self.num_lanes, self.views = parameters.num_lanes, parameters.views
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,7 +86,8 @@ class FoldedLaneModel(LaneModel):
 
     def __init__(self, backbone: Backbone):
         self.lane_modules = [module for module in backbone.model.modules() if isinstance(module, LaneModule)]
-        super().__init__(backbone, dict(own for module in self.lane_modules for own in module.declared.values()))
+        initial = dict(own for module in self.lane_modules for own in module.declared.values())
+        super().__init__(backbone, initial, set().union(*(module.cast for module in self.lane_modules)))
 
     def bind(self, parameters: LaneParameters) -> None:
         super().bind(parameters)

@@ -27,7 +27,7 @@ class PromptedBlocks(LaneModule):
 
     def __init__(self, blocks: nn.Sequential, name: str, initial: torch.Tensor, prefix: int, dropout: float):
         super().__init__()
-        self.declare("tokens", name, initial)
+        self.declare("tokens", name, initial, cast=False)
         self.blocks, self.prefix = blocks, prefix
         self.dropout = make_dropout(dropout, name)
 

@@ -32,13 +32,14 @@ class MeanGradient:
     """
 
     def __init__(self, layout: ParameterLayout, num_lanes: int, runtime: Runtime, dtype: torch.dtype = torch.float32):
-        self.rows = LaneParameters(layout, num_lanes, runtime.device, dtype)
+        self.rows = LaneParameters(layout, num_lanes, runtime.device, dtype, compute_dtype=runtime.compute_dtype)
         """The parameters that the model computes with, [R, W], and their gradients."""
         self.theta = self.rows.theta
         """[L, W], the clients' parameters."""
         self.loss_scale = LaneLossScale(num_lanes, runtime.device) if runtime.precision == "fp16" else None
         self.loss_sums = torch.zeros(num_lanes, device=runtime.device)
-        self.active = torch.zeros(num_lanes, 1, dtype=torch.bool, device=runtime.device)
+        self.everyone = torch.ones(num_lanes, 1, dtype=torch.bool, device=runtime.device)
+        self.active = self.everyone
 
     def start_client(self, lane: int) -> None:
         """A new client is in the lane; its parameters are loaded already."""
@@ -48,7 +49,7 @@ class MeanGradient:
 
     def prepare(self, current: Pass) -> None:
         """Readies `rows` for a forward and a backward pass."""
-        self.rows.grad.zero_()
+        self.rows.refresh()
 
     def scaled(self, losses: torch.Tensor) -> torch.Tensor:
         """The rows' losses [R] as the backward pass takes them."""
@@ -56,11 +57,15 @@ class MeanGradient:
 
     def add(self, current: Pass, losses: torch.Tensor, mask: torch.Tensor) -> None:
         """Takes in the gradients of a backward pass; losses [R] are the rows' own, mask is bool [R, B]."""
-        self.active = mask.any(dim=1, keepdim=True)
-        if self.loss_scale is not None:
-            self.active = self.loss_scale.unscale(self.rows.grad, self.active)
-        # A step that overflowed in fp16 is not taken. Its loss may not be finite, and counts as 0.
-        self.loss_sums += torch.where(self.active.squeeze(1), losses, 0.0).float()
+        if self.loss_scale is None and current.sizes.all():
+            self.active = self.everyone
+        else:
+            self.active = mask.any(dim=1, keepdim=True)
+            if self.loss_scale is not None:
+                self.active = self.loss_scale.unscale(self.rows.grad, self.active)
+            # A step that overflowed in fp16 is not taken. Its loss may not be finite, and counts as 0.
+            losses = torch.where(self.active.squeeze(1), losses, 0.0)
+        self.loss_sums += losses.float()
 
     def gradient(self, current: Pass, round_number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient [L, W] to step on, and which lanes step: bool [L, 1]."""
@@ -109,8 +114,8 @@ class NoisyGradient(MeanGradient):
         self.sums[lane] = 0
 
     def prepare(self, current: Pass) -> None:
-        super().prepare(current)
         torch.index_select(self.theta, 0, send(current.lanes, self.theta.device), out=self.rows.theta)
+        super().prepare(current)
 
     def add(self, current: Pass, losses: torch.Tensor, mask: torch.Tensor) -> None:
         lanes = send(current.lanes, self.theta.device)
@@ -164,13 +169,14 @@ def clipped_sums(
         sums[:, columns].index_add_(0, lanes, truncate(grad[:, columns], factors, bits))
 
 
-def row_losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def row_losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """The cross-entropy of each row: the mean over its samples, or 0 for a row without samples.
 
     Args:
         logits: [R, B, K]; computed in float32, or in float64 if they are float64.
         labels: int64 [R, B].
         mask: bool [R, B].
+        sizes: [R], the samples of each row, but at least 1.
 
     Returns:
         [R].
@@ -178,4 +184,4 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     losses = torch.where(mask, losses.view(mask.shape), 0.0)
-    return losses.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return losses.sum(dim=1) / sizes

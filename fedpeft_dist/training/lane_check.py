@@ -131,7 +131,7 @@ def _make_client(model: LaneModel, runtime: Runtime, seed: int) -> _Client:
 
 def _step(model: LaneModel, clients: Sequence[_Client], runtime: Runtime, with_keys: bool = True) -> list[_Step]:
     """The clients' forward and backward pass, side by side."""
-    parameters = LaneParameters(model.layout, len(clients), runtime.device)
+    parameters = LaneParameters(model.layout, len(clients), runtime.device, compute_dtype=runtime.compute_dtype)
     for lane, client in enumerate(clients):
         parameters.load(lane, client.row)
     model.bind(parameters)

@@ -44,7 +44,7 @@ def choose_private_lanes(needed: int, model: LaneModel, runtime: Runtime) -> int
 
 def measure_activations(batch_size: int, model: LaneModel, store: DeviceStore, runtime: Runtime) -> int:
     """Bytes that autograd holds on to between the forward and the backward pass of one lane with a full batch."""
-    parameters = LaneParameters(model.layout, 1, runtime.device)
+    parameters = LaneParameters(model.layout, 1, runtime.device, compute_dtype=runtime.compute_dtype)
     parameters.load(0, model.layout.pad(model.initial_vector().to(runtime.device)))
     model.bind(parameters)
     weights = {p.untyped_storage().data_ptr() for p in model.backbone.model.parameters()}

@@ -12,6 +12,7 @@ Shapes: L lanes, R rows, B batch.
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,11 @@ class Pass:
     """Clients whose batch is complete: they step after the pass."""
     finished: list[Seated] = field(default_factory=list)
     """Clients to collect after the step."""
+
+    @cached_property
+    def sizes(self) -> torch.Tensor:
+        """The number of samples in each row: int64 [R]."""
+        return self.mask.sum(dim=1)
 
 
 class _Seat:

@@ -133,7 +133,7 @@ class Trainer:
                 self.store.prefetch(upcoming.indices)
             with self.runtime.autocast():
                 logits = self.logits(images.to(theta.dtype), keys)
-            losses = row_losses(logits, labels, mask)
+            losses = row_losses(logits, labels, mask, send(current.sizes.clamp(min=1), device))
             # The sum over rows keeps them apart: each row's parameters see their own loss only.
             self.rule.scaled(losses).sum().backward()
             self.rule.add(current, losses.detach(), mask)

@@ -194,3 +194,23 @@ def test_without_keys_nothing_is_dropped():
     x = torch.randn(4, 5, 6)
     assert KeyedDropout(0.5, "a")(x) is x
     assert KeyedDropPath(0.5, True, "a")(x) is x
+
+
+def test_modules_that_share_their_draws_are_independent():
+    """They keep pairs and triples of places as often as independent ones would."""
+    names = [f"blocks.{number}.attn.qkv" for number in range(24)]
+    modules = [KeyedDropout(0.3, name) for name in names]
+    for module in modules:
+        module.keys = modules[0].keys
+    modules[0].keys.rows = make_keys(400)
+    kept = torch.stack([(module(torch.ones(400, 250)) != 0).double().flatten() for module in modules])
+    count = kept.shape[1]
+
+    def deviation(share: float) -> float:
+        return 6 * (share * (1 - share) / count) ** 0.5
+
+    pairs = kept @ kept.T / count
+    off_diagonal = ~torch.eye(len(modules), dtype=torch.bool)
+    assert (pairs[off_diagonal] - 0.7**2).abs().max() < deviation(0.7**2)
+    triples = torch.einsum("in,jn,kn->ijk", kept[:8], kept[8:16], kept[16:]) / count
+    assert (triples - 0.7**3).abs().max() < deviation(0.7**3)
