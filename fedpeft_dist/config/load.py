@@ -109,6 +109,8 @@ def result_keys(config: RunConfig) -> dict[str, Any]:
         neutral.remove("data.root")
     if config.algorithm.name == "fedavg":  # it was once the only algorithm, and the digests of those runs stay valid
         neutral.add("algorithm.name")
+    if config.runtime.products == "auto":
+        neutral.add("runtime.products")
     leaves = flatten_keys(_as_tree(config)).items()
     return {key: value for key, value in leaves if not f"{key}.".startswith(tuple(f"{part}." for part in neutral))}
 

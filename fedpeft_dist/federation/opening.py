@@ -171,6 +171,7 @@ def _build(found: _Found, runtime: Runtime, watch: Watch) -> OpenRun:
     if any_rank(preparation is None, runtime):
         raise StoppedEarlyError
     assert_same_on_all_ranks(preparation.participation.sha256.encode(), "the traces of participation", runtime)
+    assert_same_on_all_ranks(preparation.setup.products.encode(), "what runtime.products: auto stands for", runtime)
     checkpoint, directory = found.checkpoint, found.directory
     simulation = Simulation(preparation, None if checkpoint is None else checkpoint.noise)
     state = simulation.initial_state() if checkpoint is None else _on_device(checkpoint.state, runtime.device)

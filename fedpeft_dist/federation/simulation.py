@@ -179,7 +179,7 @@ class Simulation:
             else:
                 lanes = choose_lanes(needed, setup.batch_size, setup.model, setup.train_store, runtime)
             lanes = min_over_ranks(lanes, runtime)
-        config = with_values(config, "runtime", lanes=lanes)
+        config = with_values(config, "runtime", lanes=lanes, products=setup.products)
         if not is_private:
             return config
         if (slots := config.privacy.slots) == "auto":

@@ -17,6 +17,7 @@ from torch import nn
 
 from fedpeft_dist.backbones.timm_backbone import Backbone, classifier_names
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.lanes.onednn import MIN_WIDTH, lane_product
 from fedpeft_dist.lanes.ops import lane_affine, lane_bias, lane_linear
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, VmapLaneModel
 from fedpeft_dist.methods.method import Method, Tensors
@@ -31,11 +32,13 @@ class LaneLinear(LaneModule):
 
     def __init__(self, name: str, linear: nn.Linear):
         super().__init__()
-        self.bias = None
+        self.bias, self.use_onednn = None, False
         for attribute, initial in linear.named_parameters():
             self.declare(attribute, f"{name}.{attribute}", initial)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.use_onednn and min(self.weight.shape[1:]) >= MIN_WIDTH:
+            return lane_product(x, self.weight, self.bias)
         return lane_linear(x, self.weight, self.bias)
 
 

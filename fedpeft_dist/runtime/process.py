@@ -91,7 +91,7 @@ def library_versions() -> dict[str, str]:
 
 def fit_to_machine(config: RuntimeConfig) -> RuntimeConfig:
     """The settings to evaluate a run that was trained elsewhere: this machine's device, and a precision it has."""
-    config = config.model_copy(update={"device": "auto"})
+    config = config.model_copy(update={"device": "auto", "products": "auto"})
     try:
         resolve_device(config, find_launch())
     except ConfigError:

@@ -51,7 +51,7 @@ def is_complete(state: Mapping[str, Any], config: RunConfig) -> bool:
 
 def with_choices_of(stored: RunConfig, config: RunConfig) -> RunConfig:
     """The config with the values that `auto` stood for when the stored config's run began."""
-    for section, keys in (("runtime", ("device", "precision", "lanes")), ("privacy", ("slots",))):
+    for section, keys in (("runtime", ("device", "precision", "lanes", "products")), ("privacy", ("slots",))):
         theirs, ours = getattr(stored, section), getattr(config, section)
         taken = {key: getattr(theirs, key, "auto") for key in keys if getattr(ours, key, None) == "auto"}
         config = with_values(config, section, **taken)

@@ -19,6 +19,8 @@ class RuntimeConfig(Section):
     """Type of the computation; auto: bf16 on CUDA, fp32 on the CPU."""
     lanes: Literal["auto"] | Count = "auto"
     """Clients that a rank trains side by side; auto: as many as its share of the cohort needs and memory allows."""
+    products: Literal["auto", "torch", "onednn"] = "auto"
+    """The library for large matrix products on the CPU; auto: oneDNN for fp32 on AMD processors, else PyTorch's."""
     threads: Count = 1
     """CPU threads of each rank."""
     compile: bool = False

@@ -1,0 +1,101 @@
+"""Matrix products by oneDNN, in place of the library that PyTorch prefers, for layers on the CPU.
+
+PyTorch gives float32 products to MKL, which runs at less than half the speed of an AMD processor. A row of oneDNN's
+product depends neither on the other rows nor on the row's place.
+
+Shapes: L lanes, R rows, D inputs, E outputs.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.runtime.process import Runtime
+
+MIN_WIDTH = 64
+"""Each lane's own product is a call of its own, which pays from this number of inputs and outputs."""
+
+
+def choose_products(wanted: str, runtime: Runtime) -> str:
+    """What `runtime.products` stands for on this machine: `torch` or `onednn`.
+
+    `auto` follows the processor and the precision alone, so that it is the same on every rank of one kind of machine
+    and after a resume. In bf16, PyTorch uses oneDNN by itself.
+
+    Raises:
+        ConfigError: oneDNN is wanted where there is none.
+    """
+    on_cpu, has_onednn = runtime.device.type == "cpu", torch.backends.mkldnn.is_available()
+    if wanted == "onednn" and not (on_cpu and has_onednn):
+        reason = "this PyTorch is built without it" if on_cpu else f"the run is on {runtime.device.type}"
+        raise ConfigError(f"runtime.products: 'onednn' is a library for the CPU, and {reason}; give auto or torch")
+    if wanted != "auto":
+        return wanted
+    return "onednn" if on_cpu and has_onednn and runtime.precision == "fp32" and _is_amd() else "torch"
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Makes a model's frozen linear layers, and its lanes' own large ones, compute by oneDNN."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            model.set_submodule(name, FrozenLinear(module))
+        elif hasattr(module, "use_onednn"):
+            module.use_onednn = True
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer without gradients for its weight and bias, which it shares with the layer that it replaces."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return FrozenProduct.apply(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x [..., D] times the transposed weight [E, D], plus the bias [E]; only x has a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _product(grad, ctx.saved_tensors[0].t()), None, None
+
+
+def lane_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`lane_linear` by oneDNN; for layers of at least MIN_WIDTH inputs and outputs."""
+    rows = x.reshape(len(weight), -1, x.shape[-1])
+    return LaneProduct.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[1])
+
+
+class LaneProduct(torch.autograd.Function):
+    """x [L, R, D] times each lane's own transposed weight [L, E, D], plus its bias [L, E]: [L, R, E]."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.stack([_product(*lane) for lane in zip(x, weight, [None] * len(x) if bias is None else bias)])
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x = torch.stack([_product(*lane) for lane in zip(grad, weight.mT)]) if ctx.needs_input_grad[0] else None
+        to_weight = torch.stack([_product(*lane) for lane in zip(grad.mT, x.mT)])
+        return to_x, to_weight, grad.sum(dim=1) if ctx.needs_input_grad[2] else None
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _is_amd() -> bool:
+    processor = Path("/proc/cpuinfo")
+    return processor.exists() and "AuthenticAMD" in processor.read_text(encoding="utf-8")
