@@ -18,6 +18,7 @@ from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, mak
 from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.data.store import DeviceStore, choose_resident
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
+from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
@@ -53,8 +54,10 @@ class Setup:
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.products = choose_products(config.runtime.products, runtime)
         """What `runtime.products` stands for."""
-        if self.products == "onednn" and config.method.name != "full":
-            use_onednn(self.model.backbone.model)
+        if runtime.device.type == "cpu" and config.method.name != "full":
+            use_plain_attention(self.model.backbone.model, runtime.compute_dtype)
+            if self.products == "onednn":
+                use_onednn(self.model.backbone.model)
         self.train_store, self.test_store = self._make_stores()
 
     @cached_property

@@ -15,7 +15,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.process import Runtime
 
 MIN_WIDTH = 64
-"""Each lane's own product is a call of its own, which pays from this number of inputs and outputs."""
+"""Each lane's own product is a call of its own, which pays from this number of rows, inputs and outputs."""
 
 
 def choose_products(wanted: str, runtime: Runtime) -> str:
@@ -71,7 +71,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def lane_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`lane_linear` by oneDNN; for layers of at least MIN_WIDTH inputs and outputs."""
+    """`lane_linear` by oneDNN; for at least MIN_WIDTH rows a lane, inputs and outputs."""
     rows = x.reshape(len(weight), -1, x.shape[-1])
     return LaneProduct.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[1])
 

@@ -37,7 +37,8 @@ class LaneLinear(LaneModule):
             self.declare(attribute, f"{name}.{attribute}", initial)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.use_onednn and min(self.weight.shape[1:]) >= MIN_WIDTH:
+        rows = x.numel() // x.shape[-1] // len(self.weight)
+        if self.use_onednn and min(rows, *self.weight.shape[1:]) >= MIN_WIDTH:
             return lane_product(x, self.weight, self.bias)
         return lane_linear(x, self.weight, self.bias)
 
