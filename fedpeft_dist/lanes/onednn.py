@@ -93,7 +93,21 @@ class LaneProduct(torch.autograd.Function):
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product = _opaque_product if torch.compiler.is_compiling() else torch.ops.mkldnn._linear_pointwise
+    return product(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("fedpeft_dist::linear", mutates_args=())
+def _opaque_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, post: str, scalars: list[float], algorithm: str
+) -> torch.Tensor:
+    """The same operator under a name that torch.compile leaves alone. Inductor takes it with packed weights only."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, scalars, algorithm)
+
+
+@_opaque_product.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _is_amd() -> bool:
