@@ -45,7 +45,7 @@ class KeyedDropout(KeyedModule):
         # A windowed layer cuts each sample into several leading entries, which stay next to each other.
         elements = torch.arange(x.numel() // len(keys), device=x.device)
         draws = uniform(fold_in(keys.unsqueeze(1), elements)).view(x.shape)
-        return torch.where(draws >= self.probability, x / (1 - self.probability), torch.zeros((), dtype=x.dtype))
+        return torch.where(draws >= self.probability, x / (1 - self.probability), 0.0)
 
 
 class KeyedDropPath(KeyedModule):
@@ -57,7 +57,7 @@ class KeyedDropPath(KeyedModule):
 
     def drop(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         keep = (uniform(keys) >= self.probability).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(keep, x * self.scale, torch.zeros((), dtype=x.dtype))
+        return torch.where(keep, x * self.scale, 0.0)
 
 
 def make_dropout(probability: float, name: str) -> nn.Module:
