@@ -142,6 +142,17 @@ class Peers:
                 raise loss from error
             raise
 
+    @contextmanager
+    def limit(self, seconds: float, told: str) -> Iterator[None]:
+        """Ends this process with an error if the work inside takes longer."""
+        timer = threading.Timer(seconds, self._end, (told, self.rank == 0))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _beat(self, value: str) -> None:
         self.store.set(f"beat/{self.rank}", value)
 

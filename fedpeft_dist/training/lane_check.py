@@ -17,6 +17,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
 from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.runtime.accelerator import is_device_fault
 from fedpeft_dist.runtime.process import Runtime
 
 BATCH = 2
@@ -72,7 +73,7 @@ def check_lanes(model: LaneModel, config: RunConfig, runtime: Runtime) -> None:
     try:
         changed = _compare(model, config, runtime)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+        if is_device_fault(error):
             raise
         raise ConfigError(
             f"{refusal} cannot run in runtime.precision: {runtime.precision} ({one_line(error)})"
