@@ -188,6 +188,7 @@ def _refuse_shared(places: Sequence[str]) -> None:
         ranks = [str(rank) for rank, other in enumerate(places) if other == place]
         if place and len(ranks) > 1:
             raise ConfigError(
-                f"runtime.device: ranks {', '.join(ranks)} have the same {place}, and each needs its own; start them by "
-                "torchrun or srun --gpus-per-task=1, set LOCAL_RANK and LOCAL_WORLD_SIZE, or give runtime.device: cpu"
+                f"runtime.device: ranks {', '.join(ranks)} have the same {place}, and each needs its own; start them "
+                "by torchrun or srun --gpus-per-task=1, set LOCAL_RANK and LOCAL_WORLD_SIZE, or give "
+                "runtime.device: cpu"
             )
