@@ -102,6 +102,12 @@ class Simulation:
         """`federation.rounds`, or fewer if the privacy budget is spent before."""
         return self.config.federation.rounds if self.privacy_plan is None else self.privacy_plan.num_rounds
 
+    @property
+    def pass_shape(self) -> tuple[int, int]:
+        """Rows, and samples of a row, of each forward and backward pass."""
+        schedule = self.trainer.schedule
+        return (schedule.num_slots, 1) if schedule.num_slots else (schedule.num_lanes, self.setup.batch_size)
+
     def initial_state(self) -> State:
         vector, algorithm = self.setup.initial_vector, self.algorithm
         own = algorithm.initial_state()
