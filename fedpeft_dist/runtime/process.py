@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import fedpeft_dist
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, FirstToldError, ToldElsewhereError
 from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.runtime.accelerator import gpu_place, leave_failures_to_peers, prepare_cuda
 from fedpeft_dist.runtime.launch import Launch, find_launch
@@ -24,6 +24,8 @@ ARRIVAL_SECONDS = 300
 """Seconds to wait for all ranks to join; they may start at different times."""
 FORMING_SECONDS = 300
 """Seconds that forming a group may take once all ranks are there. A blocked network would let it wait for ever."""
+REFUSAL_SECONDS = 5
+"""Seconds that rank 0 waits for the others to learn that the run is refused."""
 LONGEST_WAIT_HOURS = 6
 """Hours that a rank may wait for another's share of a round. Peers find a dead rank much sooner."""
 FAR_AWAY = "192.0.2.1"
@@ -174,7 +176,7 @@ def _meet_peers(launch: Launch, place: str) -> tuple[Launch, Peers, dist.Store]:
     # Ranks of another job that reach this store by mistake meet nobody under this prefix.
     here = dist.PrefixStore(f"fedpeft/{launch.slurm_job}", store)
     token, restart, places = meet(here, launch.rank, launch.world_size, launch.restart, ARRIVAL_SECONDS, place)
-    _refuse_shared(places)
+    _refuse_shared(places, launch, dist.PrefixStore(token, here))
     launch = replace(launch, restart=restart)
     if launch.agent_store:  # torchrun calls most launches "none"; the first group's token lives as long as the agent
         launch = replace(launch, job=here.compare_set("launch", "", token).decode())
@@ -182,13 +184,18 @@ def _meet_peers(launch: Launch, place: str) -> tuple[Launch, Peers, dist.Store]:
     return launch, Peers(lambda: dist.PrefixStore(prefix, connect()), launch), dist.PrefixStore(prefix, store)
 
 
-def _refuse_shared(places: Sequence[str]) -> None:
-    """Raises ConfigError if two ranks, given by their GPUs, have the same one. NCCL would find out late."""
-    for place in places:
-        ranks = [str(rank) for rank, other in enumerate(places) if other == place]
-        if place and len(ranks) > 1:
-            raise ConfigError(
-                f"runtime.device: ranks {', '.join(ranks)} have the same {place}, and each needs its own; start them "
-                "by torchrun or srun --gpus-per-task=1, set LOCAL_RANK and LOCAL_WORLD_SIZE, or give "
-                "runtime.device: cpu"
-            )
+def _refuse_shared(places: Sequence[str], launch: Launch, store: dist.Store) -> None:
+    """Raises ConfigError on every rank if two ranks, given by their GPUs, have the same one. NCCL would see it late."""
+    shared = next((place for place in places if place and places.count(place) > 1), None)
+    if shared is None:
+        return
+    store.set(f"refused/{launch.rank}", "")
+    if launch.rank:
+        raise ToldElsewhereError("rank 0 of this run tells why it cannot start")
+    with suppress(RuntimeError):  # the others read their roster in this process's store
+        store.wait([f"refused/{rank}" for rank in range(len(places))], timedelta(seconds=REFUSAL_SECONDS))
+    ranks = ", ".join(str(rank) for rank, place in enumerate(places) if place == shared)
+    raise FirstToldError(
+        f"runtime.device: ranks {ranks} have the same {shared}, and each needs its own; start them by torchrun or srun "
+        "--gpus-per-task=1, set LOCAL_RANK and LOCAL_WORLD_SIZE, or give runtime.device: cpu"
+    )

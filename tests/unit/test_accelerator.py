@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import FirstToldError, ToldElsewhereError
 from fedpeft_dist.runtime.accelerator import gpu_place, is_device_fault, leave_failures_to_peers, prepare_cuda
+from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.process import _refuse_shared
 
 FAULTS = [
@@ -86,8 +87,16 @@ def test_the_place_of_a_rank_names_its_gpu(monkeypatch):
     assert gpu_place(torch.device("cuda", 0)) != gpu_place(torch.device("cuda", 1))
 
 
-def test_two_ranks_on_one_gpu_are_refused():
-    _refuse_shared(("", "", ""))
-    _refuse_shared(("GPU a of host x", "GPU b of host x", "GPU a of host y"))
-    with pytest.raises(ConfigError, match=r"ranks 0, 2 have the same GPU a of host x, .*srun --gpus-per-task=1"):
-        _refuse_shared(("GPU a of host x", "GPU b of host x", "GPU a of host x"))
+def test_two_ranks_on_one_gpu_are_refused_by_every_rank_and_told_by_one():
+    def refuse(rank: int, *gpus: str) -> None:
+        _refuse_shared(tuple(gpus), Launch(rank=rank, world_size=3), store)
+
+    store = dist.HashStore()
+    refuse(0, "", "", "")
+    refuse(0, "GPU a of host x", "GPU b of host x", "GPU a of host y")
+    shared = ("GPU a of host x", "GPU b of host x", "GPU a of host x")
+    for rank in (1, 2):
+        with pytest.raises(ToldElsewhereError):
+            refuse(rank, *shared)
+    with pytest.raises(FirstToldError, match=r"ranks 0, 2 have the same GPU a of host x, .*srun --gpus-per-task=1"):
+        refuse(0, *shared)
