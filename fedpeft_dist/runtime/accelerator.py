@@ -38,14 +38,14 @@ def prepare_cuda(device: torch.device) -> None:
             getattr(native, name).disable()
 
 
-def leave_failures_to_peers() -> None:
-    """Keeps NCCL's own threads from ending the process when another rank is lost.
+def give_peers_time(seconds: float) -> None:
+    """Has PyTorch's threads wait so long with ending this process, once NCCL has noticed that another rank is lost.
 
-    They would abort it after a minute, before a large group's Peers know which rank it was. NCCL still ends collectives
-    that have failed. PyTorch reads these variables when a group is formed.
+    Otherwise they would abort it after a minute, before a large group's Peers know which rank it was. PyTorch reads
+    these variables when a group is formed.
     """
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # clean up, but do not tear the process down
-    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(max(60_000, round(1000 * seconds))))
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(480, round(2 * seconds))))
 
 
 def gpu_place(device: torch.device) -> str:

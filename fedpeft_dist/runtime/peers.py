@@ -99,6 +99,11 @@ class Peers:
         self.store.set(f"member/{self.rank}", json.dumps(asdict(self.this)))
         self._beat("0")
 
+    @property
+    def longest_search(self) -> float:
+        """Seconds until a lost rank is known and this process has ended, at most."""
+        return (SILENT_BEATS + 5) * self.beat_seconds + 3 * LAST_SECONDS
+
     def start(self) -> None:
         """Begins to watch once every rank is there. Raises PeerLostError if one stays missing."""
         keys = [f"member/{rank}" for rank in self.ranks]

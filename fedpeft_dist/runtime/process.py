@@ -15,7 +15,7 @@ import torch.distributed as dist
 import fedpeft_dist
 from fedpeft_dist.config.errors import ConfigError, FirstToldError, ToldElsewhereError
 from fedpeft_dist.config.schema import RuntimeConfig
-from fedpeft_dist.runtime.accelerator import gpu_place, leave_failures_to_peers, prepare_cuda
+from fedpeft_dist.runtime.accelerator import give_peers_time, gpu_place, prepare_cuda
 from fedpeft_dist.runtime.launch import Launch, find_launch
 from fedpeft_dist.runtime.meeting import interface_towards, meet
 from fedpeft_dist.runtime.peers import Peers
@@ -126,7 +126,7 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
         return
     # A single rank forms a group, too, so that torchrun runs the same code on one GPU as on many.
     launch, peers, store = _meet_peers(launch, gpu_place(device))
-    leave_failures_to_peers()
+    give_peers_time(peers.longest_search)
     try:
         peers.start()  # before the group is formed, because a rank may also die while others wait for it there
         unformed = f"the group of {launch.world_size} ranks has not formed in {FORMING_SECONDS} s"

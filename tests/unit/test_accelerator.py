@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from fedpeft_dist.config.errors import FirstToldError, ToldElsewhereError
-from fedpeft_dist.runtime.accelerator import gpu_place, is_device_fault, leave_failures_to_peers, prepare_cuda
+from fedpeft_dist.runtime.accelerator import give_peers_time, gpu_place, is_device_fault, prepare_cuda
 from fedpeft_dist.runtime.launch import Launch
+from fedpeft_dist.runtime.peers import LAST_SECONDS, SILENT_BEATS, Peers
 from fedpeft_dist.runtime.process import _refuse_shared
 
 FAULTS = [
@@ -48,7 +49,7 @@ def test_a_mistake_is_no_fault_of_the_device(error):
 def settings(monkeypatch: pytest.MonkeyPatch):
     """Undoes what a test changes of PyTorch and the environment."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -73,11 +74,20 @@ def test_nothing_is_compiled_in_eager_mode(settings):
     assert not any(getattr(native, name).enabled for name in native.available_dsls)
 
 
+@pytest.mark.parametrize("ranks", [2, 48, 64, 1024])
+def test_nccl_waits_until_a_group_of_any_size_knows_which_rank_is_lost(ranks, settings):
+    peers = Peers(dist.HashStore, Launch(world_size=ranks))
+    give_peers_time(peers.longest_search)
+    silent = SILENT_BEATS * peers.beat_seconds
+    assert int(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000 >= max(60, silent + LAST_SECONDS)
+    assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > silent
+
+
 def test_the_users_own_settings_of_nccl_stay(settings, monkeypatch):
-    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    leave_failures_to_peers()
-    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
-    assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "7")
+    give_peers_time(100)
+    assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "7"
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "480"
 
 
 def test_the_place_of_a_rank_names_its_gpu(monkeypatch):
