@@ -17,6 +17,10 @@ class ToldElsewhereError(ConfigError):
     """The user's mistake, found on at least one rank of a group. Another rank prints it."""
 
 
+class MachineFaultError(RuntimeError):
+    """This machine computes wrongly, which no config can mend. A command prints it in one line; exit code 1."""
+
+
 class PeerLostError(RuntimeError):
     """Another rank, or the group's store, has died, failed or fallen silent, so that this rank cannot go on.
 

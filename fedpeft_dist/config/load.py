@@ -20,6 +20,7 @@ RESULT_NEUTRAL = (
     "data.root",
     "data.store",
     "runtime.compile",
+    "runtime.verify",
     "federation.evaluate_every",
     "federation.evaluate_clients",
 )

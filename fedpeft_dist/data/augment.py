@@ -5,6 +5,7 @@ Shapes: R rows, C channels, H x W pixels as stored, S the side of the backbone's
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -103,19 +104,31 @@ def draw_windows(
     height, width = shape
     tries = fold_in(keys.unsqueeze(1), torch.arange(WINDOW_TRIES, device=keys.device))  # [R, tries]
     areas = (scale[0] + (scale[1] - scale[0]) * uniform(fold_in(tries, _AREA))) * (height * width)
-    # Aspects come from a table. The kernel of exp may round differently in its vectorised body and in its tail, so a
-    # window would depend on the sample's place in the batch. A square root is exact everywhere.
-    aspects = torch.logspace(math.log(ratio[0]), math.log(ratio[1]), _RATIO_STEPS, base=math.e, dtype=torch.float64)
-    aspects = aspects.float().to(keys.device)[(uniform(fold_in(tries, _RATIO)) * _RATIO_STEPS).long()]
+    table, central = _window_tables(shape, ratio, keys.device)
+    aspects = table[(uniform(fold_in(tries, _RATIO)) * _RATIO_STEPS).long()]
     widths, heights = (areas * aspects).sqrt().round().long(), (areas / aspects).sqrt().round().long()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = fits.int().argmax(dim=1, keepdim=True)
     own_height, own_width = heights.gather(1, first).squeeze(1), widths.gather(1, first).squeeze(1)
     top, left = _draw_corner(keys, height - own_height + 1, width - own_width + 1)
     drawn = torch.stack([top, left, own_height, own_width], dim=1)
+    return torch.where(fits.any(dim=1, keepdim=True), drawn, central)
+
+
+@lru_cache(maxsize=8)
+def _window_tables(
+    shape: tuple[int, int], ratio: tuple[float, float], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The aspects to draw from, float32 [_RATIO_STEPS], and the largest central window, int64 [4]; copied there once.
+
+    Aspects come from a table. The kernel of exp may round differently in its vectorised body and in its tail, so a
+    window would depend on the sample's place in the batch. A square root is exact everywhere.
+    """
+    height, width = shape
+    aspects = torch.logspace(math.log(ratio[0]), math.log(ratio[1]), _RATIO_STEPS, base=math.e, dtype=torch.float64)
     whole_height, whole_width = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
     central = [(height - whole_height) // 2, (width - whole_width) // 2, whole_height, whole_width]
-    return torch.where(fits.any(dim=1, keepdim=True), drawn, torch.tensor(central, device=keys.device))
+    return aspects.float().to(device), torch.tensor(central, device=device)
 
 
 def resize_windows(images: torch.Tensor, windows: torch.Tensor, size: int, mode: str) -> torch.Tensor:

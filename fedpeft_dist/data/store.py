@@ -13,6 +13,7 @@ import torch
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.augment import Transform
 from fedpeft_dist.data.datasets import ImageSet
+from fedpeft_dist.runtime.memory import free_device_memory
 
 UPLOAD_ROWS = 4096
 DEVICE_SHARE = 0.5
@@ -126,12 +127,14 @@ class StreamedPixels:
         return pixels, ready
 
 
-def choose_resident(splits: list[ImageSet], device: torch.device) -> list[bool]:
-    """Tells for each split whether it is kept on the device: the first ones that fit into DEVICE_SHARE together."""
+def choose_resident(splits: list[ImageSet], device: torch.device, sharers: int = 1) -> list[bool]:
+    """Tells for each split whether it is kept on the device: the first ones that fit into DEVICE_SHARE together.
+
+    `sharers` is the number of processes that share the device.
+    """
     if device.type == "cpu":
         return [True] * len(splits)
-    torch.cuda.empty_cache()  # returns memory that PyTorch kept from earlier runs of this process
-    budget, chosen = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0], []
+    budget, chosen = DEVICE_SHARE * free_device_memory(device, sharers), []
     for split in splits:
         size = len(split) * split.images[0].nbytes
         chosen.append(size <= budget)

@@ -16,6 +16,7 @@ import torch
 
 from fedpeft_dist.algorithms.algorithm import Algorithm
 from fedpeft_dist.algorithms.state import State
+from fedpeft_dist.data.store import send
 from fedpeft_dist.runtime.collectives import gather_rows
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.trainer import ClientUpdate
@@ -110,7 +111,7 @@ class Aggregation:
 
     def row(self, client: int) -> torch.Tensor:
         """What a client has kept: float32 [S], on the device."""
-        return self.state.clients.get(client, self.no_row).to(self.sums.device)
+        return send(self.state.clients.get(client, self.no_row), self.sums.device)
 
     def offset(self, client: int) -> torch.Tensor | None:
         return self.algorithm.offset(self.row(client), self.state)

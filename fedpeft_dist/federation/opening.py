@@ -28,7 +28,7 @@ from fedpeft_dist.runtime.process import Runtime, library_versions
 from fedpeft_dist.tracking.run_directory import FAILED, INTERRUPTED, RUNNING, RunDirectory
 from fedpeft_dist.tracking.run_lock import Owner, RunLock
 from fedpeft_dist.tracking.same_run import check_same, check_same_run, is_complete, with_choices_of
-from fedpeft_dist.training.lane_check import check_lanes
+from fedpeft_dist.training.lane_check import check_lanes, verify_lanes
 
 
 @dataclass
@@ -178,6 +178,11 @@ def _build(found: _Found, runtime: Runtime, watch: Watch) -> OpenRun:
     told = f"{state.round} {simulation.noise and simulation.noise.seed} ".encode()
     told += state.vector.cpu().numpy().tobytes()
     assert_same_on_all_ranks(told, "the state before the first round", runtime)
+    if simulation.config.runtime.verify:
+        rows, samples = simulation.pass_shape
+        verify_lanes(rows, samples, simulation.setup.model, simulation.setup.train_store, runtime)
+        if runtime.is_main:
+            print("verified: a client's gradient depends neither on its lane nor on its neighbours")
     barrier(runtime)  # nobody writes before everybody has read
     if runtime.is_main:
         if found.state is not None:  # now: a restart of this launch must not take an older interruption for its own

@@ -109,7 +109,7 @@ class Setup:
         transform = make_transform(self.config.data, backbone.interpolation)
         return [
             DeviceStore(images, transform, backbone.channels, backbone.mean, backbone.std, device, resident)
-            for images, resident in zip(splits, choose_resident(splits, device))
+            for images, resident in zip(splits, choose_resident(splits, device, self.runtime.launch.gpu_sharers))
         ]
 
     def _evaluator(self, store: DeviceStore, samples: torch.Tensor) -> Evaluator:

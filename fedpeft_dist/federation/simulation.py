@@ -29,7 +29,7 @@ from fedpeft_dist.training.batches import EpochBatches, PoissonBatches
 from fedpeft_dist.training.gradients import MeanGradient, NoisyGradient
 from fedpeft_dist.training.lane_count import choose_lanes, choose_private_lanes, choose_slots
 from fedpeft_dist.training.rates import rate_factor
-from fedpeft_dist.training.schedule import Schedule
+from fedpeft_dist.training.schedule import ClientTask, Schedule
 from fedpeft_dist.training.trainer import RoundStart, Trainer
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ class Simulation:
         """What a client sends and receives in a round."""
         self.privacy_plan = preparation.privacy_plan
         self.runtime = self.setup.runtime
-        self.config = self._with_choices()
-        """The run's config, with the values that `auto` stood for."""
-        self.noise = self._make_noise(begun_with)
-        config, vector = self.config, self.setup.initial_vector
+        config, vector = self.setup.config, self.setup.initial_vector
         self.algorithm = make_algorithm(
             config,
             Federation(
@@ -93,12 +90,23 @@ class Simulation:
                 client_lr=config.client.optimizer.lr,
             ),
         )
-        self.trainer = self._make_trainer()
+        self.config = self._with_choices()
+        """The run's config, with the values that `auto` stood for."""
+        self.noise = self._make_noise(begun_with)
+        is_private = config.privacy.name == "sample"
+        parts = self._private_parts() if is_private else self._plain_parts(self.config.runtime.lanes)
+        self.trainer = self._make_trainer(*parts, compile_model=config.runtime.compile)
 
     @property
     def num_rounds(self) -> int:
         """`federation.rounds`, or fewer if the privacy budget is spent before."""
         return self.config.federation.rounds if self.privacy_plan is None else self.privacy_plan.num_rounds
+
+    @property
+    def pass_shape(self) -> tuple[int, int]:
+        """Rows, and samples of a row, of each forward and backward pass."""
+        schedule = self.trainer.schedule
+        return (schedule.num_slots, 1) if schedule.num_slots else (schedule.num_lanes, self.setup.batch_size)
 
     def initial_state(self) -> State:
         vector, algorithm = self.setup.initial_vector, self.algorithm
@@ -177,7 +185,8 @@ class Simulation:
             if is_private:
                 lanes = choose_private_lanes(needed, setup.model, runtime)
             else:
-                lanes = choose_lanes(needed, setup.batch_size, setup.model, setup.train_store, runtime)
+                own = (setup.batch_size, setup.model, setup.train_store, runtime)
+                lanes = choose_lanes(needed, *own, self._train_some)
             lanes = min_over_ranks(lanes, runtime)
         config = with_values(config, "runtime", lanes=lanes, products=setup.products)
         if not is_private:
@@ -203,10 +212,18 @@ class Simulation:
             self.participation.draw_cohorts_from(derive_seed(seed, "cohorts"))
         return Noise(plan.noise_multipliers, seed)
 
-    def _make_trainer(self) -> Trainer:
-        config, setup, privacy = self.config, self.setup, self.config.privacy
+    def _train_some(self, num_lanes: int) -> None:
+        """Two local steps of clients in so many lanes, as in a round. Their results are dropped."""
+        samples, vector = torch.zeros(self.setup.batch_size, dtype=torch.int64), self.setup.initial_vector
+        tasks = [ClientTask(client, samples, num_steps=2, weight=1) for client in range(num_lanes)]
+        offset = (lambda client: torch.zeros_like(vector)) if self.algorithm.row_size else None
+        trainer = self._make_trainer(*self._plain_parts(num_lanes))
+        for _ in trainer.train(tasks, RoundStart(0, vector, offset=offset)):
+            pass
+
+    def _make_trainer(self, schedule: Schedule, rule: MeanGradient, compile_model: bool = False) -> Trainer:
+        config, setup, privacy = self.setup.config, self.setup, self.setup.config.privacy
         client = config.client.model_copy(update={"batch_size": setup.batch_size})
-        schedule, rule = self._private_parts() if privacy.name == "sample" else self._plain_parts()
         return Trainer(
             setup.model,
             setup.train_store,
@@ -216,11 +233,11 @@ class Simulation:
             rule=rule,
             term=self.algorithm.add_to_gradient,
             gradient_noise=privacy.standard_deviation if privacy.name == "paper_noise" else 0.0,
-            compile_model=config.runtime.compile,
+            compile_model=compile_model,
         )
 
-    def _plain_parts(self) -> tuple[Schedule, MeanGradient]:
-        lanes, seed, setup = self.config.runtime.lanes, self.config.seed, self.setup
+    def _plain_parts(self, lanes: int) -> tuple[Schedule, MeanGradient]:
+        seed, setup = self.setup.config.seed, self.setup
         schedule = Schedule(lanes, EpochBatches(setup.batch_size, seed), seed)
         return schedule, MeanGradient(setup.model.layout, lanes, self.runtime)
 

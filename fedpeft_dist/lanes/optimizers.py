@@ -62,7 +62,7 @@ class LaneAdamW:
 
     def reset(self, lane: int) -> None:
         for history in (self.mean, self.square, self.steps):
-            history[lane] = 0
+            history[lane].zero_()
 
     def step(self, theta: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, lr: float) -> None:
         config = self.config
@@ -97,8 +97,8 @@ class LaneLossScale:
         self.good_steps = torch.zeros(num_lanes, dtype=torch.int64, device=device)
 
     def reset(self, lane: int) -> None:
-        self.scale[lane] = INITIAL_SCALE
-        self.good_steps[lane] = 0
+        self.scale[lane].fill_(INITIAL_SCALE)
+        self.good_steps[lane].zero_()
 
     def unscale(self, grad: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
         """Divides each row of grad [L, W] by its scale, in place, and updates the scales of the active lanes.

@@ -19,6 +19,7 @@ from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.lanes.dropout import key_dropout
 from fedpeft_dist.lanes.ops import align_activations
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
+from fedpeft_dist.methods.patches import multiply_patches
 
 
 class LaneModule(nn.Module):
@@ -108,6 +109,7 @@ class VmapLaneModel(LaneModel):
 
     def __init__(self, backbone: Backbone):
         super().__init__(backbone, dict(backbone.model.named_parameters()))
+        multiply_patches(backbone.model)
         self.is_recurrent = any(isinstance(module, nn.RNNBase) for module in backbone.model.modules())
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,7 +10,14 @@ from typing import NoReturn
 
 import typer
 
-from fedpeft_dist.config.errors import ConfigError, FirstToldError, PeerLostError, ToldElsewhereError, one_line
+from fedpeft_dist.config.errors import (
+    ConfigError,
+    FirstToldError,
+    MachineFaultError,
+    PeerLostError,
+    ToldElsewhereError,
+    one_line,
+)
 from fedpeft_dist.config.paths import expand_path
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.runtime.launch import find_launch, follow_agent
@@ -37,6 +44,9 @@ def run_app(app: typer.Typer, name: str | None = None) -> None:
         if not error.format_message():  # typer has printed the help instead
             raise SystemExit(EXIT_MISTAKE) from None
         _refuse(error, one_line(error.format_message()))
+    except MachineFaultError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
     except PeerLostError as error:
         if error.is_told:
             print(f"error: {error}", file=sys.stderr)

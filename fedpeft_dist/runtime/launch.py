@@ -39,16 +39,24 @@ class Launch:
     """How often Slurm has put that job back into its queue."""
     is_step: bool = False
     """Whether srun started this process as one of several."""
+    gpu_sharers: int = 1
+    """The number of processes that launch/sweep.py runs on this process's GPU at a time."""
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Reads torchrun's or Slurm's variables; without either, this process is alone.
 
+    FEDPEFT_GPU_SHARERS comes from launch/sweep.py, whose workers may share a GPU.
+
     Only a Slurm job step counts (SLURM_STEP_NUM_TASKS): a batch script that starts python itself is one process,
     however many tasks its job asked for.
     """
     job, requeues = environment.get("SLURM_JOB_ID", ""), int(environment.get("SLURM_RESTART_COUNT", 0))
-    slurm = {"slurm_job": job, "requeues": requeues}
+    common = {
+        "slurm_job": job,
+        "requeues": requeues,
+        "gpu_sharers": int(environment.get("FEDPEFT_GPU_SHARERS", 1)),
+    }
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Launch(
             rank=int(environment["RANK"]),
@@ -60,7 +68,7 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
             job=environment.get("TORCHELASTIC_RUN_ID", ""),
             agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            **slurm,
+            **common,
         )
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         step = int(environment.get("SLURM_STEP_ID", 0))
@@ -75,9 +83,9 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             # steps and 4 attempts lie at least 180 apart, so jobs with close numbers do not collide.
             port=int(environment.get("MASTER_PORT") or 20000 + (int(job or 0) + 5909 * step + 1463 * requeues) % 12000),
             is_step=True,
-            **slurm,
+            **common,
         )
-    return Launch(**slurm)
+    return Launch(**common)
 
 
 def _tasks_on_this_node(environment: Mapping[str, str]) -> int:

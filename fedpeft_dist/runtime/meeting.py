@@ -26,21 +26,25 @@ _SIOCGIFADDR = 0x8915
 
 
 class Meeting(NamedTuple):
-    """A group's name, which no other group has, and the largest of its ranks' numbers of restarts."""
+    """What all ranks of a group learn when they meet."""
 
     token: str
+    """The group's name, which no other group has."""
     restart: int
+    """The largest of the ranks' numbers of restarts."""
+    places: tuple[str, ...]
+    """Each rank's place, as it has told it."""
 
 
-def meet(store: dist.Store, rank: int, world_size: int, restart: int, seconds: float) -> Meeting:
+def meet(store: dist.Store, rank: int, world_size: int, restart: int, seconds: float, place: str = "") -> Meeting:
     """Waits until every rank of this attempt, and of no earlier one, is here.
 
-    `restart` is how often this rank's launcher believes to have restarted it. Raises PeerLostError if some rank has not
-    come in that many seconds.
+    `restart` is how often this rank's launcher believes to have restarted it, `place` is where it computes. Raises
+    PeerLostError if some rank has not come in that many seconds.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + seconds
     names = [f"name/{other}" for other in range(world_size)]
-    store.set(names[rank], json.dumps([name, restart]))
+    store.set(names[rank], json.dumps([name, restart, place]))
     token, called = "", []
     while time.monotonic() < deadline:
         if rank == 0 and store.check(names):
@@ -55,7 +59,8 @@ def meet(store: dist.Store, rank: int, world_size: int, restart: int, seconds: f
             if len(called) > rank and called[rank][0] == name:
                 store.set(f"answer/{token}/{rank}", "")
         if called and called[rank:] and called[rank][0] == name and store.check([f"begin/{token}"]):
-            return Meeting(token, max(restart for _, restart in called))
+            _, restarts, places = zip(*called)
+            return Meeting(token, max(restarts), places)
         time.sleep(LOOK_SECONDS)
     missing = [other for other in range(world_size) if not store.check([names[other]])]
     who = f"rank {', '.join(map(str, missing))}" if missing else "some rank"

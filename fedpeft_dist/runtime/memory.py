@@ -47,6 +47,13 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                 yield max(0, left + int(statistics.get(cache, 0)))
 
 
+def free_device_memory(device: torch.device, sharers: int = 1) -> int:
+    """Bytes of a GPU that this process can still take. Processes that share the GPU get equal parts of its memory."""
+    torch.cuda.empty_cache()  # returns what PyTorch keeps for later tensors
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, min(free, total // sharers - torch.cuda.memory_reserved(device))) if sharers > 1 else free
+
+
 def used_memory(device: torch.device) -> int:
     """Bytes that this process has now: allocated on the GPU, or resident in memory."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _own_memory("VmRSS")

@@ -99,6 +99,11 @@ class Peers:
         self.store.set(f"member/{self.rank}", json.dumps(asdict(self.this)))
         self._beat("0")
 
+    @property
+    def longest_search(self) -> float:
+        """Seconds until a lost rank is known and this process has ended, at most."""
+        return (SILENT_BEATS + 5) * self.beat_seconds + 3 * LAST_SECONDS
+
     def start(self) -> None:
         """Begins to watch once every rank is there. Raises PeerLostError if one stays missing."""
         keys = [f"member/{rank}" for rank in self.ranks]
@@ -141,6 +146,17 @@ class Peers:
             if loss := self.loss():
                 raise loss from error
             raise
+
+    @contextmanager
+    def limit(self, seconds: float, told: str) -> Iterator[None]:
+        """Ends this process with an error if the work inside takes longer."""
+        timer = threading.Timer(seconds, self._end, (told, self.rank == 0))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _beat(self, value: str) -> None:
         self.store.set(f"beat/{self.rank}", value)

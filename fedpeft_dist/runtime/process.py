@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -13,14 +13,19 @@ import torch
 import torch.distributed as dist
 
 import fedpeft_dist
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, FirstToldError, ToldElsewhereError
 from fedpeft_dist.config.schema import RuntimeConfig
+from fedpeft_dist.runtime.accelerator import give_peers_time, gpu_place, prepare_cuda
 from fedpeft_dist.runtime.launch import Launch, find_launch
 from fedpeft_dist.runtime.meeting import interface_towards, meet
 from fedpeft_dist.runtime.peers import Peers
 
 ARRIVAL_SECONDS = 300
 """Seconds to wait for all ranks to join; they may start at different times."""
+FORMING_SECONDS = 300
+"""Seconds that forming a group may take once all ranks are there. A blocked network would let it wait for ever."""
+REFUSAL_SECONDS = 5
+"""Seconds that rank 0 waits for the others to learn that the run is refused."""
 LONGEST_WAIT_HOURS = 6
 """Hours that a rank may wait for another's share of a round. Peers find a dead rank much sooner."""
 FAR_AWAY = "192.0.2.1"
@@ -110,8 +115,7 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     on_cuda = device.type == "cuda"
     if on_cuda:
-        torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        prepare_cuda(device)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
@@ -121,10 +125,12 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
         yield Runtime(launch, device, precision, config.threads)
         return
     # A single rank forms a group, too, so that torchrun runs the same code on one GPU as on many.
-    launch, peers, store = _meet_peers(launch)
+    launch, peers, store = _meet_peers(launch, gpu_place(device))
+    give_peers_time(peers.longest_search)
     try:
         peers.start()  # before the group is formed, because a rank may also die while others wait for it there
-        with peers.naming_the_lost():
+        unformed = f"the group of {launch.world_size} ranks has not formed in {FORMING_SECONDS} s"
+        with peers.naming_the_lost(), peers.limit(FORMING_SECONDS, unformed):
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo",
                 store=store,
@@ -146,14 +152,18 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     dist.destroy_process_group()
 
 
-def _meet_peers(launch: Launch) -> tuple[Launch, Peers, dist.Store]:
-    """Waits for all ranks; returns the launch they agree on, the ranks, and the store to form their group in."""
+def _meet_peers(launch: Launch, place: str) -> tuple[Launch, Peers, dist.Store]:
+    """Waits for all ranks; returns the launch they agree on, the ranks, and the store to form their group in.
+
+    `place` is the rank's GPU. Raises ConfigError for a GPU that two ranks have.
+    """
     if launch.local_world_size < launch.world_size:
         interface = interface_towards(launch.address)
         if interface == "lo":  # a machine's own name often means the loopback, which leads to no other machine
             interface = interface_towards(FAR_AWAY)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # this name, not all that begin with it
 
     def connect(seconds: float = 30, is_server: bool = False) -> dist.Store:
         # An agent starts its store before its ranks. If the store is missing, the agent has gone, and nobody will come.
@@ -165,9 +175,27 @@ def _meet_peers(launch: Launch) -> tuple[Launch, Peers, dist.Store]:
     store = connect(ARRIVAL_SECONDS, is_server=launch.rank == 0 and not launch.agent_store)
     # Ranks of another job that reach this store by mistake meet nobody under this prefix.
     here = dist.PrefixStore(f"fedpeft/{launch.slurm_job}", store)
-    token, restart = meet(here, launch.rank, launch.world_size, launch.restart, ARRIVAL_SECONDS)
+    token, restart, places = meet(here, launch.rank, launch.world_size, launch.restart, ARRIVAL_SECONDS, place)
+    _refuse_shared(places, launch, dist.PrefixStore(token, here))
     launch = replace(launch, restart=restart)
     if launch.agent_store:  # torchrun calls most launches "none"; the first group's token lives as long as the agent
         launch = replace(launch, job=here.compare_set("launch", "", token).decode())
     prefix = f"fedpeft/{token}"
     return launch, Peers(lambda: dist.PrefixStore(prefix, connect()), launch), dist.PrefixStore(prefix, store)
+
+
+def _refuse_shared(places: Sequence[str], launch: Launch, store: dist.Store) -> None:
+    """Raises ConfigError on every rank if two ranks, given by their GPUs, have the same one. NCCL would see it late."""
+    shared = next((place for place in places if place and places.count(place) > 1), None)
+    if shared is None:
+        return
+    store.set(f"refused/{launch.rank}", "")
+    if launch.rank:
+        raise ToldElsewhereError("rank 0 of this run tells why it cannot start")
+    with suppress(RuntimeError):  # the others read their roster in this process's store
+        store.wait([f"refused/{rank}" for rank in range(len(places))], timedelta(seconds=REFUSAL_SECONDS))
+    ranks = ", ".join(str(rank) for rank, place in enumerate(places) if place == shared)
+    raise FirstToldError(
+        f"runtime.device: ranks {ranks} have the same {shared}, and each needs its own; start them by torchrun or srun "
+        "--gpus-per-task=1, set LOCAL_RANK and LOCAL_WORLD_SIZE, or give runtime.device: cpu"
+    )

@@ -59,7 +59,11 @@ def find_places(cells: Sequence[Cell], num_workers: int | None, cores: int | Non
     gpus = [] if all(cell.config.runtime.device == "cpu" for cell in cells) else find_gpus()
     if gpus:
         numbers = [i % len(gpus) for i in range(num_workers or len(gpus))]
-        return [Place(f"gpu {i}", {**threads, "CUDA_VISIBLE_DEVICES": gpus[i]}) for i in numbers]
+
+        def own(i: int) -> dict[str, str]:  # find_launch reads the number of sharers
+            return {**threads, "CUDA_VISIBLE_DEVICES": gpus[i], "FEDPEFT_GPU_SHARERS": str(numbers.count(i))}
+
+        return [Place(f"gpu {i}", own(i)) for i in numbers]
     can_pin = hasattr(os, "sched_setaffinity")
     cpus = sorted(os.sched_getaffinity(0)) if can_pin else range(os.cpu_count() or 1)
     num_workers = num_workers or max(1, len(cpus) // cores)

@@ -2,9 +2,10 @@
 
 A client trains on a few random images beside one neighbour, in the other lane beside another neighbour, and alone.
 Where it trains nothing but tensors of the backbone, plain PyTorch trains it, too. A layer that mixes lanes shows here,
-whatever the reason, on backbones that no test has met.
+whatever the reason, on backbones that no test has met. `runtime.verify` repeats the comparison of places and neighbours
+with the run's own shapes: a kernel may split its sums by the place of a row, which shows in large matrices alone.
 
-Shapes: L lanes, B batch, K classes, C channels, H x W pixels, W columns of the parameter matrix.
+Shapes: L lanes, R rows, B batch, K classes, C channels, H x W pixels, W columns of the parameter matrix.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft_dist.backbones.weight_files import one_line
-from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.errors import ConfigError, MachineFaultError
 from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
 from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.runtime.accelerator import is_device_fault
 from fedpeft_dist.runtime.process import Runtime
 
 BATCH = 2
@@ -72,13 +75,39 @@ def check_lanes(model: LaneModel, config: RunConfig, runtime: Runtime) -> None:
     try:
         changed = _compare(model, config, runtime)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+        if is_device_fault(error):
             raise
         raise ConfigError(
             f"{refusal} cannot run in runtime.precision: {runtime.precision} ({one_line(error)})"
         ) from error
     if changed:
         raise ConfigError(f"{refusal} {changed}")
+
+
+def verify_lanes(rows: int, samples: int, model: LaneModel, store: DeviceStore, runtime: Runtime) -> None:
+    """Trains R clients side by side, then in reverse order, then the first of them in every row at once.
+
+    Args:
+        rows: R; the run's lanes or, under sample-level privacy, its slots.
+        samples: B, of each row.
+        store: the training images.
+
+    Raises:
+        MachineFaultError: a client's scores or gradient differ between these passes, by a single bit.
+    """
+    clients = [_make_true_client(model, store, samples, runtime, seed) for seed in range(rows)]
+    steps = _step(model, clients, runtime)
+    again = _step(model, clients[::-1], runtime)[::-1]
+    alike = _step(model, clients[:1] * rows, runtime)
+    pairs = [(f"row {rows - 1 - row}", own, steps[row]) for row, own in enumerate(again)]
+    pairs += [(f"row {row} beside itself", own, steps[0]) for row, own in enumerate(alike)]
+    for where, own, expected in pairs:
+        if not (_equal(own.scores, expected.scores) and _equal(own.gradient, expected.gradient)):
+            raise MachineFaultError(
+                f"runtime.verify: a client's result in {where} of {rows} is another one than in its own row (batch "
+                f"{samples}, {runtime.precision} on {runtime.device}), so a run would depend on the number of ranks; "
+                "try another runtime.precision, or other versions of PyTorch and the driver"
+            )
 
 
 def _compare(model: LaneModel, config: RunConfig, runtime: Runtime) -> str:
@@ -119,10 +148,23 @@ def _differing_from_plain(model: LaneModel, client: _Client, runtime: Runtime) -
     return _differing(model.layout, still, _plain_step(model, client, runtime))
 
 
+def _make_true_client(model: LaneModel, store: DeviceStore, samples: int, runtime: Runtime, seed: int) -> _Client:
+    """A client with images of the run's own data."""
+    own = (seed * samples + torch.arange(samples)).unsqueeze(0)
+    keys = own.to(runtime.device)
+    images, labels = store.batch(own % len(store), keys)
+    return _Client(_make_row(model, torch.Generator().manual_seed(seed)).to(images), images[0], labels[0], keys[0])
+
+
+def _make_row(model: LaneModel, generator: torch.Generator) -> torch.Tensor:
+    """The initial parameters and noise: [W]."""
+    row = model.layout.pad(model.initial_vector())
+    return row + DISTANCE * torch.randn(row.shape, generator=generator)
+
+
 def _make_client(model: LaneModel, runtime: Runtime, seed: int) -> _Client:
     generator = torch.Generator().manual_seed(seed)
-    row = model.layout.pad(model.initial_vector())
-    row += DISTANCE * torch.randn(row.shape, generator=generator)
+    row = _make_row(model, generator)
     size = model.backbone.image_size
     images = torch.randn(BATCH, model.backbone.channels, size, size, generator=generator)
     labels, keys = (torch.randint(high, (BATCH,), generator=generator) for high in (2, 2**62))

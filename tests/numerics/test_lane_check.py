@@ -11,17 +11,17 @@ from torch import nn
 
 from fedpeft_dist import methods
 from fedpeft_dist.backbones.timm_backbone import freeze
-from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.load import parse_config
+from fedpeft_dist.config.errors import ConfigError, MachineFaultError
+from fedpeft_dist.config.load import config_digest, parse_config
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.federation.opening import open_run
 from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.methods.lane_model import LaneModel, LaneModule
 from fedpeft_dist.runtime.interrupts import StopRequest
-from fedpeft_dist.training.lane_check import check_lanes
+from fedpeft_dist.training.lane_check import check_lanes, verify_lanes
 from tests.tiny import tiny_vit
 
-from .cases import CLASSES, CPU, make_runtime
+from .cases import CLASSES, CPU, make_images, make_runtime, make_store
 
 TINY = tiny_vit(depth=2)
 DATA = {"name": "synthetic", "image_size": 16, "classes": CLASSES, "clients": 8}
@@ -201,3 +201,67 @@ def test_every_kind_of_frozen_layer_that_keeps_attention_biases_is_told():
     assert attentions
     assert all(module.training for module in attentions)
     assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d))
+
+
+def verify(model: LaneModel, rows: int = 3, samples: int = 4) -> None:
+    verify_lanes(rows, samples, model, make_store(make_images()), make_runtime())
+
+
+def in_the_third_lane(x: torch.Tensor) -> torch.Tensor:
+    """A rounding that the start-up check of two lanes never meets."""
+    place = torch.zeros(len(x), 1, 1)
+    place[8:12] = 2e-7
+    return x * (1 + place)
+
+
+VERIFIED = {
+    "a millionth of a neighbour": ("head", hook("norm", lambda x: x + 1e-6 * x.sum(0))),
+    "rounding by place": ("bias", hook("blocks.0", in_the_third_lane)),
+    "another lane's parameters": ("lora", exchange_lanes),
+}
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bias", "norm", "lora", "adapter", "prompt"])
+def test_the_verification_passes_where_lanes_are_exact(method):
+    verify(build(make_config(method)))
+    verify(build(make_config(method)), rows=1)
+    verify(build(make_config(method)), rows=5, samples=1)
+
+
+@pytest.mark.parametrize("case", VERIFIED)
+def test_the_verification_sees_what_depends_on_place_or_neighbours(case):
+    method, break_model = VERIFIED[case]
+    model = build(make_config(method))
+    break_model(model)
+    with pytest.raises(MachineFaultError, match=r"runtime.verify: a client's result in row \d"):
+        verify(model)
+
+
+def test_the_verification_sees_more_than_the_check_of_two_lanes():
+    config = make_config("bias")
+    model = build(config)
+    hook("blocks.0", in_the_third_lane)(model)
+    check_lanes(model, config, make_runtime())
+    with pytest.raises(MachineFaultError):
+        verify(model)
+
+
+def test_a_run_that_is_verified_stops_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = {"root": str(tmp_path / "runs"), "name": "run"}
+    data = {**DATA, "partition": {"name": "iid"}}
+    config = make_config("bias", output=output, data=data, runtime={"verify": True, "lanes": 3})
+    with open_run(config, make_runtime(), StopRequest()) as opened:
+        assert opened.simulation.config.runtime.lanes == 3
+    seen: list[tuple[int, int]] = []
+
+    def fail(rows: int, samples: int, *others: object) -> None:
+        seen.append((rows, samples))
+        raise MachineFaultError("runtime.verify: a client's result differs")
+
+    monkeypatch.setattr("fedpeft_dist.federation.opening.verify_lanes", fail)
+    with pytest.raises(MachineFaultError), open_run(config, make_runtime(), StopRequest()):
+        pass
+    assert seen == [(3, opened.simulation.setup.batch_size)]
+    assert not (tmp_path / "runs" / "run" / "state.json").exists()
+    unverified = make_config("bias", output=output, data=data, runtime={"lanes": 3})
+    assert config_digest(unverified) == config_digest(config)

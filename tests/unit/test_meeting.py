@@ -53,7 +53,7 @@ def test_a_late_rank_meets_the_waiting_ones_and_no_earlier_ones(server: dist.Sto
 
 def test_a_rank_that_dies_while_others_wait_is_replaced(server: dist.Store) -> None:
     waiting = [come(server, 0, 3), come(server, 1, 3)]
-    server.set("name/2", json.dumps(["a name that nobody bears any more", 0]))
+    server.set("name/2", json.dumps(["a name that nobody bears any more", 0, ""]))
     time.sleep(0.5)
     assert not any(rank.done() for rank in waiting)
     assert len({rank.result() for rank in [*waiting, come(server, 2, 3)]}) == 1
@@ -66,3 +66,10 @@ def test_a_missing_rank_is_named(server: dist.Store) -> None:
     assert all(isinstance(error, PeerLostError) for error in errors)
     assert [error.is_told for error in errors] == [True, False]
     assert threading.active_count() < 20
+
+
+def test_every_rank_learns_where_the_others_compute(server: dist.Store) -> None:
+    stores = [dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=20)) for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        coming = [pool.submit(meet, store, rank, 3, 0, 20, f"gpu {rank % 2}") for rank, store in enumerate(stores)]
+    assert [rank.result().places for rank in coming] == [("gpu 0", "gpu 1", "gpu 0")] * 3

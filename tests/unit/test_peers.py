@@ -268,3 +268,15 @@ def test_a_rank_lost_while_the_group_is_formed_is_named(exits: Exits) -> None:
         first.start()
     assert caught.value.is_told
     first.leave(caught.value)
+
+
+def test_work_that_takes_longer_than_its_limit_ends_the_process(
+    store: dist.Store, exits: Exits, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = Peers(lambda: store, Launch())
+    with alone.limit(5, "the group has not formed"):
+        pass
+    with alone.limit(0.1, "the group has not formed"):
+        assert exits.happened.wait(5)
+    assert exits.codes == [1] * len(exits.codes)
+    assert "error: the group has not formed" in capsys.readouterr().err

@@ -58,6 +58,8 @@ def test_each_gpu_has_a_worker_and_more_workers_share_gpus(machine: Path, monkey
     for num_workers, expected in ((None, ["2", "3"]), (1, ["2"]), (3, ["2", "3", "2"])):
         places = find_places([cell("cpu"), cell()], num_workers, None)
         assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in places] == expected
+        sharers = [str(expected.count(gpu)) for gpu in expected]
+        assert [place.environment["FEDPEFT_GPU_SHARERS"] for place in places] == sharers
         assert all(place.cpus is None for place in places)
     assert [place.name for place in find_places([cell("cpu")], None, 3)] == ["cpu 0,1,2", "cpu 5,6,7"]
 

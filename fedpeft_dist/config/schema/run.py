@@ -26,6 +26,9 @@ class RuntimeConfig(Section):
     compile: bool = False
     """Compile the model with torch.compile, which may round differently; not for method full."""
     evaluate_batch: Count = 256
+    verify: bool = False
+    """Before the first round, check with the run's own lanes, batch and images that a client's gradient depends neither
+    on its lane nor on its neighbours."""
 
 
 class OutputConfig(Section):
