@@ -12,6 +12,7 @@ from itertools import pairwise, zip_longest
 import numpy as np
 import torch
 
+from fedpeft_dist.data.feature_store import FeatureStore
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods.lane_model import LaneModel
@@ -24,11 +25,19 @@ class Evaluator:
     """Evaluates one vector after another on chosen samples of a store.
 
     Args:
+        model, store: the whole model and images, or its suffix and features.
         samples: int64 [S], which of the store's samples to evaluate on.
         batch_size: B, a part of the result: another one may round differently.
     """
 
-    def __init__(self, model: LaneModel, store: DeviceStore, samples: torch.Tensor, batch_size: int, runtime: Runtime):
+    def __init__(
+        self,
+        model: LaneModel,
+        store: DeviceStore | FeatureStore,
+        samples: torch.Tensor,
+        batch_size: int,
+        runtime: Runtime,
+    ):
         self.model, self.store, self.runtime = model, store, runtime
         self.samples, self.batch_size = samples, batch_size
         self.parameters = LaneParameters(model.layout, 1, runtime.device, with_grad=False)
@@ -64,11 +73,11 @@ class Evaluator:
         Args:
             upcoming: where the batch after this one starts.
         """
-        images, labels = self.store.batch(self._indices(start))
+        inputs, labels = self.store.batch(self._indices(start))
         if upcoming is not None:
             self.store.prefetch(self._indices(upcoming))
         with self.runtime.autocast():
-            predictions = self.model.logits(images).argmax(dim=-1)
+            predictions = self.model.logits(inputs).argmax(dim=-1)
         return (predictions == labels)[0, : len(self.samples) - start].long()
 
     def _indices(self, start: int) -> torch.Tensor:

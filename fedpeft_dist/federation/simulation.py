@@ -177,13 +177,13 @@ class Simulation:
             if is_private:
                 lanes = choose_private_lanes(needed, setup.model, runtime)
             else:
-                lanes = choose_lanes(needed, setup.batch_size, setup.model, setup.train_store, runtime)
+                lanes = choose_lanes(needed, setup.batch_size, setup.training.model, setup.train_store, runtime)
             lanes = min_over_ranks(lanes, runtime)
         config = with_values(config, "runtime", lanes=lanes)
         if not is_private:
             return config
         if (slots := config.privacy.slots) == "auto":
-            slots = choose_slots(lanes, setup.batch_size, setup.model, setup.train_store, runtime)
+            slots = choose_slots(lanes, setup.batch_size, setup.training.model, setup.train_store, runtime)
             slots = min_over_ranks(slots, runtime)
         return with_values(config, "privacy", slots=slots)
 
@@ -208,8 +208,8 @@ class Simulation:
         client = config.client.model_copy(update={"batch_size": setup.batch_size})
         schedule, rule = self._private_parts() if privacy.name == "sample" else self._plain_parts()
         return Trainer(
-            setup.model,
-            setup.train_store,
+            setup.training.model,
+            setup.training.store,
             client,
             self.runtime,
             schedule=schedule,

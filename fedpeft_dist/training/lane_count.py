@@ -57,8 +57,10 @@ def measure_activations(batch_size: int, model: LaneModel, store: DeviceStore, r
         return tensor
 
     images, _ = store.batch(torch.zeros(1, batch_size, dtype=torch.int64))
+    with runtime.autocast():
+        inputs = model.prefix(images)
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor), runtime.autocast():
-        logits = model.logits(images)
+        logits = model.logits(inputs)
     del logits
     return sum(saved.values())
 

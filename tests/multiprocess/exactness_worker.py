@@ -28,6 +28,7 @@ METHODS = {
     "prompt": {"name": "prompt", "tokens": 3, "dropout": 0.2},
     "adapter": {"name": "adapter", "bottleneck": 7},
     "lora": {"name": "lora", "rank": 3, "targets": ["qkv", "fc2"], "dropout": 0.1},
+    "partial": {"name": "partial"},
 }
 # Position MLPs on a table of coordinates, with dropout of their own; activations that round by place, convolutions.
 RELPOS = {"name": "test_vit_relpos", "pretrained": False, "model_args": {"depth": 2, "drop_path_rate": 0.1}}
