@@ -100,9 +100,10 @@ class HostRows(Protocol):
 
 
 class StreamedRows:
-    """Images, or features, that stay on the host. Each batch is gathered into a page-locked buffer and copied from there.
+    """Images, or features, that stay on the host.
 
-    PyTorch keeps such buffers for later batches, and gives none of them out while it is still being copied.
+    Each batch is gathered into a page-locked buffer and copied from there. PyTorch keeps such buffers for
+    later batches, and gives none of them out while it is still being copied.
     """
 
     def __init__(self, images: HostRows, device: torch.device):

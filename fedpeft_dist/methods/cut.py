@@ -135,7 +135,8 @@ def _places(model: nn.Module) -> dict[nn.Module, Callable[[torch.Tensor], torch.
     blocks, norm, head = blocks_of(model), getattr(model, "norm", None), getattr(model, "forward_head", None)
     if isinstance(norm, nn.Module) and head is not None:
         for index, block in enumerate(blocks):
-            places[block] = lambda x, after=nn.Sequential(*blocks[index:], norm): head(after(x))
+            after = nn.Sequential(*blocks[index:], norm)
+            places[block] = lambda x, after=after: head(after(x))
     names = classifier_names(model)
     if len(names) == 1:
         classifier = model.get_submodule(names[0])

@@ -67,7 +67,7 @@ class LaneModel:
         self.num_lanes, self.views, self.dtype = parameters.num_lanes, parameters.views, parameters.theta.dtype
 
     def prefix(self, images: torch.Tensor) -> torch.Tensor:
-        """What `logits` takes, [L, B, ...], of images [L, B, C, H, W]: here the images themselves (see methods/cut.py)."""
+        """What `logits` takes, [L, B, ...], for images [L, B, C, H, W]; the images themselves but in methods/cut.py."""
         return images
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
