@@ -1,7 +1,8 @@
 """Cuts a model in two: a frozen prefix, whose result for an image never changes, and a suffix, which is trained.
 
-The cut is the input of one module: a block of the model's sequence of blocks, or the classifier. Everything before it
-is a function of the normalised image alone, so its result (the features) may be computed once and kept.
+The cut is the input of one module: a block of the model's sequence of blocks, the final norm, or the classifier.
+Everything before it is a function of the normalised image alone, so its result (the features) may be computed once and
+kept.
 
 Shapes: L lanes, B batch, C channels, H x W pixels, K classes.
 """
@@ -134,9 +135,10 @@ def _places(model: nn.Module) -> dict[nn.Module, Callable[[torch.Tensor], torch.
     places: dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]] = {}
     blocks, norm, head = blocks_of(model), getattr(model, "norm", None), getattr(model, "forward_head", None)
     if isinstance(norm, nn.Module) and head is not None:
-        for index, block in enumerate(blocks):
-            after = nn.Sequential(*blocks[index:], norm)
-            places[block] = lambda x, after=after: head(after(x))
+        layers = [*blocks, norm]
+        for index, layer in enumerate(layers):
+            after = nn.Sequential(*layers[index:])
+            places[layer] = lambda x, after=after: head(after(x))
     names = classifier_names(model)
     if len(names) == 1:
         classifier = model.get_submodule(names[0])

@@ -177,7 +177,7 @@ def _lora(
 
 def _partial(model: nn.Module, blocks: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     last = range(len(model.blocks) - blocks, len(model.blocks))
-    own = tuple(f"{name}." for name in ("norm", "fc_norm", *(f"blocks.{index}" for index in last)))
+    own = tuple(f"{name}." for name in ("norm", "fc_norm", "head", *(f"blocks.{index}" for index in last)))
     return model, {name: p for name, p in model.named_parameters() if name.startswith(own)}
 
 
