@@ -23,17 +23,20 @@ DISK_SHARE = 0.5
 """The share of the free disk that the features of a machine's ranks may take."""
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, runtime: Runtime, folder: Path) -> torch.Tensor | None:
+def allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, runtime: Runtime, folder: Path, taken: int = 0
+) -> torch.Tensor | None:
     """Rows [n, ...] in the fastest memory that has room for them; None if there is none. Their content is undefined.
 
     Args:
+        taken: bytes allocated before, which the system counts as free until they are filled.
         folder: where the file is made, if it comes to that. It vanishes with the process.
     """
     size = math.prod(shape) * dtype.itemsize
     ranks = runtime.launch.local_world_size
     if runtime.device.type == "cuda" and size <= MEMORY_SHARE * torch.cuda.mem_get_info(runtime.device)[0]:
         return torch.empty(shape, dtype=dtype, device=runtime.device)
-    if size <= MEMORY_SHARE * available_host_memory() / ranks:
+    if taken + size <= MEMORY_SHARE * available_host_memory() / ranks:
         return torch.empty(shape, dtype=dtype)
     if size <= DISK_SHARE * shutil.disk_usage(folder).free / ranks:
         return _map_file(shape, dtype, size, folder)

@@ -54,7 +54,7 @@ class Evaluator:
         self.parameters.load(0, self.model.layout.pad(vector))
         self.model.bind(self.parameters)
         correct = torch.zeros(len(self.samples) + 1, dtype=torch.int64, device=self.runtime.device)
-        own = range(0, len(self.samples), self.batch_size)[self.runtime.rank :: self.runtime.world_size]
+        own = own_batches(len(self.samples), self.batch_size, self.runtime)
         for start, upcoming in zip_longest(own, own[1:]):
             if is_dropped():
                 correct[-1] = 1
@@ -90,6 +90,11 @@ class Evaluator:
     def accuracy(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> float:
         """Top-1 accuracy in 0 .. 1; the rest is as in `correct`."""
         return float(self.correct(vector, is_dropped).sum()) / len(self.samples)
+
+
+def own_batches(num_samples: int, batch_size: int, runtime: Runtime) -> range:
+    """Where the batches begin that this rank evaluates."""
+    return range(0, num_samples, batch_size)[runtime.rank :: runtime.world_size]
 
 
 def client_accuracies(correct: torch.Tensor, offsets: np.ndarray) -> dict[str, float]:

@@ -36,8 +36,10 @@ class PrefixCache:
         self.config, self.model, self.runtime = config, model, runtime
         self.notes: list[str] = []
         """Why the cache cannot serve, a line each."""
-        self.left = None if config.runtime.cache == "auto" else config.runtime.cache
-        """Bytes of the budget that are not taken; None without a budget."""
+        self.budget = config.runtime.cache if isinstance(config.runtime.cache, int) else None
+        """Bytes; None leaves it to the machine."""
+        self.taken = 0
+        """Bytes of all features."""
         self.suffix = None if config.runtime.cache == "none" else self._cut()
 
     def feed(self, store: DeviceStore, num_samples: int, what: str, augment: str = "none") -> Feed:
@@ -54,23 +56,23 @@ class PrefixCache:
             self._note(f"data.augment: {augment} changes {what} from step to step")
             return Feed(self.model, store)
         features = self._prefix(store.batch(torch.zeros(1, 1, dtype=torch.int64))[0])[0]
-        size = (num_samples + 1) * features[0].nbytes  # one more, which fills gaps in batches
-        rows = None
-        if self.left is None or size <= self.left:
-            rows = allocate((num_samples + 1, *features.shape[1:]), features.dtype, self.runtime, self._folder)
+        shape = (num_samples + 1, *features.shape[1:])  # one more, which fills gaps in batches
+        size, rows, room = shape[0] * features[0].nbytes, None, "neither memory nor disk has room"
+        if self.budget is None or self.taken + size <= self.budget:
+            rows = allocate(shape, features.dtype, self.runtime, self._folder, self.taken)
+        else:
+            room = f"runtime.cache has {self.budget - self.taken:,} left"
         if rows is None:
-            room = "neither memory nor disk has room" if self.left is None else f"runtime.cache has {self.left:,} left"
             self._note(f"the features of {what} take {size:,} bytes, and {room}")
             return Feed(self.model, store)
-        if self.left is not None:
-            self.left -= size
+        self.taken += size
         return Feed(self.suffix, FeatureStore(store, self._prefix, rows))
 
     def _cut(self) -> SuffixModel | None:
         try:
             return cut_model(self.model, self.runtime)
         except NoCutError as error:
-            if str(error) or self.left is not None:
+            if str(error) or self.budget is not None:
                 self._note(str(error) or "the method trains from the first block on")
             return None
 

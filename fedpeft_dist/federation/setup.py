@@ -18,7 +18,7 @@ from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
 from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.data.store import DeviceStore, choose_resident
-from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
+from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies, own_batches
 from fedpeft_dist.federation.prefix_cache import Feed, PrefixCache
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model
@@ -129,7 +129,8 @@ class Setup:
 
     def _evaluator(self, store: DeviceStore, samples: torch.Tensor, what: str) -> Evaluator:
         batch_size = self.config.runtime.evaluate_batch
-        feed = self.cache.feed(store, len(samples), what)
+        own = len(own_batches(len(samples), batch_size, self.runtime)) * batch_size
+        feed = self.cache.feed(store, min(own, len(samples)), what)
         return Evaluator(feed.model, feed.store, samples, batch_size, self.runtime)
 
 

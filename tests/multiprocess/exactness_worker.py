@@ -122,13 +122,13 @@ def _count_refills() -> list[int]:
 
 
 def _count_chunks() -> list[int]:
-    """Counts the chunks of images whose features are computed to be kept."""
+    """Counts the chunks of training images whose features are computed to be kept."""
     counter = [0]
     prefix = SuffixModel.prefix
 
-    def counting(*arguments):
-        counter[0] += 1
-        return prefix(*arguments)
+    def counting(model, images):
+        counter[0] += images.shape[:2] == (1, LANES * BATCH)
+        return prefix(model, images)
 
     SuffixModel.prefix = counting
     return counter
