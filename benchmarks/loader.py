@@ -76,7 +76,7 @@ def make_config(root: str, augment: str) -> RunConfig:
         "data": data | {"partition": {"name": "iid"}},
         "federation": {"cohort": LANES},
         "client": {"steps": STEPS, "batch_size": BATCH},
-        "runtime": {"device": "cpu", "lanes": LANES},
+        "runtime": {"device": "cpu", "lanes": LANES, "cache": "none"},
     }
     return parse_config(tree, "benchmark")
 

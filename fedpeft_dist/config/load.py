@@ -20,7 +20,9 @@ RESULT_NEUTRAL = (
     "data.root",
     "data.store",
     "runtime.compile",
+    "runtime.products",
     "runtime.verify",
+    "runtime.cache",
     "federation.evaluate_every",
     "federation.evaluate_clients",
 )
@@ -110,8 +112,8 @@ def result_keys(config: RunConfig) -> dict[str, Any]:
         neutral.remove("data.root")
     if config.algorithm.name == "fedavg":  # it was once the only algorithm, and the digests of those runs stay valid
         neutral.add("algorithm.name")
-    if config.runtime.products == "auto":
-        neutral.add("runtime.products")
+    if getattr(config.method, "blocks", None) is None:  # a key that methods once lacked, likewise
+        neutral.add("method.blocks")
     leaves = flatten_keys(_as_tree(config)).items()
     return {key: value for key, value in leaves if not f"{key}.".startswith(tuple(f"{part}." for part in neutral))}
 

@@ -6,7 +6,9 @@ if they fit. Otherwise a background thread gathers the next batch on the host wh
 Shapes: S samples, L lanes, B batch, R rows of a batch, C channels, H x W pixels.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 
@@ -49,7 +51,7 @@ class DeviceStore:
                 f"data: images of {own} channels for a backbone of {channels}; "
                 f"give backbone.model_args: {{in_chans: {own}}}"
             )
-        self.streamed = None if resident else StreamedPixels(images, device)
+        self.streamed = None if resident else StreamedRows(images, device)
         self.images = images
         if resident and device.type != "cpu":
             self.images = ImageSet(upload(images, device), images.labels)
@@ -60,6 +62,9 @@ class DeviceStore:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def expect(self, samples: Sequence[torch.Tensor]) -> None:
+        """Announces the samples of a round, int64 [n] each. Only a FeatureStore needs to know."""
 
     def prefetch(self, indices: torch.Tensor) -> None:
         """Announces the indices, int64 [L, B] on the host, of the next call of `batch`."""
@@ -85,13 +90,24 @@ class DeviceStore:
         return images.view(*indices.shape, *images.shape[1:]), self.labels[send(indices, self.device)]
 
 
-class StreamedPixels:
-    """Images that stay on the host. Each batch is gathered into a page-locked buffer and copied from there.
+class HostRows(Protocol):
+    """A tensor on the host with a row for each sample, such as an ImageSet."""
 
-    PyTorch keeps such buffers for later batches, and gives none of them out while it is still being copied.
+    images: torch.Tensor
+    """[S, ...]."""
+
+    def places(self, samples: torch.Tensor) -> torch.Tensor:
+        """The rows of samples: int64 [n] for int64 [n]."""
+
+
+class StreamedRows:
+    """Images, or features, that stay on the host.
+
+    Each batch is gathered into a page-locked buffer and copied from there. PyTorch keeps such buffers for
+    later batches, and gives none of them out while it is still being copied.
     """
 
-    def __init__(self, images: ImageSet, device: torch.device):
+    def __init__(self, images: HostRows, device: torch.device):
         self.images, self.device = images, device
         self.on_cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.on_cuda else None
@@ -99,7 +115,7 @@ class StreamedPixels:
         self.pending: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.cuda.Event | None]]] | None = None
 
     def gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """The images of these samples (int64 [R], on the host): uint8 [R, C, H, W] on the device."""
+        """The rows of these samples (int64 [R], on the host): [R, ...] on the device."""
         if self.pending is None or not torch.equal(self.pending[0], indices):
             self.prefetch(indices)  # runs after an unwanted one
         (_, brought), self.pending = self.pending, None
@@ -117,7 +133,7 @@ class StreamedPixels:
     def _bring(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Returns the images on the device and the event that tells their arrival. Runs in the background thread."""
         images, places = self.images.images, self.images.places(indices)
-        buffer = torch.empty((len(places), *images.shape[1:]), dtype=torch.uint8, pin_memory=self.on_cuda)
+        buffer = torch.empty((len(places), *images.shape[1:]), dtype=images.dtype, pin_memory=self.on_cuda)
         torch.index_select(images, 0, places, out=buffer)
         if not self.on_cuda:
             return buffer, None

@@ -12,6 +12,7 @@ from itertools import pairwise, zip_longest
 import numpy as np
 import torch
 
+from fedpeft_dist.data.feature_store import FeatureStore
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods.lane_model import LaneModel
@@ -24,11 +25,19 @@ class Evaluator:
     """Evaluates one vector after another on chosen samples of a store.
 
     Args:
+        model, store: the whole model and images, or its suffix and features.
         samples: int64 [S], which of the store's samples to evaluate on.
         batch_size: B, a part of the result: another one may round differently.
     """
 
-    def __init__(self, model: LaneModel, store: DeviceStore, samples: torch.Tensor, batch_size: int, runtime: Runtime):
+    def __init__(
+        self,
+        model: LaneModel,
+        store: DeviceStore | FeatureStore,
+        samples: torch.Tensor,
+        batch_size: int,
+        runtime: Runtime,
+    ):
         self.model, self.store, self.runtime = model, store, runtime
         self.samples, self.batch_size = samples, batch_size
         self.parameters = LaneParameters(
@@ -47,7 +56,7 @@ class Evaluator:
         self.parameters.load(0, self.model.layout.pad(vector))
         self.model.bind(self.parameters)
         correct = torch.zeros(len(self.samples) + 1, dtype=torch.int64, device=self.runtime.device)
-        own = range(0, len(self.samples), self.batch_size)[self.runtime.rank :: self.runtime.world_size]
+        own = own_batches(len(self.samples), self.batch_size, self.runtime)
         for start, upcoming in zip_longest(own, own[1:]):
             if is_dropped():
                 correct[-1] = 1
@@ -66,11 +75,11 @@ class Evaluator:
         Args:
             upcoming: where the batch after this one starts.
         """
-        images, labels = self.store.batch(self._indices(start))
+        inputs, labels = self.store.batch(self._indices(start))
         if upcoming is not None:
             self.store.prefetch(self._indices(upcoming))
         with self.runtime.autocast():
-            predictions = self.model.logits(images).argmax(dim=-1)
+            predictions = self.model.logits(inputs).argmax(dim=-1)
         return (predictions == labels)[0, : len(self.samples) - start].long()
 
     def _indices(self, start: int) -> torch.Tensor:
@@ -83,6 +92,11 @@ class Evaluator:
     def accuracy(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> float:
         """Top-1 accuracy in 0 .. 1; the rest is as in `correct`."""
         return float(self.correct(vector, is_dropped).sum()) / len(self.samples)
+
+
+def own_batches(num_samples: int, batch_size: int, runtime: Runtime) -> range:
+    """Where the batches begin that this rank evaluates."""
+    return range(0, num_samples, batch_size)[runtime.rank :: runtime.world_size]
 
 
 def client_accuracies(correct: torch.Tensor, offsets: np.ndarray) -> dict[str, float]:

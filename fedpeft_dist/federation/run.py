@@ -84,6 +84,8 @@ def _log(opened: OpenRun, runtime: Runtime) -> Iterator[RunLog]:
             log.write_setting(counts, setup.partition.num_clients, setup.dataset.class_names)
             if note := simulation.participation.describe():
                 log.note(note)
+            for note in setup.cache_notes:
+                log.note(note)
             plan = simulation.privacy_plan
             figures = None if plan is None else plan.figures(simulation.num_rounds)
             for line in describe_privacy(config.privacy, figures, None if plan is None else plan.warning):

@@ -10,6 +10,7 @@ import torch
 
 from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import with_values
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
@@ -17,7 +18,8 @@ from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.partition import IndexPartition, Partition, hold_out, make_partition
 from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.data.store import DeviceStore, choose_resident
-from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies
+from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies, own_batches
+from fedpeft_dist.federation.prefix_cache import Feed, PrefixCache
 from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
 from fedpeft_dist.lanes.random import derive_seed
@@ -61,14 +63,24 @@ class Setup:
         self.train_store, self.test_store = self._make_stores()
 
     @cached_property
+    def cache(self) -> PrefixCache:
+        return PrefixCache(self.config, self.model, self.runtime)
+
+    @cached_property
+    def training(self) -> Feed:
+        """What clients train, and on what."""
+        store = self.train_store
+        return self.cache.feed(store, len(store), "training images", self.config.data.augment)
+
+    @cached_property
     def test_evaluator(self) -> Evaluator:
-        return self._evaluator(self.test_store, torch.arange(len(self.test_store)))
+        return self._evaluator(self.test_store, torch.arange(len(self.test_store)), "test images")
 
     @cached_property
     def validation_evaluator(self) -> Evaluator:
         """Evaluates on the samples that clients hold out of their own."""
         assert self.held_out is not None
-        return self._evaluator(self.train_store, self.held_out.samples)
+        return self._evaluator(self.train_store, self.held_out.samples, "validation images")
 
     @property
     def recipe(self) -> ImageRecipe:
@@ -85,9 +97,8 @@ class Setup:
         Raises:
             StoppedEarlyError: on every rank, if any of them has broken off.
         """
-        federation = self.config.federation
-        metrics = {}
-        if federation.evaluate_on == "validation" or federation.evaluate_clients:
+        federation, metrics = self.config.federation, {}
+        if self._needs_validation:
             correct = self.validation_evaluator.correct(vector, is_dropped)
             metrics["accuracy"] = float(correct.sum()) / len(correct)
             if federation.evaluate_clients:
@@ -103,6 +114,18 @@ class Setup:
             steps = {client: self.config.client.num_steps(size) for client, size in sizes.items()}
         return [ClientTask(client, self.partition.indices(client), steps[client], sizes[client]) for client in clients]
 
+    @property
+    def cache_notes(self) -> list[str]:
+        """Why the frozen prefix is computed again and again, for training or for evaluation."""
+        _ = self.training
+        _ = self.validation_evaluator if self._needs_validation else None
+        _ = self.test_evaluator if self.config.federation.evaluate_on == "test" else None
+        return self.cache.notes
+
+    @property
+    def _needs_validation(self) -> bool:
+        return self.config.federation.evaluate_on == "validation" or self.config.federation.evaluate_clients
+
     def _make_stores(self) -> list[DeviceStore]:
         """The training and the test images. The model is on the device already, and lanes share what is left."""
         backbone, splits, device = self.model.backbone, [self.dataset.train, self.dataset.test], self.runtime.device
@@ -112,8 +135,11 @@ class Setup:
             for images, resident in zip(splits, choose_resident(splits, device, self.runtime.launch.gpu_sharers))
         ]
 
-    def _evaluator(self, store: DeviceStore, samples: torch.Tensor) -> Evaluator:
-        return Evaluator(self.model, store, samples, self.config.runtime.evaluate_batch, self.runtime)
+    def _evaluator(self, store: DeviceStore, samples: torch.Tensor, what: str) -> Evaluator:
+        batch_size = self.config.runtime.evaluate_batch
+        own = len(own_batches(len(samples), batch_size, self.runtime)) * batch_size
+        feed = self.cache.feed(store, min(own, len(samples)), what)
+        return Evaluator(feed.model, feed.store, samples, batch_size, self.runtime)
 
 
 def make_clients(config: RunConfig, train: ImageSet) -> tuple[Partition, IndexPartition | None]:
@@ -135,7 +161,7 @@ def evaluate_run(config: RunConfig, directory: RunDirectory, runtime: Runtime) -
         ConfigError: the parameters cannot be read, or belong to another method or backbone.
     """
     tensors, metadata = directory.read_trainable()
-    setup = Setup(config, runtime)
+    setup = Setup(with_values(config, "runtime", cache="none"), runtime)  # each image is looked at once
     check_same(metadata["backbone_sha256"], setup.model.backbone.sha256, directory.trainable_file, "backbone")
     try:
         vector = setup.model.layout.join(tensors)

@@ -185,14 +185,14 @@ class Simulation:
             if is_private:
                 lanes = choose_private_lanes(needed, setup.model, runtime)
             else:
-                own = (setup.batch_size, setup.model, setup.train_store, runtime)
+                own = (setup.batch_size, setup.training.model, setup.train_store, runtime)
                 lanes = choose_lanes(needed, *own, self._train_some)
             lanes = min_over_ranks(lanes, runtime)
         config = with_values(config, "runtime", lanes=lanes, products=setup.products)
         if not is_private:
             return config
         if (slots := config.privacy.slots) == "auto":
-            slots = choose_slots(lanes, setup.batch_size, setup.model, setup.train_store, runtime)
+            slots = choose_slots(lanes, setup.batch_size, setup.training.model, setup.train_store, runtime)
             slots = min_over_ranks(slots, runtime)
         return with_values(config, "privacy", slots=slots)
 
@@ -225,8 +225,8 @@ class Simulation:
         config, setup, privacy = self.setup.config, self.setup, self.setup.config.privacy
         client = config.client.model_copy(update={"batch_size": setup.batch_size})
         return Trainer(
-            setup.model,
-            setup.train_store,
+            setup.training.model,
+            setup.training.store,
             client,
             self.runtime,
             schedule=schedule,

@@ -99,6 +99,11 @@ def _ones(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.ones(1, 1, size, dtype=dtype, device=device)
 
 
+def lane_scale(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Multiplies rows [R, ..., D] by each lane's own scale [L, D]."""
+    return (x.unflatten(0, (len(scale), -1)) * _over_channels(x, scale, -1)).flatten(0, 1)
+
+
 def lane_tokens(tokens: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Each lane's own tokens [L, T, D], repeated for each of its samples: [R, T, D]."""
     return tokens.unsqueeze(1).expand(-1, num_rows // len(tokens), -1, -1).flatten(0, 1)

@@ -13,6 +13,7 @@ from fedpeft_dist.methods.in_place import Bias, Full, Head, Norm
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.methods.lora import Lora
 from fedpeft_dist.methods.method import Method
+from fedpeft_dist.methods.partial import Partial
 from fedpeft_dist.methods.prompt import Prompt
 from fedpeft_dist.methods.structure import check_backbone, check_structure, copy_model, find_shared_layers
 
@@ -24,6 +25,7 @@ METHODS: dict[type[Section], type[Method]] = {
     sections.PromptConfig: Prompt,
     sections.AdapterConfig: Adapter,
     sections.LoraConfig: Lora,
+    sections.PartialConfig: Partial,
 }
 
 

@@ -15,6 +15,7 @@ from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import AdapterConfig
 from fedpeft_dist.lanes.ops import lane_aligned, lane_linear
+from fedpeft_dist.methods.blocks import Scope
 from fedpeft_dist.methods.in_place import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method
@@ -58,7 +59,8 @@ class Adapter(Method):
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config = backbone.model, self.config
-        kind, blocks = type(model).__name__, dict(model.named_modules())
+        kind, scope = type(model).__name__, Scope(model, config.blocks)
+        blocks = {name: module for name, module in model.named_modules() if name in scope}
         mixing = {name: block for name, block in blocks.items() if any(hasattr(block, mixer) for mixer in MIXERS)}
         found = {f"{name}.mlp": getattr(block, "mlp", None) for name, block in mixing.items()}
         mlps = {name: mlp for name, mlp in found.items() if isinstance(getattr(mlp, "fc2", None), nn.Linear)}

@@ -5,6 +5,8 @@
     bias  every parameter called `bias`, and the head (BitFit, Zaken et al. 2022, arXiv 2106.10199)
     norm  scale and bias of every normalisation layer, and the head
 
+`blocks` restricts bias and norm to some blocks. Partial fine-tuning has a file of its own.
+
 A layer that ends with the addition of its bias becomes the layer without a bias, followed by each lane's own addition.
 The large product stays one product over all lanes.
 """
@@ -19,6 +21,7 @@ from fedpeft_dist.backbones.timm_backbone import Backbone, classifier_names
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.lanes.onednn import MIN_WIDTH, lane_product
 from fedpeft_dist.lanes.ops import lane_affine, lane_bias, lane_linear
+from fedpeft_dist.methods.blocks import Scope
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, VmapLaneModel
 from fedpeft_dist.methods.method import Method, Tensors
 
@@ -99,7 +102,8 @@ class Head(InPlaceMethod):
 class Bias(InPlaceMethod):
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, kind = backbone.model, type(backbone.model).__name__
-        layers = [(name, m) for name, m in model.named_modules() if name not in classifier_names(model)]
+        scope, heads = Scope(model, self.config.blocks), classifier_names(model)
+        layers = [(name, m) for name, m in model.named_modules() if name in scope and name not in heads]
         biased = [(name, m) for name, m in layers if getattr(m, "bias", None) is not None]
         if not biased:
             raise ConfigError(f"method.name: 'bias' finds no bias outside the head of {kind}")
@@ -113,11 +117,13 @@ class Bias(InPlaceMethod):
 class Norm(InPlaceMethod):
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, kind = backbone.model, type(backbone.model).__name__
-        for name, layer in model.named_modules():
+        scope = Scope(model, self.config.blocks)
+        layers = [(name, m) for name, m in model.named_modules() if name in scope]
+        for name, layer in layers:
             own = type(layer).__name__
             if "norm" in own.lower() and type(layer) not in NORM_CHANNEL_DIM and hasattr(layer, "weight"):
                 raise ConfigError(f"method.name: 'norm' does not fit {kind}: {name} is a {own}")
-        norms = [(name, m) for name, m in model.named_modules() if type(m) in NORM_CHANNEL_DIM]
+        norms = [(name, m) for name, m in layers if type(m) in NORM_CHANNEL_DIM]
         norms = [(name, m) for name, m in norms if m.weight is not None and m.bias is not None]
         if not norms:
             known = "LayerNorm, BatchNorm2d, GroupNorm"

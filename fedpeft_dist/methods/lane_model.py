@@ -75,7 +75,11 @@ class LaneModel:
     def bind(self, parameters: LaneParameters) -> None:
         """Makes the model compute with these rows from now on, as they are now in the compute type."""
         parameters.refresh()
-        self.num_lanes, self.views = parameters.num_lanes, parameters.views
+        self.num_lanes, self.views, self.dtype = parameters.num_lanes, parameters.views, parameters.theta.dtype
+
+    def prefix(self, images: torch.Tensor) -> torch.Tensor:
+        """What `logits` takes, [L, B, ...], for images [L, B, C, H, W]; the images themselves but in methods/cut.py."""
+        return images
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """Scores [L, B, K] of images [L, B, C, H, W]. Keys, int64 [L, B], turn dropout and drop-path on."""
@@ -97,7 +101,7 @@ class FoldedLaneModel(LaneModel):
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         self.keys.rows = None if keys is None else keys.flatten()
-        return self.backbone.model(images.flatten(0, 1)).unflatten(0, (self.num_lanes, -1))
+        return self.backbone.model(images.flatten(0, 1).to(self.dtype)).unflatten(0, (self.num_lanes, -1))
 
 
 class VmapLaneModel(LaneModel):
@@ -113,6 +117,7 @@ class VmapLaneModel(LaneModel):
         self.is_recurrent = any(isinstance(module, nn.RNNBase) for module in backbone.model.modules())
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        images = images.to(self.dtype)
         if self.num_lanes == 1 or self.is_recurrent or images.is_meta:
             lanes = [{name: view[lane] for name, view in self.views.items()} for lane in range(self.num_lanes)]
             rows = [None] * self.num_lanes if keys is None else keys

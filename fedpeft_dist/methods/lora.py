@@ -18,6 +18,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import LoraConfig
 from fedpeft_dist.lanes.dropout import make_dropout
 from fedpeft_dist.lanes.ops import lane_linear
+from fedpeft_dist.methods.blocks import Scope
 from fedpeft_dist.methods.in_place import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method, Tensors
@@ -57,7 +58,8 @@ class Lora(Method):
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config = backbone.model, self.config
-        linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        scope = Scope(model, config.blocks)
+        linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name in scope]
         layers = [(name, linear) for name, linear in linears if linear not in backbone.shared_layers]
         endings = {target: tuple(f".{place}" for place in TARGETS[target]) for target in config.targets}
         for target, ending in endings.items():

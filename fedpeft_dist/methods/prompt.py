@@ -17,6 +17,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import PromptConfig
 from fedpeft_dist.lanes.dropout import make_dropout
 from fedpeft_dist.lanes.ops import lane_tokens
+from fedpeft_dist.methods.blocks import ATTRIBUTE, choose_blocks
 from fedpeft_dist.methods.in_place import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method
@@ -46,14 +47,30 @@ class Prompt(Method):
         if not isinstance(model, VisionTransformer):
             kind = type(model).__name__
             raise ConfigError(f"method.name: 'prompt' fits plain ViTs (timm's VisionTransformer), not {kind}")
-        groups = [[block] for block in model.blocks] if config.depth == "deep" else [list(model.blocks)]
         patch = math.prod(model.patch_embed.patch_size)
         bound = math.sqrt(6 / (backbone.channels * patch + model.embed_dim))
         device = next(model.parameters()).device
-        prompted = []
-        for index, group in enumerate(groups):
+        blocks = list(model.blocks)
+        for index, stop in self._groups(model):
             initial = torch.empty(config.tokens, model.embed_dim, device=device).uniform_(-bound, bound)
-            blocks, name = nn.Sequential(*group), f"blocks.{index}.prompt"
-            prompted.append(PromptedBlocks(blocks, name, initial, model.num_prefix_tokens, config.dropout))
-        model.blocks = nn.Sequential(*prompted)
+            own, name = nn.Sequential(*model.blocks[index:stop]), f"{ATTRIBUTE}.{index}.prompt"
+            blocks[index] = PromptedBlocks(own, name, initial, model.num_prefix_tokens, config.dropout)
+            blocks[index + 1 : stop] = [None] * (stop - index - 1)
+        model.blocks = nn.Sequential(*(block for block in blocks if block is not None))
         return train_head(backbone)
+
+    def _groups(self, model: VisionTransformer) -> list[tuple[int, int]]:
+        """The first block of each group that shares tokens, and the one after its last.
+
+        Raises:
+            ConfigError: the model has no such blocks, or shallow tokens would skip one.
+        """
+        given = self.config.blocks
+        chosen = list(range(len(model.blocks))) if given is None else choose_blocks(model, given)
+        if self.config.depth == "deep":
+            return [(index, index + 1) for index in chosen]
+        if chosen[-1] - chosen[0] >= len(chosen):
+            raise ConfigError(
+                f"method.blocks: {list(given)} skips a block, and shallow tokens cannot; give depth: deep"
+            )
+        return [(chosen[0], chosen[-1] + 1)]

@@ -34,7 +34,8 @@ def derive_noise_seed(
     """
     if not runtime.is_main:
         return _from_main(0, runtime)
-    keys = result_keys(config) | {"runtime.compile": config.runtime.compile}
+    own = {f"runtime.{key}": getattr(config.runtime, key) for key in ("compile", "products")}
+    keys = result_keys(config) | own
     keys.pop("privacy.stop_at_epsilon")
     if config.client.schedule.name != "cosine":  # a cosine's rates depend on the number of rounds
         keys.pop("federation.rounds")

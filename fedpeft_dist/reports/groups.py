@@ -10,7 +10,7 @@ from fedpeft_dist.reports.axes import COHORT, Axis, find_axes, in_order, short_n
 from fedpeft_dist.reports.runs import Point, Run, is_number
 
 ROUNDING_KEYS = {
-    *(f"runtime.{key}" for key in ("device", "lanes", "products", "threads", "evaluate_batch")),
+    *(f"runtime.{key}" for key in ("device", "lanes", "threads", "evaluate_batch")),
     "privacy.slots",
 }
 """Keys that follow the machine and change a result by rounding alone. Groups ignore them unless a sweep varies them."""

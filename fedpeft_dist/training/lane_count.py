@@ -131,7 +131,7 @@ def _scores(rows: int, samples: int, model: LaneModel, store: DeviceStore, runti
     keys = torch.zeros(rows, samples, dtype=torch.int64, device=runtime.device)
     images, _ = store.batch(torch.zeros(rows, samples, dtype=torch.int64), keys)
     with runtime.autocast():
-        return model.logits(images, keys).float()
+        return model.logits(model.prefix(images), keys).float()
 
 
 def _peak(work: Callable[[], None], model: LaneModel, runtime: Runtime) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft_dist.config.schema import ClientConfig
+from fedpeft_dist.data.feature_store import FeatureStore
 from fedpeft_dist.data.store import DeviceStore, send
 from fedpeft_dist.lanes.optimizers import clip_rows, make_lane_optimizer
 from fedpeft_dist.lanes.random import fold_in
@@ -57,8 +58,8 @@ class Trainer:
     """Trains a shard of clients on L lanes.
 
     Args:
-        model: the backbone with its method; bound to the rule's rows while it trains.
-        store: the training images.
+        model: the backbone with its method, or the part of it after a cut; bound to the rule's rows while it trains.
+        store: what the model takes: the training images, or their features at the cut.
         rule: the gradient that clients step on.
         term: what the algorithm adds to it, `Algorithm.add_to_gradient`.
         gradient_noise: standard deviation of the noise of privacy `paper_noise`, which gives no privacy.
@@ -68,7 +69,7 @@ class Trainer:
     def __init__(
         self,
         model: LaneModel,
-        store: DeviceStore,
+        store: DeviceStore | FeatureStore,
         config: ClientConfig,
         runtime: Runtime,
         *,
@@ -93,6 +94,7 @@ class Trainer:
             is_dropped: asked before each local step; once it is true, nothing more is trained or yielded.
         """
         self.model.bind(self.rule.rows)
+        self.store.expect([task.samples for task in tasks if task.num_steps])
         row = self.model.layout.pad(start.vector.to(self.rule.theta.dtype))
         for current, upcoming in with_next(self.schedule.passes(tasks, start.number)):
             if is_dropped():
@@ -128,11 +130,11 @@ class Trainer:
             keys = send(fold_in(current.row_keys.unsqueeze(1), current.indices), device)
             mask = send(current.mask, device)
             self.rule.prepare(current)
-            images, labels = self.store.batch(current.indices, keys)
+            inputs, labels = self.store.batch(current.indices, keys)
             if upcoming is not None:
                 self.store.prefetch(upcoming.indices)
             with self.runtime.autocast():
-                logits = self.logits(images.to(theta.dtype), keys)
+                logits = self.logits(inputs, keys)
             losses = row_losses(logits, labels, mask, send(current.sizes.clamp(min=1), device))
             # The sum over rows keeps them apart: each row's parameters see their own loss only.
             self.rule.scaled(losses).sum().backward()

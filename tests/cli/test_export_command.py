@@ -174,7 +174,15 @@ def files(folder: Path) -> set[str]:
 # --- timm --------------------------------------------------------------------------------------------------------
 
 
-METHODS = [{"name": "full"}, {"name": "head"}, {"name": "bias"}, {"name": "norm"}, LORA, ALL_TARGETS]
+METHODS = [
+    {"name": "full"},
+    {"name": "head"},
+    {"name": "bias"},
+    {"name": "norm"},
+    LORA,
+    ALL_TARGETS,
+    {"name": "partial"},
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method['name']}{len(method)}")

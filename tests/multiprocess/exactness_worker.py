@@ -1,6 +1,6 @@
 """Run by test_exactness.py on each rank: every case once, in one process group, because start-up is expensive.
 
-Prints nothing; writes {case: {weights_sha256, refills, row}} to the path given, from rank 0.
+Prints nothing; writes {case: {weights_sha256, world_size, refills, stochastic, chunks}} to the path given, from rank 0.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.config.trees import merge_trees
 from fedpeft_dist.federation.run import run
 from fedpeft_dist.lanes.dropout import KeyedDropout, KeyedDropPath
+from fedpeft_dist.methods.cut import SuffixModel
 from fedpeft_dist.runtime import process
 from fedpeft_dist.training.schedule import Schedule
 from tests.tiny import tiny_vit
@@ -28,6 +29,7 @@ METHODS = {
     "prompt": {"name": "prompt", "tokens": 3, "dropout": 0.2},
     "adapter": {"name": "adapter", "bottleneck": 7},
     "lora": {"name": "lora", "rank": 3, "targets": ["qkv", "fc2"], "dropout": 0.1},
+    "partial": {"name": "partial"},
 }
 # Position MLPs on a table of coordinates, with dropout of their own; activations that round by place, convolutions.
 RELPOS = {"name": "test_vit_relpos", "pretrained": False, "model_args": {"depth": 2, "drop_path_rate": 0.1}}
@@ -45,6 +47,13 @@ CASES = {name: (VIT, method, {}) for name, method in METHODS.items()} | {
     "efficientnet-head": (EFFICIENT, METHODS["head"], {}),
 }
 CASES |= {name: (VIT, METHODS["bias"], sections) for name, sections in ALGORITHMS.items()}
+KEPT_PREFIX = {"data": {"augment": "none"}, "runtime": {"cache": 10**7}}
+"""The sections under which features of the frozen prefix are kept."""
+CASES |= {
+    "efficientnet-head-kept": (EFFICIENT, METHODS["head"], KEPT_PREFIX),
+    # Only the last block drops paths, so the prefix has no dropout.
+    "partial-kept": (tiny_vit(depth=2, drop_path_rate=0.1), METHODS["partial"], KEPT_PREFIX),
+}
 BATCH, LANES, COHORT = 7, 3, 7
 
 
@@ -75,14 +84,14 @@ def make_config(method: dict, output: Path, name: str, backbone: dict = VIT) -> 
 
 def main() -> None:
     output, precisions = Path(sys.argv[1]), sys.argv[2].split(",")
-    refills, stochastic = _count_refills(), _count_stochastic_calls()
+    refills, stochastic, chunks = _count_refills(), _count_stochastic_calls(), _count_chunks()
     results = {}
     with process.start(RuntimeConfig(device="cpu")) as runtime:
         for precision in precisions:
             for case, (backbone, method, sections) in CASES.items():
                 name = f"{case}-{precision}-{runtime.world_size}"
                 config = parse_config(merge_trees(make_config(method, output, name, backbone), sections), "test")
-                refills[0] = stochastic[0] = 0
+                refills[0] = stochastic[0] = chunks[0] = 0
                 run(config, runtime=replace(runtime, precision=precision))
                 if runtime.is_main:
                     summary = json.loads((output / name / "summary.json").read_text())
@@ -91,6 +100,7 @@ def main() -> None:
                         "world_size": summary["world_size"],
                         "refills": refills[0],
                         "stochastic": stochastic[0],
+                        "chunks": chunks[0],
                     }
     if runtime.is_main:
         (output / f"results-{runtime.world_size}.json").write_text(json.dumps(results))
@@ -108,6 +118,19 @@ def _count_refills() -> list[int]:
             yield one
 
     Schedule.passes = counting
+    return counter
+
+
+def _count_chunks() -> list[int]:
+    """Counts the chunks of training images whose features are computed to be kept."""
+    counter = [0]
+    prefix = SuffixModel.prefix
+
+    def counting(model, images):
+        counter[0] += images.shape[:2] == (1, LANES * BATCH)
+        return prefix(model, images)
+
+    SuffixModel.prefix = counting
     return counter
 
 

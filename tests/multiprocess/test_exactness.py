@@ -38,6 +38,7 @@ def test_weights_are_equal_on_1_2_and_4_ranks(results, case, precision):
     assert len({results[ranks][case]["weights_sha256"] for ranks in (1, 2, 4)}) == 1
     assert results[1][case]["refills"] > 0, "7 clients on 3 lanes must refill lanes"
     assert results[1][case]["stochastic"] > 0 or case.startswith("efficientnet"), "dropout must be on"
+    assert (results[1][case]["chunks"] > 0) == ("kept" in case), "features must be kept where they can be"
 
 
 def test_cases_differ_from_each_other(results):

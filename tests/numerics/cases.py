@@ -50,6 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter-per-block": {"name": "adapter", "bottleneck": 10, "shared": False},
     "lora-qkv": {"name": "lora", "rank": 3, "alpha": 6.0, "targets": ["qkv"], "dropout": 0.0},
     "lora-all": {"name": "lora", "rank": 2, "alpha": 5.0, "targets": ["qkv", "proj", "fc1", "fc2"], "dropout": 0.0},
+    "partial": {"name": "partial", "blocks": 1},
 }
 
 # The gradient of a key's bias is zero by symmetry; at AdamW's default eps its rounding errors would become steps.

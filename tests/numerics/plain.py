@@ -116,6 +116,7 @@ def make_plain(model: nn.Module, method: Mapping[str, Any], heads: Sequence[str]
         "prompt": _prompt,
         "adapter": _adapter,
         "lora": _lora,
+        "partial": _partial,
     }[settings.pop("name")](model, **settings)
     trainable = {**own, **head}
     for parameter in trainable.values():
@@ -172,6 +173,12 @@ def _lora(
         for parent in parents:
             setattr(parent, target, PlainLora(getattr(parent, target), rank, alpha, dropout))
     return model, {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def _partial(model: nn.Module, blocks: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    last = range(len(model.blocks) - blocks, len(model.blocks))
+    own = tuple(f"{name}." for name in ("norm", "fc_norm", "head", *(f"blocks.{index}" for index in last)))
+    return model, {name: p for name, p in model.named_parameters() if name.startswith(own)}
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: Mapping[str, Any]) -> torch.optim.Optimizer:

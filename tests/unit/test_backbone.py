@@ -167,6 +167,7 @@ METHOD_CONFIGS = [
     schema.PromptConfig(name="prompt"),
     schema.AdapterConfig(name="adapter", bottleneck=4),
     schema.LoraConfig(name="lora", rank=2),
+    schema.PartialConfig(name="partial"),
 ]
 
 

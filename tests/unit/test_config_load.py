@@ -525,6 +525,7 @@ def test_with_values_changes_one_section(load: Load) -> None:
         "output.name=x",
         "output.checkpoint_every=0",
         "runtime.compile=true",
+        "runtime.cache=none",
         "federation.evaluate_every=5",
     ],
 )
@@ -578,7 +579,10 @@ def test_result_keys_are_flat_leaves(load: Load) -> None:
     assert keys["method.targets"] == ["qkv"]
     assert keys["data.partition.alpha"] == 0.1
     assert not any(key.startswith("output.") for key in keys)
-    assert not {"runtime.compile", "federation.evaluate_every", "federation.evaluate_clients"} & keys.keys()
+    assert (
+        not {"runtime.compile", "runtime.cache", "federation.evaluate_every", "federation.evaluate_clients"}
+        & keys.keys()
+    )
 
 
 def test_parse_config_names_its_source() -> None:

@@ -15,7 +15,7 @@ from fedpeft_dist.config.schema import SyntheticConfig
 from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.image_store import read_only_tensor
-from fedpeft_dist.data.store import DeviceStore, StreamedPixels, choose_resident, upload
+from fedpeft_dist.data.store import DeviceStore, StreamedRows, choose_resident, upload
 from fedpeft_dist.lanes.random import fold_in
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -176,7 +176,7 @@ def test_wherever_images_are_kept_batches_are_the_same_to_the_bit(tmp_path: Path
 def test_a_streamed_batch_does_not_change_while_others_are_loaded() -> None:
     """Memory is used again and again; a batch that was handed out is not touched."""
     images = image_set(3, size=60)
-    pixels = StreamedPixels(images, CPU)
+    pixels = StreamedRows(images, CPU)
     parts = torch.arange(60).split(10)
     found = []
     for part, upcoming in zip(parts, [*parts[1:], parts[0]]):
@@ -187,7 +187,7 @@ def test_a_streamed_batch_does_not_change_while_others_are_loaded() -> None:
 
 def test_announced_batches_are_gathered_in_the_background() -> None:
     images = image_set(3)
-    pixels = StreamedPixels(images, CPU)
+    pixels = StreamedRows(images, CPU)
     indices = torch.tensor([4, 2])
     pixels.prefetch(indices)
     announced = pixels.pending[1]
@@ -199,7 +199,7 @@ def test_announced_batches_are_gathered_in_the_background() -> None:
 
 
 def test_an_error_in_the_background_is_raised_where_the_batch_is_asked_for() -> None:
-    pixels = StreamedPixels(image_set(3), CPU)
+    pixels = StreamedRows(image_set(3), CPU)
     pixels.prefetch(torch.tensor([1000]))
     with pytest.raises(IndexError):
         pixels.gather(torch.tensor([1000]))

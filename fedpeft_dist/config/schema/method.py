@@ -33,6 +33,10 @@ class BackboneConfig(Section):
         }
 
 
+Blocks = Count | Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
+"""Blocks of a backbone: a number k means the last k, a list holds indices as in Python, negative ones from the end."""
+
+
 class FullConfig(Section):
     """Full fine-tuning: every parameter."""
 
@@ -49,12 +53,18 @@ class BiasConfig(Section):
     """Every bias (BitFit, Zaken et al. 2022, arXiv 2106.10199)."""
 
     name: Literal["bias"]
+    blocks: Blocks | None = None
+    """Which blocks are trained: the last k, or a list of indices; null: the whole model. What comes after the last
+    block, such as the final norm, belongs to the last block."""
 
 
 class NormConfig(Section):
     """The scale and bias of every normalisation layer."""
 
     name: Literal["norm"]
+    blocks: Blocks | None = None
+    """Which blocks are trained: the last k, or a list of indices; null: the whole model. What comes after the last
+    block, such as the final norm, belongs to the last block."""
 
 
 class PromptConfig(Section):
@@ -66,6 +76,9 @@ class PromptConfig(Section):
     tokens: Count = 10
     """The number of tokens for a block."""
     dropout: Fraction = 0.1
+    blocks: Blocks | None = None
+    """Which blocks get tokens: the last k, or a list of indices; null: all. Shallow tokens enter the first of them and
+    leave after the last, so these blocks must follow each other."""
 
 
 class AdapterConfig(Section):
@@ -76,6 +89,8 @@ class AdapterConfig(Section):
     """The adapter's inner width."""
     shared: bool = True
     """true: one module for all blocks, as in the paper; false: one module for each block."""
+    blocks: Blocks | None = None
+    """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
 class LoraConfig(Section):
@@ -88,9 +103,19 @@ class LoraConfig(Section):
     dropout: Fraction = 0.0
     targets: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = Field(("qkv",), strict=False, min_length=1)
     """Linear layers of a block: qkv and proj belong to the attention, fc1 and fc2 to the MLP."""
+    blocks: Blocks | None = None
+    """Which blocks are adapted: the last k, or a list of indices; null: all."""
+
+
+class PartialConfig(Section):
+    """The last blocks and the final norm in full."""
+
+    name: Literal["partial"]
+    blocks: Blocks = 1
+    """Which blocks are trained: the last k, or a list of indices. The final norm belongs to the last block."""
 
 
 MethodConfig = Annotated[
-    FullConfig | HeadConfig | BiasConfig | NormConfig | PromptConfig | AdapterConfig | LoraConfig,
+    FullConfig | HeadConfig | BiasConfig | NormConfig | PromptConfig | AdapterConfig | LoraConfig | PartialConfig,
     Field(discriminator="name"),
 ]

@@ -25,6 +25,9 @@ class RuntimeConfig(Section):
     """CPU threads of each rank."""
     compile: bool = False
     """Compile the model with torch.compile, which may round differently; not for method full."""
+    cache: Literal["auto", "none"] | Count = "auto"
+    """Bytes of a rank for what the frozen layers in front of the first trained one give for each image, which is then
+    computed once. auto: as the free memory of the device and of the machine, and then the disk, allow."""
     evaluate_batch: Count = 256
     verify: bool = False
     """Before the first round, check with the run's own lanes, batch and images that a client's gradient depends neither
