@@ -13,10 +13,11 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 PRELOADED = ("fedpeft_dist.cli", "fedpeft_dist.federation.run", "torch._dynamo", "torch.utils.tensorboard")
 SET_NAME, SET_SUBREAPER = 15, 36
@@ -141,15 +142,14 @@ def serve(modules: Sequence[str]) -> None:
                 os.close(descriptor)
             requests.close()
             _become(**json.loads(line))
-            return
         os.waitpid(middle, 0)
         os.close(tell)
         os.write(answers, os.read(told, 32))
         os.close(told)
 
 
-def _become(arguments: Sequence[str], environment: Mapping[str, str], log: str, cpus: Sequence[int]) -> None:
-    """Runs the command in this process."""
+def _become(arguments: Sequence[str], environment: Mapping[str, str], log: str, cpus: Sequence[int]) -> NoReturn:
+    """Runs the command in this process, and ends it without freeing what it shares with the server."""
     if cpus:
         os.sched_setaffinity(0, cpus)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -158,9 +158,21 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], log: str, 
     os.environ |= environment
     sys.argv = ["fedpeft", *arguments]
     ctypes.CDLL(None).prctl(SET_NAME, f"cell {arguments[arguments.index('--index') + 1]}".encode())
-    from fedpeft_dist.__main__ import main
+    code: Any = 1
+    try:
+        from fedpeft_dist.__main__ import main
 
-    main()
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":
