@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -95,6 +96,7 @@ class WarmServer:
             self._server.kill()
             self._server.wait()
             self._server.stdout.close()
+            ctypes.CDLL(None).prctl(SET_SUBREAPER, 0)
 
 
 class _Forked:
@@ -160,9 +162,7 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], log: str, 
     ctypes.CDLL(None).prctl(SET_NAME, f"cell {arguments[arguments.index('--index') + 1]}".encode())
     code: Any = 1
     try:
-        from fedpeft_dist.__main__ import main
-
-        main()
+        runpy.run_module("fedpeft_dist", run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code or 0
