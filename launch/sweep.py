@@ -3,7 +3,8 @@
     python launch/sweep.py SWEEP [SWEEP ...] [key=value ...] [--workers N] [--cores-per-worker K] [--retries N]
 
 The cells of all given sweeps form one queue. Each cell runs in a process of its own (`fedpeft sweep run SWEEP --index
-I`), so a cell that crashes or runs out of memory disturbs no other. Its output is appended to `log.txt` in its run's
+I`), so a cell that crashes or runs out of memory disturbs no other. The processes are forked off one that has imported
+everything. Its output is appended to `log.txt` in its run's
 directory. A live table shows the progress on a terminal; on a pipe, plain lines do.
 
 Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal (SIGHUP) stop cleanly: the running cells write a checkpoint, no new cell
@@ -34,11 +35,12 @@ from fedpeft_dist.runtime.command import EXIT_MISTAKE, leave_interrupted, run_ap
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.sweeps.attempts import Attempt, Place, Task, find_places
 from fedpeft_dist.sweeps.expansion import Cell, load_sweep
+from fedpeft_dist.sweeps.warm_start import WarmServer
 from fedpeft_dist.sweeps.workers import cell_state, record_failure
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
 
 WAITING, SKIPPED, ELSEWHERE = "waiting", "skipped", "in work elsewhere"
-LOOK_SECONDS = 0.25
+LOOK_SECONDS = 0.1
 STATUS_SECONDS = 60.0
 """Seconds between two status lines on a pipe."""
 TAKEN_SECONDS = 2.0
@@ -75,8 +77,10 @@ def sweep(
     places = find_places([cell for _, cell in cells], workers, cores_per_worker)
     started = time.monotonic()
     display = Display()
-    with listen_for_stop() as stop, display.live:
-        runner = Runner(tasks, places, overrides, retries, display)
+    is_private = any(cell.config.privacy.name != "none" for _, cell in cells)
+    server = WarmServer(["fedpeft_dist.privacy.plan"] if is_private else [])
+    with listen_for_stop() as stop, display.live, server:
+        runner = Runner(tasks, places, overrides, retries, display, server)
         try:
             runner.run(stop)
         except KeyboardInterrupt:
@@ -100,10 +104,16 @@ class Runner:
     """Gives the tasks to the places."""
 
     def __init__(
-        self, tasks: list[Task], places: list[Place], overrides: Sequence[str], retries: int, display: "Display"
+        self,
+        tasks: list[Task],
+        places: list[Place],
+        overrides: Sequence[str],
+        retries: int,
+        display: "Display",
+        server: WarmServer,
     ):
         self.tasks, self.places, self.overrides, self.retries = tasks, places, overrides, retries
-        self.display = display
+        self.display, self.server = display, server
         self.waiting = [task for task in tasks if task.state == WAITING]
         self.attempts: list[Attempt] = []
         self.idle = list(places)
@@ -165,7 +175,7 @@ class Runner:
 
     def start(self, task: Task) -> None:
         try:
-            attempt = Attempt(task, self.idle[0], self.overrides)
+            attempt = Attempt(task, self.idle[0], self.overrides, self.server)
         except OSError as error:
             self.fail(task, str(error))
             return

@@ -1,7 +1,7 @@
 """Commands in processes of their own that need not import everything anew, which takes three seconds of a core each.
 
-They are forked off a server that has imported it once. A test that is about the start of a process, about a launcher or
-about signals starts a real `python -m fedpeft_dist` instead.
+They are forked off a server that has imported it once. A test that is about the start of a process or about a launcher
+starts a real `python -m fedpeft_dist` instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import NamedTuple
 PRELOADED = [
     "fedpeft_dist.cli",
     "fedpeft_dist.federation.run",
-    "matplotlib.figure",
     "tensorboard.summary.writer.event_file_writer",
 ]
 

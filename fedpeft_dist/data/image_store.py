@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from rich.console import Console
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.data.datasets import Contents, Dataset, ImageSet, Part
@@ -238,7 +237,7 @@ class BuildProgress(ProgressBar):
     """
 
     def __init__(self, folder: Path, total: int):
-        super().__init__(Console(stderr=True), f"{folder.name}: decoding", total, transient=True)
+        super().__init__(f"{folder.name}: decoding", total, stream=sys.stderr, transient=True)
         self.folder, self.count = folder, 0
         self.started = self.told = time.monotonic()
 
@@ -246,7 +245,7 @@ class BuildProgress(ProgressBar):
         """Adds images that have been written."""
         self.count += count
         self.advance_to(self.count)
-        if not self.console.is_terminal and time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+        if not self.is_bar and time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
             self.told = time.monotonic()
             self.note(f"{self.title} {self.count:,} of {self.total:,} images")
 

@@ -8,9 +8,8 @@ import errno
 import io
 import os
 import sys
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from contextlib import suppress
+from typing import Any, TextIO
 
 NO_READER = (errno.EPIPE, errno.EIO)
 """The reader of a pipe, or the terminal, has gone. Nobody misses the output."""
@@ -54,28 +53,66 @@ def lost_output() -> str | None:
     return None if error is None or error.errno in NO_READER else error.strerror
 
 
-class ProgressBar(Progress):
-    """A context manager, which shows a bar on a terminal only.
+class ProgressBar:
+    """A context manager, which shows a bar on a terminal only, by rich if that is installed.
 
     Args:
-        columns: shown between the count and the time left.
+        stream: where to; stdout if None.
         visible: whether this process shows anything.
+        status: whether a text and the time so far stand between the count and the time left.
         transient: whether the bar disappears at its end.
     """
 
     def __init__(
-        self, console: Console, title: str, total: int, *columns: ProgressColumn, visible: bool = True, transient=False
+        self,
+        title: str,
+        total: int,
+        *,
+        stream: TextIO | None = None,
+        visible: bool = True,
+        status: bool = False,
+        transient: bool = False,
     ):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn())
-        is_shown = visible and console.is_terminal
-        super().__init__(*columns, console=console, disable=not is_shown, transient=transient)
         self.title, self.total, self.visible = title, total, visible
-        self._task = self.add_task(title, total=total, status="")
+        self._stream = sys.stdout if stream is None else stream
+        self._bar: Any = None
+        if visible and self._stream.isatty():
+            with suppress(ModuleNotFoundError):
+                self._bar = _rich_bar(self._stream, status, transient)
+                self._task = self._bar.add_task(title, total=total, status="")
+
+    @property
+    def is_bar(self) -> bool:
+        """Whether a bar is shown. Otherwise lines are."""
+        return self._bar is not None
 
     def advance_to(self, done: int, status: str = "") -> None:
-        self.update(self._task, completed=done, status=status)
+        if self.is_bar:
+            self._bar.update(self._task, completed=done, status=status)
 
     def note(self, text: str) -> None:
         """Prints a line that stays, above the bar."""
-        if self.visible:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self.is_bar:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif self.visible:
+            print(text, file=self._stream, flush=True)
+
+    def __enter__(self) -> "ProgressBar":
+        if self.is_bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.is_bar:
+            self._bar.stop()
+
+
+def _rich_bar(stream: TextIO, status: bool, transient: bool) -> Any:
+    from rich import progress  # only here, so that a run without a terminal does not import it
+    from rich.console import Console
+
+    columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()]
+    if status:
+        columns += [progress.TextColumn("{task.fields[status]}"), progress.TimeElapsedColumn()]
+    columns.append(progress.TimeRemainingColumn())
+    return progress.Progress(*columns, console=Console(file=stream), transient=transient)

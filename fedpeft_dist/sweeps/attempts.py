@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from fedpeft_dist.sweeps.expansion import Cell
+from fedpeft_dist.sweeps.warm_start import WarmServer
 
 TAIL_BYTES = 8192
 _NEEDED = {"round", "accuracy", "seconds", "evaluate_seconds"}
@@ -108,28 +108,19 @@ class Task:
 class Attempt:
     """A cell's process. Its start raises OSError if its log cannot be written."""
 
-    def __init__(self, task: Task, place: Place, overrides: Sequence[str]):
+    def __init__(self, task: Task, place: Place, overrides: Sequence[str], server: WarmServer):
         self.task, self.place, self.rounds = task, place, task.cell.config.federation.rounds
         self.look()
         self.rounds_before = self.rounds_done
         self.started = time.monotonic()
-        arguments = ["-m", "fedpeft_dist", "sweep", "run", str(task.sweep), "--index", str(task.cell.index), *overrides]
+        arguments = ["sweep", "run", str(task.sweep), "--index", str(task.cell.index), *overrides]
         task.log.parent.mkdir(parents=True, exist_ok=True)
         with open(task.log, "ab") as log:
-            log.write(f"$ python {' '.join(arguments)}\n".encode())
+            log.write(f"$ python -m fedpeft_dist {' '.join(arguments)}\n".encode())
             log.flush()
             self.log_start = log.tell()
-            # A session of its own, because a terminal sends Ctrl-C to all foreground processes. The launcher decides
-            # which cells stop.
-            with place.pinned():
-                self.process = subprocess.Popen(
-                    [sys.executable, *arguments],
-                    env={**os.environ, **place.environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+        with place.pinned():
+            self.process = server.start(arguments, place.environment, task.log)
 
     @property
     def elapsed(self) -> float:

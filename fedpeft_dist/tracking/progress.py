@@ -2,9 +2,6 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.progress import TextColumn, TimeElapsedColumn
-
 from fedpeft_dist.runtime.streams import ProgressBar
 
 
@@ -16,8 +13,7 @@ class RoundProgress(ProgressBar):
     """
 
     def __init__(self, name: str, num_rounds: int, rounds_done: int, visible: bool):
-        columns = (TextColumn("{task.fields[status]}"), TimeElapsedColumn())
-        super().__init__(Console(), name, num_rounds, *columns, visible=visible)
+        super().__init__(name, num_rounds, visible=visible, status=True)
         self.advance_to(rounds_done)
         self.seconds: list[float] = []
 
@@ -28,7 +24,7 @@ class RoundProgress(ProgressBar):
         shown = (("accuracy", row["accuracy"]), ("loss", row["train_loss"]), ("epsilon", row.get("epsilon")))
         values = "".join(f"{name} {value:.4f}  " for name, value in shown if value is not None)
         status = f"{values}{row['samples_per_second']:,.0f} samples/s"
-        if self.console.is_terminal:
+        if self.is_bar:
             self.advance_to(row["round"], status)
             return
         self.seconds.append(row["seconds"] + row["evaluate_seconds"])

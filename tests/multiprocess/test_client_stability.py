@@ -13,7 +13,7 @@ import yaml
 from fedpeft_dist.tracking.run_directory import RunDirectory, read_metrics
 from tests.multiprocess.exactness_worker import METHODS, make_config
 from tests.participation_fixtures import AVAILABILITY, DEVICES, DROPOUT, write_trace
-from tests.real_runs import complete, run_of, send, start, start_warm, wait_for_rounds
+from tests.real_runs import complete, run_of, send, start_warm, wait_for_rounds
 
 ROUNDS, CLIENTS, LOST = 14, 12, 6
 """Everyone is lost in round LOST."""
@@ -115,10 +115,10 @@ def test_weights_are_equal_on_1_and_2_ranks_and_through_a_kill(case: str, tmp_pa
 
 def test_a_run_is_not_resumed_on_other_traces(tmp_path: Path) -> None:
     config = write_config(tmp_path, "traces", "run")
-    with start(config) as launched:
+    with start_warm(config) as launched:
         wait_for_rounds(launched, run_of(config), 3)
-        send(launched.process.pid, signal.SIGTERM)
-        assert launched.wait() == 75
+        send(launched.ranks[0].process.pid, signal.SIGTERM)
+        assert launched.finish()[0].returncode == 75
     devices = tmp_path / "devices.csv"
     devices.write_text(devices.read_text().replace("\n3,13,", "\n3,14,"))
     with start_warm(config) as launched:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def children(process: subprocess.Popen) -> list[int]:
     return [pid for pid, parent in pairs if parent == process.pid]
 
 
+def cells_of(process: subprocess.Popen) -> dict[int, str]:
+    """The name of each cell's process. The other child is the one that cells are forked off."""
+    found = {}
+    for pid in children(process):
+        with suppress(OSError):  # it has ended
+            found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+    return {pid: name for pid, name in found.items() if name.startswith("cell ")}
+
+
 def wait_until(condition: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + 300
     while not (found := condition()):
@@ -97,7 +107,7 @@ def test_a_failed_cell_stops_no_other_and_a_killed_one_is_retried(make_sweep: Ca
     runner = start(SCRIPT, sweep, *TWO_WORKERS)
     killed = run_of(sweep, "killed")
     wait_until(lambda: killed.metrics_file.exists() and killed.metrics_file.read_bytes().count(b"\n") > 1)
-    (pid,) = [pid for pid in children(runner) if "--index\x000" in Path(f"/proc/{pid}/cmdline").read_text()]
+    (pid,) = [pid for pid, name in cells_of(runner).items() if name == "cell 0"]
     os.kill(pid, signal.SIGKILL)
     keys = (f"federation.rounds={ROUNDS}", "output.root=alone", "output.name=run")
     train = WarmProcess(fedpeft, sweep.parent, ["train", "base.yaml", *keys])
@@ -140,7 +150,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(make_sweep: Callable,
     shown: list[bytes] = []
     reader = threading.Thread(target=read_terminal, args=(main, shown))
     reader.start()
-    cells = wait_until(lambda: len(found := children(runner)) == 2 and found)
+    cells = wait_until(lambda: len(found := cells_of(runner)) == 2 and found)
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
         first, second = (os.sched_getaffinity(pid) for pid in cells)
         assert len(first) == len(second) == 1
@@ -190,7 +200,7 @@ def test_a_cell_in_work_elsewhere_is_left_alone_and_looked_at_again(make_sweep: 
     wait_until(lambda: (endless.path / "log.txt").exists() and "going on after round" in log_of(sweep, "endless"))
 
     # A second Ctrl-C does not wait: not even for a process that cannot hear the first. A key held down sends many.
-    (cell,) = children(runner)
+    (cell,) = cells_of(runner)
     os.kill(cell, signal.SIGSTOP)
     os.killpg(runner.pid, signal.SIGINT)
     wait_until(lambda: "stopping" in told.read_text())

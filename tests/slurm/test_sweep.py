@@ -31,22 +31,22 @@ def array_of(first: Job) -> dict[int, str]:
 
 
 def test_every_cell_is_run_over_two_nodes(cluster: Cluster, folder: Path) -> None:
-    write_sweep(folder, axes={"client.optimizer.lr": [0.01, 0.1, 0.2]}, seeds=[1, 2])
+    write_sweep(folder, axes={"client.optimizer.lr": [0.01, 0.1, 0.2]})
     first = cluster.submit("sweep.sh", "sweep.yaml", cwd=folder, options="--nodes=2 --ntasks-per-node=2 --time=9")
     run_plainly(folder, "sweep", "run", "sweep.yaml", "output.root=plain")
     assert first.wait() == "COMPLETED", first.read_log()
     wait_until(lambda: set(array_of(first).values()) <= ENDED, 480, "the end of the array")
     array = array_of(first)
-    assert list(array.values()) == ["COMPLETED"] * 5
+    assert list(array.values()) == ["COMPLETED"] * 2
     asked = cluster.run("squeue", "--noheader", "--states=all", f"--jobs={min(array)}", "--format=%D %C %l")
     assert asked.splitlines()[0] == "2 4 9:00"
     cells = sorted(path.name for path in (folder / "plain").iterdir())
-    assert len(cells) == 6
+    assert len(cells) == 3
     for cell in cells:
         assert_same_run(folder / "out" / cell, folder / "plain" / cell)
         assert json.loads((folder / "out" / cell / "summary.json").read_text())["world_size"] == 4
     report = json.loads(run_plainly(folder, "report", "out", "--json"))
-    assert len(report["runs"]) == 6
+    assert len(report["runs"]) == 3
 
 
 STAND_IN = """#!/bin/bash
