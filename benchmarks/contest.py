@@ -1,0 +1,160 @@
+"""Contestants are processes that take turns on one machine, so that all of them meet the same conditions.
+
+A contestant builds what it needs, says `ready`, and then trains as many rounds as each line on its standard input asks
+for. Between its turns it waits and uses no CPU. A contestant may have several ranks, which all get the same lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PACKAGE = str(HERE.parent)
+
+
+@dataclass
+class Contestant:
+    """A program of this folder, its one argument as JSON, and the processes that run it."""
+
+    program: str
+    argument: Any
+    threads: int = 1
+    ranks: int = 1
+    python: str = sys.executable
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __enter__(self) -> Contestant:
+        shared = {"OMP_NUM_THREADS": str(self.threads), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        path = os.pathsep.join([PACKAGE, str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, **shared, "PYTHONPATH": path, **self.variables}
+        self.processes = []
+        for rank in range(self.ranks):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
+            numbers = {name: str(value) for name, value in own.items()} if self.ranks > 1 else {}
+            self.processes.append(
+                subprocess.Popen(
+                    [self.python, str(HERE / self.program), json.dumps(self.argument)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=environment | numbers,
+                )
+            )
+        self.facts = self._answers()[0]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Rank 0's answer; `seconds` is the slowest rank's."""
+        for process in self.processes:
+            process.stdin.write(json.dumps(command) + "\n")
+            process.stdin.flush()
+        answers = self._answers()
+        return answers[0] | {"seconds": max(answer.get("seconds", 0.0) for answer in answers)}
+
+    def _answers(self) -> list[dict[str, Any]]:
+        lines = [process.stdout.readline() for process in self.processes]
+        if not all(lines):
+            raise SystemExit(f"{self.program} has ended before its answer; its message is above")
+        return [json.loads(line) for line in lines]
+
+
+def race(contestants: Mapping[str, Contestant], turns: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Samples per second of each contestant in each turn, by name, and what else it has told.
+
+    Args:
+        seconds: the least length of a turn; a contestant trains as many rounds as fit.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    with ExitStack() as stack:
+        for contestant in contestants.values():
+            stack.enter_context(contestant)
+        rounds = {name: _rounds_for(seconds, contestant) for name, contestant in contestants.items()}
+        names = list(contestants)
+        for turn in range(turns):
+            first = turn % len(names)  # nobody always follows the same neighbour's heat
+            for name in names[first:] + names[:first]:
+                answer = contestants[name].ask(rounds=rounds[name])
+                speeds[name].append(answer["samples"] / answer["seconds"])
+    return {
+        name: {"samples_per_second": statistics.median(speeds[name]), "turns": speeds[name], **contestant.facts}
+        for name, contestant in contestants.items()
+    }
+
+
+def ratio(results: Mapping[str, dict[str, Any]], name: str, other: str) -> float:
+    """The median over the turns of one contestant's speed over another's."""
+    return statistics.median(a / b for a, b in zip(results[name]["turns"], results[other]["turns"]))
+
+
+def fastest(results: Mapping[str, dict[str, Any]], names: list[str]) -> str:
+    return max(names, key=lambda name: results[name]["samples_per_second"])
+
+
+def serve(rounds: Callable[[int], int], save: Callable[[str], None] | None = None, **facts: Any) -> None:
+    """The contestant's side: answers commands until its standard input ends.
+
+    Args:
+        rounds: trains so many rounds and returns their samples.
+        save: writes the global tensors into a file.
+        facts: what else the contestant tells of itself.
+    """
+    import time
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print, too
+
+    def answer(what: Mapping[str, Any]) -> None:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
+    answer(facts)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "save" in command:
+            save(command["save"])
+            answer({})
+            continue
+        started = time.perf_counter()
+        samples = rounds(command["rounds"])
+        answer({"samples": samples, "seconds": time.perf_counter() - started})
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: the processor, its cores, and PyTorch's version."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {"processor": model, "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+
+
+def _rounds_for(seconds: float, contestant: Contestant) -> int:
+    contestant.ask(rounds=1)  # allocates and, perhaps, compiles
+    contestant.ask(rounds=1)
+    return max(1, round(seconds / contestant.ask(rounds=1)["seconds"] + 0.5))
