@@ -55,7 +55,7 @@ def compare(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
         results = race(contestants | loops, options.turns, options.seconds)
     best = {kind: fastest(results, names) for kind, names in kinds(contestants).items()}
     rivals = [best["plain"]] if "plain" in best else list(loops)
-    ratios = {f"{kind} / {rival}": ratio(results, name, rival) for kind, name in best.items() for rival in rivals}
+    ratios = {f"{kind} / {rival}": ratio(results, name, rival) for kind, name in best.items() for rival in rivals if name != rival}
     return {"ratios": ratios, "fastest": best, "contestants": results}
 
 

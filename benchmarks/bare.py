@@ -19,18 +19,18 @@ from typing import Any
 
 import timm
 import torch
-from contest import Contestant, serve
+from contest import Contestant, claim_output, serve
 from safetensors.torch import load_file, save_file
 from torch import nn
 from workloads import CLASSES, IMAGE_SIZE, SGD, Workload
 
 
 def main() -> None:
-    argument = json.loads(sys.argv[1])
+    answers, argument = claim_output(), json.loads(sys.argv[1])
     federation = Federation(Workload(**argument["workload"]), argument["file"])
     loop = Loop(federation)
     rounds = {"clients": loop.train_clients, "batch": loop.train_batches}[argument["kind"]]
-    serve(rounds, lambda path: save_file(federation.tensors(), path))
+    serve(answers, rounds, lambda path: save_file(federation.tensors(), path))
 
 
 def contestant(workload: Workload, file: str, kind: str, threads: int) -> Contestant:
@@ -66,7 +66,7 @@ class Loop:
     def __init__(self, federation: Federation):
         self.federation, self.workload = federation, federation.workload
         self.trained = list(federation.trained.values())
-        self.generator = torch.Generator().manual_seed(1)
+        self.generator, self.samples = torch.Generator().manual_seed(1), 0
         self.optimizer = self.new_optimizer()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
@@ -74,6 +74,7 @@ class Loop:
 
     def step(self, samples: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         federation = self.federation
+        self.samples += len(samples)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(federation.model(federation.images[samples]), federation.labels[samples])
         loss.backward()
@@ -88,7 +89,7 @@ class Loop:
 
     def train_clients(self, number: int) -> int:
         """So many rounds of FedAvg."""
-        workload, clients = self.workload, self.federation.clients
+        workload, clients, before = self.workload, self.federation.clients, self.samples
         for _ in range(number):
             start = [parameter.detach().clone() for parameter in self.trained]
             total = [torch.zeros_like(parameter) for parameter in self.trained]
@@ -98,7 +99,7 @@ class Loop:
                 torch._foreach_add_(total, [parameter.detach() for parameter in self.trained])
             torch._foreach_div_(total, workload.cohort)
             self.load(total)
-        return number * workload.cohort * workload.samples * workload.epochs
+        return self.samples - before
 
     def train_batches(self, number: int) -> int:
         """As many samples as so many rounds have, in large batches."""

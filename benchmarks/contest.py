@@ -12,11 +12,12 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 HERE = Path(__file__).parent
 PACKAGE = str(HERE.parent)
@@ -35,7 +36,8 @@ class Contestant:
 
     def __enter__(self) -> Contestant:
         shared = {"OMP_NUM_THREADS": str(self.threads), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        path = os.pathsep.join([PACKAGE, str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        folders = [PACKAGE, str(HERE), str((HERE / self.program).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = os.pathsep.join(folders)
         environment = {**os.environ, **shared, "PYTHONPATH": path, **self.variables}
         self.processes = []
         for rank in range(self.ranks):
@@ -63,12 +65,13 @@ class Contestant:
                 process.kill()
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """Rank 0's answer; `seconds` is the slowest rank's."""
+        """The ranks' answer: the seconds of the slowest and the samples of all."""
         for process in self.processes:
             process.stdin.write(json.dumps(command) + "\n")
             process.stdin.flush()
         answers = self._answers()
-        return answers[0] | {"seconds": max(answer.get("seconds", 0.0) for answer in answers)}
+        seconds, samples = zip(*[(answer["seconds"], answer["samples"]) for answer in answers])
+        return {"seconds": max(seconds), "samples": sum(samples)}
 
     def _answers(self) -> list[dict[str, Any]]:
         lines = [process.stdout.readline() for process in self.processes]
@@ -109,18 +112,23 @@ def fastest(results: Mapping[str, dict[str, Any]], names: list[str]) -> str:
     return max(names, key=lambda name: results[name]["samples_per_second"])
 
 
-def serve(rounds: Callable[[int], int], save: Callable[[str], None] | None = None, **facts: Any) -> None:
+def claim_output() -> TextIO:
+    """This process's standard output, for answers alone. What libraries print goes to standard error from now on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def serve(
+    answers: TextIO, rounds: Callable[[int], int], save: Callable[[str], None] | None = None, **facts: Any
+) -> None:
     """The contestant's side: answers commands until its standard input ends.
 
     Args:
-        rounds: trains so many rounds and returns their samples.
+        rounds: trains so many rounds and returns the samples that this process has gone through.
         save: writes the global tensors into a file.
         facts: what else the contestant tells of itself.
     """
-    import time
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print, too
 
     def answer(what: Mapping[str, Any]) -> None:
         answers.write(json.dumps(what) + "\n")
@@ -128,14 +136,12 @@ def serve(rounds: Callable[[int], int], save: Callable[[str], None] | None = Non
 
     answer(facts)
     for line in sys.stdin:
-        command = json.loads(line)
+        command, started = json.loads(line), time.perf_counter()
+        samples = rounds(command["rounds"])
+        seconds = time.perf_counter() - started
         if "save" in command:
             save(command["save"])
-            answer({})
-            continue
-        started = time.perf_counter()
-        samples = rounds(command["rounds"])
-        answer({"samples": samples, "seconds": time.perf_counter() - started})
+        answer({"samples": samples, "seconds": seconds})
 
 
 def free_port() -> int:

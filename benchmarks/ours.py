@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from contest import Contestant, serve
+from contest import Contestant, claim_output, serve
 from safetensors.torch import save_file
 from workloads import Workload
 
@@ -29,11 +29,11 @@ from fedpeft_dist.runtime.process import Runtime
 
 
 def main() -> None:
-    config = parse_config(json.loads(sys.argv[1]), "benchmark")
+    answers, config = claim_output(), parse_config(json.loads(sys.argv[1]), "benchmark")
     with process.start(config.runtime) as runtime:
         rounds = Rounds(config, runtime)
         facts = {"lanes": rounds.simulation.config.runtime.lanes, "precision": runtime.precision}
-        serve(rounds.run, rounds.save, **facts)
+        serve(answers, rounds.run, rounds.save, **facts)
 
 
 class Rounds:
@@ -44,12 +44,12 @@ class Rounds:
         self.state, self.watch = self.simulation.initial_state(), Watch(StopRequest())
 
     def run(self, number: int) -> int:
-        """Runs so many rounds and returns the samples gone through."""
+        """Runs so many rounds and returns the samples of all ranks' clients; rank 0 answers for all."""
         samples = 0
         for _ in range(number):
             result = run_round(self.state, self.simulation, self.watch)
             self.state, samples = result.state, samples + result.record.samples
-        return samples
+        return samples if self.simulation.runtime.is_main else 0
 
     def save(self, path: str) -> None:
         """Writes the global tensors."""
