@@ -51,11 +51,18 @@ def compare(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
         contestants = packages(workload, options, "ours")
         if plain != workload:
             contestants |= packages(plain, options, "plain")
-        loops = {f"loop_{what}": bare.contestant(plain, file, k, CORES) for what, k in (("8B", "batch"), ("B", "clients"))}
+        loops = {
+            f"loop_{what}": bare.contestant(plain, file, k, CORES) for what, k in (("8B", "batch"), ("B", "clients"))
+        }
         results = race(contestants | loops, options.turns, options.seconds)
     best = {kind: fastest(results, names) for kind, names in kinds(contestants).items()}
     rivals = [best["plain"]] if "plain" in best else list(loops)
-    ratios = {f"{kind} / {rival}": ratio(results, name, rival) for kind, name in best.items() for rival in rivals if name != rival}
+    ratios = {
+        f"{kind} / {rival}": ratio(results, name, rival)
+        for kind, name in best.items()
+        for rival in rivals
+        if name != rival
+    }
     return {"ratios": ratios, "fastest": best, "contestants": results}
 
 

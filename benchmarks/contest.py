@@ -35,6 +35,7 @@ class Contestant:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Contestant:
+        """Starts the processes; `ready` waits for them."""
         shared = {"OMP_NUM_THREADS": str(self.threads), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         folders = [PACKAGE, str(HERE), str((HERE / self.program).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         path = os.pathsep.join(folders)
@@ -52,8 +53,11 @@ class Contestant:
                     env=environment | numbers,
                 )
             )
-        self.facts = self._answers()[0]
         return self
+
+    def ready(self) -> dict[str, Any]:
+        """What the contestant tells of itself once it is built."""
+        return self._answers()[0]
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
@@ -90,6 +94,7 @@ def race(contestants: Mapping[str, Contestant], turns: int, seconds: float) -> d
     with ExitStack() as stack:
         for contestant in contestants.values():
             stack.enter_context(contestant)
+        facts = {name: contestant.ready() for name, contestant in contestants.items()}
         rounds = {name: _rounds_for(seconds, contestant) for name, contestant in contestants.items()}
         names = list(contestants)
         for turn in range(turns):
@@ -98,8 +103,8 @@ def race(contestants: Mapping[str, Contestant], turns: int, seconds: float) -> d
                 answer = contestants[name].ask(rounds=rounds[name])
                 speeds[name].append(answer["samples"] / answer["seconds"])
     return {
-        name: {"samples_per_second": statistics.median(speeds[name]), "turns": speeds[name], **contestant.facts}
-        for name, contestant in contestants.items()
+        name: {"samples_per_second": statistics.median(speeds[name]), "turns": speeds[name], **facts[name]}
+        for name in contestants
     }
 
 

@@ -92,7 +92,7 @@ def common_options(description: str, workloads: list[str] | None = None) -> argp
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--turns", type=int, default=5, help="turns of each contestant; figures are their medians")
     parser.add_argument("--seconds", type=float, default=1.0, help="the least length of a turn")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that the program works, measures nothing")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: to see that the program works")
     if workloads is not None:
         parser.add_argument("--workloads", nargs="+", default=workloads, choices=list(WORKLOADS))
     return parser

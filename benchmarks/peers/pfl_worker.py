@@ -14,7 +14,9 @@ from functools import partial
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     own, first = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
     os.environ["PFL_WORKER_RANK"] = str(own)
-    os.environ["PFL_WORKER_ADDRESSES"] = ",".join(f"localhost:{first + n}" for n in range(int(os.environ["WORLD_SIZE"])))
+    os.environ["PFL_WORKER_ADDRESSES"] = ",".join(
+        f"localhost:{first + n}" for n in range(int(os.environ["WORLD_SIZE"]))
+    )
 
 import torch
 from bare import Federation
