@@ -42,7 +42,7 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(**json.loads(options.case))))
         return
-    free = 2**20 * (64 if options.tiny else options.mebibytes)
+    free = 2**20 * (16 if options.tiny else options.mebibytes)
     results = {}
     for method in options.methods:
         whole = in_own_process(method=method, free=free, device=options.device)

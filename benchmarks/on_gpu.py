@@ -85,7 +85,7 @@ def main() -> None:
     parts = {
         "gemm": lambda clock: gemm(device, sizes),
         "exactness": lambda clock: exactness(device, sizes, clock),
-        "tests": lambda clock: run_tests(device, clock),
+        "tests": lambda clock: run_tests(device),
         "methods": lambda clock: methods(device, sizes, clock, report.content),
         "compile": lambda clock: compiled(device, sizes, clock),
         "lanes": lambda clock: lanes(device, sizes, clock),
@@ -131,14 +131,14 @@ def exactness(device: torch.device, sizes: Sizes, clock: Clock) -> Iterator[tupl
         raise RuntimeError(f"a delta depends on its lane: {'; '.join(unequal)}")
 
 
-def run_tests(device: torch.device, clock: Clock) -> Iterator[tuple[str, Any]]:
+def run_tests(device: torch.device) -> Iterator[tuple[str, Any]]:
     """tests/numerics/test_cuda.py, where pytest is installed and a GPU is at hand."""
     if device.type != "cuda" or find_spec("pytest") is None:
         yield "skipped", "no GPU" if device.type != "cuda" else "pytest is not installed; the part `exactness` remains"
         return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/numerics/test_cuda.py"]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, clock.left))
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS["tests"])
     except subprocess.TimeoutExpired:
         yield "unfinished", f"after {SECONDS['tests']} seconds"
         return
