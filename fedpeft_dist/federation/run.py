@@ -86,6 +86,8 @@ def _log(opened: OpenRun, runtime: Runtime) -> Iterator[RunLog]:
                 log.note(note)
             for note in setup.cache_notes:
                 log.note(note)
+            if simulation.compile_seconds is not None:
+                log.note(f"compiled in {simulation.compile_seconds:.1f} s")
             plan = simulation.privacy_plan
             figures = None if plan is None else plan.figures(simulation.num_rounds)
             for line in describe_privacy(config.privacy, figures, None if plan is None else plan.warning):

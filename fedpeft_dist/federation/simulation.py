@@ -3,6 +3,7 @@
 Shapes: N clients, P trainable parameters.
 """
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from fedpeft_dist.federation.aggregation import Aggregation, MeanRule, WeightedM
 from fedpeft_dist.federation.setup import Setup
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.lanes.wire import Traffic
+from fedpeft_dist.methods.compiled import compile_blocks
 from fedpeft_dist.participation.plan import Participation
 from fedpeft_dist.privacy.noise_seed import derive_noise_seed, draw_noise_seed
 from fedpeft_dist.privacy.user_level import NoisyMean
@@ -95,7 +97,11 @@ class Simulation:
         self.noise = self._make_noise(begun_with)
         is_private = config.privacy.name == "sample"
         parts = self._private_parts() if is_private else self._plain_parts(self.config.runtime.lanes)
-        self.trainer = self._make_trainer(*parts, compile_model=config.runtime.compile)
+        self.trainer = self._make_trainer(*parts)
+        self.compile_seconds: float | None = None
+        """How long the compilation took; None without one."""
+        if config.runtime.compile:
+            self._compile()
 
     @property
     def num_rounds(self) -> int:
@@ -126,6 +132,13 @@ class Simulation:
         state = aggregation.state
         offset = aggregation.offset if self.algorithm.row_size else None
         return RoundStart(state.round, state.vector, aggregation.lr_factor, offset)
+
+    def _compile(self) -> None:
+        self.trainer.warm_up(*self.pass_shape)  # the model learns how many random numbers a pass takes
+        compile_blocks(self.setup.model.backbone.model)
+        started = time.perf_counter()
+        self.trainer.warm_up(*self.pass_shape)
+        self.compile_seconds = time.perf_counter() - started
 
     def mean_rule(self, state: State) -> MeanRule:
         privacy, plan = self.config.privacy, self.privacy_plan
@@ -221,7 +234,7 @@ class Simulation:
         for _ in trainer.train(tasks, RoundStart(0, vector, offset=offset)):
             pass
 
-    def _make_trainer(self, schedule: Schedule, rule: MeanGradient, compile_model: bool = False) -> Trainer:
+    def _make_trainer(self, schedule: Schedule, rule: MeanGradient) -> Trainer:
         config, setup, privacy = self.setup.config, self.setup, self.setup.config.privacy
         client = config.client.model_copy(update={"batch_size": setup.batch_size})
         return Trainer(
@@ -233,7 +246,6 @@ class Simulation:
             rule=rule,
             term=self.algorithm.add_to_gradient,
             gradient_noise=privacy.standard_deviation if privacy.name == "paper_noise" else 0.0,
-            compile_model=compile_model,
         )
 
     def _plain_parts(self, lanes: int) -> tuple[Schedule, MeanGradient]:

@@ -22,9 +22,8 @@ class SampleKeys:
     """
 
     def __init__(self) -> None:
-        self.rows: torch.Tensor | None = None
-        self._words: torch.Tensor | None = None
         self._numbers = torch.empty(0, dtype=torch.int64)
+        self.rows = None
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -34,16 +33,21 @@ class SampleKeys:
     @rows.setter
     def rows(self, rows: torch.Tensor | None) -> None:
         self._rows, self._words = rows, None
+        if rows is not None and len(self._numbers):
+            self._fill(len(self._numbers))  # as many as the passes before have taken
 
-    def draw(self, factor: int, elements: int) -> torch.Tensor:
+    def draw(self, factor: torch.Tensor, elements: int) -> torch.Tensor:
         """The words of the module with this factor: int32 [R, elements], uniform over all values."""
         if self._words is None or self._words.shape[1] < elements:
-            if len(self._numbers) < elements or self._numbers.device != self.rows.device:
-                self._numbers = random_bits(torch.arange(elements, device=self.rows.device))
-            words = random_bits(self.rows.unsqueeze(1) ^ self._numbers)
-            self._words = words.view(torch.int32).unflatten(1, (-1, 2))
+            self._fill(elements)
         u, v = self._words[:, :elements].unbind(-1)
-        return torch.add(u, v, alpha=factor)
+        return torch.addcmul(u, v, factor)
+
+    def _fill(self, elements: int) -> None:
+        if len(self._numbers) != elements or self._numbers.device != self._rows.device:
+            self._numbers = random_bits(torch.arange(elements, device=self._rows.device))
+        words = random_bits(self._rows.unsqueeze(1) ^ self._numbers)
+        self._words = words.view(torch.int32).unflatten(1, (-1, 2))
 
 
 class KeyedModule(nn.Module):
@@ -52,7 +56,8 @@ class KeyedModule(nn.Module):
     def __init__(self, probability: float, name: str):
         super().__init__()
         self.probability, self.scale = probability, 1 / (1 - probability)
-        self.site = derive_seed(0, name) % 2**32 - 2**31
+        site = torch.tensor(derive_seed(0, name) % 2**32 - 2**31, dtype=torch.int32)
+        self.register_buffer("site", site, persistent=False)  # a number would be a constant of a compiled block
         self.threshold = min(round(probability * 2**32), 2**32 - 1) - 2**31
         self.keys = SampleKeys()
 

@@ -63,7 +63,6 @@ class Trainer:
         rule: the gradient that clients step on.
         term: what the algorithm adds to it, `Algorithm.add_to_gradient`.
         gradient_noise: standard deviation of the noise of privacy `paper_noise`, which gives no privacy.
-        compile_model: run the model through torch.compile.
     """
 
     def __init__(
@@ -77,13 +76,12 @@ class Trainer:
         rule: MeanGradient,
         term: Callable[..., None] | None = None,
         gradient_noise: float = 0.0,
-        compile_model: bool = False,
     ):
         self.model, self.store, self.config, self.runtime = model, store, config, runtime
         self.schedule, self.rule, self.term, self.gradient_noise = schedule, rule, term, gradient_noise
         self.optimizer = make_lane_optimizer(config.optimizer, rule.theta)
         self.offsets: torch.Tensor | None = None
-        self.logits = torch.compile(model.logits) if compile_model else model.logits
+        self.logits = model.logits
 
     def train(
         self, tasks: Sequence[ClientTask], start: RoundStart, is_dropped: Callable[[], bool] = lambda: False
@@ -105,6 +103,17 @@ class Trainer:
             for client in current.finished:
                 yield self._collect(client, row)
         self.rule.rows.assert_views_alive()
+
+    def warm_up(self, rows: int, samples: int) -> None:
+        """One pass forward and backward over rows of any images, which compiles a model that is to be compiled."""
+        self.model.bind(self.rule.rows)
+        indices = torch.zeros(rows, samples, dtype=torch.int64)
+        keys = send(indices, self.runtime.device)
+        inputs, _ = self.store.batch(indices, keys)
+        with self.runtime.autocast():
+            logits = self.logits(inputs, keys)
+        logits.float().sum().backward()
+        self.rule.rows.grad.zero_()
 
     def _load(self, client: Seated, row: torch.Tensor, start: RoundStart) -> None:
         """A client starts at the global parameters with a fresh optimizer, whoever was in the lane before."""
