@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.errors import ConfigError
@@ -23,7 +24,9 @@ from fedpeft_dist.federation.prefix_cache import Feed, PrefixCache
 from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
 from fedpeft_dist.lanes.random import derive_seed
-from fedpeft_dist.methods import build_lane_model
+from fedpeft_dist.methods import build_lane_model, make_method
+from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.methods.merged import MergedModel, can_merge
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import RunDirectory
 from fedpeft_dist.tracking.same_run import check_same
@@ -56,10 +59,8 @@ class Setup:
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.products = choose_products(config.runtime.products, runtime)
         """What `runtime.products` stands for."""
-        if runtime.device.type == "cpu" and config.method.name != "full":
-            use_plain_attention(self.model.backbone.model, runtime.compute_dtype)
-            if self.products == "onednn":
-                use_onednn(self.model.backbone.model)
+        if config.method.name != "full":  # vmap would not go through the layers of oneDNN
+            self._fit_to_cpu(self.model.backbone.model)
         self.train_store, self.test_store = self._make_stores()
 
     @cached_property
@@ -135,11 +136,27 @@ class Setup:
             for images, resident in zip(splits, choose_resident(splits, device, self.runtime.launch.gpu_sharers))
         ]
 
+    def _fit_to_cpu(self, model: nn.Module) -> None:
+        """Makes a frozen model's layers compute in the way that is fastest on a CPU, if it is on one."""
+        if self.runtime.device.type == "cpu":
+            use_plain_attention(model, self.runtime.compute_dtype)
+            if self.products == "onednn":
+                use_onednn(model)
+
+    @cached_property
+    def _merged(self) -> LaneModel:
+        """The model to evaluate with where the whole one runs: without lanes, if its method allows that."""
+        method = make_method(self.config.method)
+        if not can_merge(method, self.runtime):
+            return self.model
+        return MergedModel(self.model, method, self.runtime, self._fit_to_cpu)
+
     def _evaluator(self, store: DeviceStore, samples: torch.Tensor, what: str) -> Evaluator:
         batch_size = self.config.runtime.evaluate_batch
         own = len(own_batches(len(samples), batch_size, self.runtime)) * batch_size
         feed = self.cache.feed(store, min(own, len(samples)), what)
-        return Evaluator(feed.model, feed.store, samples, batch_size, self.runtime)
+        model = self._merged if feed.model is self.model else feed.model
+        return Evaluator(model, feed.store, samples, batch_size, self.runtime)
 
 
 def make_clients(config: RunConfig, train: ImageSet) -> tuple[Partition, IndexPartition | None]:

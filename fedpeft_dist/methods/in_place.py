@@ -85,6 +85,8 @@ class LaneBias(LaneModule):
 class InPlaceMethod(Method):
     """A method that trains tensors of the backbone itself, under timm's names."""
 
+    merges_exactly = True
+
     def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:
         return {**backbone, **trained}
 

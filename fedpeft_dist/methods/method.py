@@ -25,6 +25,8 @@ class Method(ABC):
     merge: Callable[[Tensors, Tensors], dict[str, torch.Tensor]] | None = None
     """Turns (the backbone before training, the trained parameters) into the plain timm model's tensors. None: the
     method adds modules, such as adapters, that timm does not have."""
+    merges_exactly = False
+    """Whether `merge` puts trained tensors in place of the backbone's, and computes nothing."""
     to_peft: Callable[[nn.Module, Tensors], tuple[dict[str, Any], Tensors]] | None = None
     """Turns (the backbone's model, the trained parameters) into the method's keys of peft's adapter_config.json and the
     tensors by peft's names, without peft's prefix. None: Hugging Face peft does not know the method."""
