@@ -252,10 +252,10 @@ def pretrain(
 @sweep_app.command("list")
 def sweep_list(sweep: SweepPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """List a sweep's cells, in the order of their indices, with how far each has got."""
-    from fedpeft_dist.sweeps.expansion import load_sweep
+    from fedpeft_dist.sweeps.expansion import load_cells
     from fedpeft_dist.sweeps.workers import cell_rows
 
-    rows = cell_rows(load_sweep(sweep, overrides or ()))
+    rows = cell_rows(load_cells(sweep, overrides or ()))
     if as_json:
         print(json.dumps(rows))
         return
@@ -272,11 +272,11 @@ def sweep_run(
     index: Annotated[int | None, typer.Option(help="The one cell to run.", show_default=False)] = None,
 ) -> None:
     """Run a sweep's cells in turn, or one of them. Cells that are complete, or in work elsewhere, are skipped."""
-    from fedpeft_dist.sweeps.expansion import load_sweep, pick_cell
+    from fedpeft_dist.sweeps.expansion import load_cells, pick_cell
     from fedpeft_dist.sweeps.workers import work_through
 
     with stoppable() as stop:
-        cells = load_sweep(sweep, overrides or ())
+        cells = load_cells(sweep, overrides or ())
         outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)], stop)
     if outcome.interrupted:
         leave_interrupted()

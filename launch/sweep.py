@@ -2,9 +2,9 @@
 
     python launch/sweep.py SWEEP [SWEEP ...] [key=value ...] [--workers N] [--cores-per-worker K] [--retries N]
 
-The cells of all given sweeps form one queue. Each cell runs in a process of its own (`fedpeft sweep run SWEEP --index
-I`), so a cell that crashes or runs out of memory disturbs no other. The processes are forked off one that has imported
-everything. Its output is appended to `log.txt` in its run's
+The cells of all given sweeps form one queue. A run's config counts as a sweep of one cell. Each cell runs in a process
+of its own (`fedpeft sweep run SWEEP --index I`), so a cell that crashes or runs out of memory disturbs no other. The
+processes are forked off one that has imported everything. The output of a cell is appended to `log.txt` in its run's
 directory. A live table shows the progress on a terminal; on a pipe, plain lines do.
 
 Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal (SIGHUP) stop cleanly: the running cells write a checkpoint, no new cell
@@ -34,7 +34,7 @@ from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.runtime.command import EXIT_MISTAKE, leave_interrupted, run_app, user_path
 from fedpeft_dist.runtime.interrupts import StopRequest, listen_for_stop
 from fedpeft_dist.sweeps.attempts import Attempt, Place, Task, find_places
-from fedpeft_dist.sweeps.expansion import Cell, load_sweep
+from fedpeft_dist.sweeps.expansion import Cell, load_cells
 from fedpeft_dist.sweeps.warm_start import WarmServer
 from fedpeft_dist.sweeps.workers import cell_state, record_failure
 from fedpeft_dist.tracking.run_directory import COMPLETE, FAILED, RUNNING
@@ -52,7 +52,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__.partition("\n")[0])
 def sweep(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="SWEEP ... [KEY=VALUE ...]", help="Sweep files, and keys to override.")
+        list[str],
+        typer.Argument(
+            metavar="SWEEP ... [KEY=VALUE ...]", help="Sweep files or configs of runs, and keys to override."
+        ),
     ],
     workers: Annotated[
         int | None, typer.Option(min=1, help="How many cells run at a time; without it, a GPU or K cores have one.")
@@ -68,7 +71,7 @@ def sweep(
     sweeps = [user_path(argument) for argument in arguments if "=" not in argument]
     if not sweeps:
         raise ConfigError("SWEEP: missing; give a sweep's YAML file")
-    cells = [(path, cell) for path in sweeps for cell in load_sweep(path, overrides)]
+    cells = [(path, cell) for path in sweeps for cell in load_cells(path, overrides)]
     folder = Path(os.path.commonpath([cell.directory.path.absolute().parent for _, cell in cells]))
     tasks = [
         Task(path, cell, os.path.relpath(cell.directory.path, folder), SKIPPED if _is_complete(cell) else WAITING)
