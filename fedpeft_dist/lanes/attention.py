@@ -9,7 +9,7 @@ FEW_TOKENS = {torch.float32: 40, torch.bfloat16: 256}
 
 def use_plain_attention(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """Makes a model's attention layers compute plainly where a sequence is short; timm's flag `fused_attn` decides."""
-    limit = FEW_TOKENS[compute_dtype]
+    limit = FEW_TOKENS.get(compute_dtype, 0)
 
     def choose(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         layer.fused_attn = inputs[0].dim() != 3 or inputs[0].shape[1] > limit

@@ -9,7 +9,7 @@ from fedpeft_dist.data.datasets import ImageSet
 from fedpeft_dist.data.feature_store import FeatureStore
 from fedpeft_dist.data.store import StreamedRows
 from fedpeft_dist.methods.cut import cut_model
-from fedpeft_dist.training.lane_count import measure_activations
+from fedpeft_dist.training.lane_count import measure_row
 from tests.numerics.cases import CPU, make_images, make_lane_model, make_model, make_runtime, make_store
 from tests.tiny import VIT_ARGS, VIT_NAME
 
@@ -99,7 +99,6 @@ def test_memory_of_a_lane_is_measured_after_the_cut(images):
     model = make_lane_model(make_model(VIT_NAME, VIT_ARGS | {"img_size": 16, "depth": 3}), {"name": "partial"})
     model.backbone.model.requires_grad_(False)
     kept = [
-        measure_activations(4, own, make_store(images), make_runtime())
-        for own in (model, cut_model(model, make_runtime()))
+        measure_row(4, own, make_store(images), make_runtime()) for own in (model, cut_model(model, make_runtime()))
     ]
     assert kept[0] >= kept[1] > 0
