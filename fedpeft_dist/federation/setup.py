@@ -25,12 +25,15 @@ from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model, make_method
-from fedpeft_dist.methods.lane_model import LaneModel
+from fedpeft_dist.methods.lane_model import LaneModel, VmapLaneModel
 from fedpeft_dist.methods.merged import MergedModel, can_merge
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.run_directory import RunDirectory
 from fedpeft_dist.tracking.same_run import check_same
 from fedpeft_dist.training.schedule import ClientTask
+
+LANE_BY_LANE = 500_000
+"""Parameters of a model from which full fine-tuning goes through its lanes one by one, if oneDNN computes."""
 
 
 class Setup:
@@ -59,7 +62,9 @@ class Setup:
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.products = choose_products(config.runtime.products, runtime)
         """What `runtime.products` stands for."""
-        if config.method.name != "full":  # vmap would not go through the layers of oneDNN
+        if isinstance(self.model, VmapLaneModel):
+            self._fit_to_cpu_lane_by_lane(self.model)
+        else:
             self._fit_to_cpu(self.model.backbone.model)
         self.train_store, self.test_store = self._make_stores()
 
@@ -136,12 +141,18 @@ class Setup:
             for images, resident in zip(splits, choose_resident(splits, device, self.runtime.launch.gpu_sharers))
         ]
 
-    def _fit_to_cpu(self, model: nn.Module) -> None:
+    def _fit_to_cpu(self, model: nn.Module, is_trained: bool = False) -> None:
         """Makes a frozen model's layers compute in the way that is fastest on a CPU, if it is on one."""
         if self.runtime.device.type == "cpu":
             use_plain_attention(model, self.runtime.compute_dtype)
             if self.products == "onednn":
-                use_onednn(model)
+                use_onednn(model, is_trained)
+
+    def _fit_to_cpu_lane_by_lane(self, model: VmapLaneModel) -> None:
+        """Large products are faster by oneDNN, one lane after another. Small ones are faster under vmap."""
+        if self.products == "onednn" and model.layout.num_parameters >= LANE_BY_LANE:
+            self._fit_to_cpu(model.backbone.model, is_trained=True)
+            model.lane_by_lane = True
 
     @cached_property
     def _merged(self) -> LaneModel:

@@ -36,11 +36,15 @@ def choose_products(wanted: str, runtime: Runtime) -> str:
     return "onednn" if on_cpu and has_onednn and runtime.precision == "fp32" and _is_amd() else "torch"
 
 
-def use_onednn(model: nn.Module) -> None:
-    """Makes a model's frozen linear layers, and its lanes' own large ones, compute by oneDNN."""
+def use_onednn(model: nn.Module, is_trained: bool = False) -> None:
+    """Makes a model's linear layers compute by oneDNN: the frozen ones, and the lanes' own large ones.
+
+    Args:
+        is_trained: the model's own linear layers are not frozen.
+    """
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not module.weight.requires_grad:
-            model.set_submodule(name, FrozenLinear(module))
+        if type(module) is nn.Linear:
+            model.set_submodule(name, (TrainedLinear if is_trained else FrozenLinear)(module))
         elif hasattr(module, "use_onednn"):
             module.use_onednn = True
 
@@ -55,6 +59,14 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return FrozenProduct.apply(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class TrainedLinear(FrozenLinear):
+    """A linear layer with gradients for its weight and bias, of one lane; they may be replaced by other tensors."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.unsqueeze(0)
+        return lane_product(x, self.weight.unsqueeze(0), bias)
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -38,12 +38,12 @@ class LaneSgd:
         config = self.config
         if config.weight_decay:
             grad.add_(theta, alpha=config.weight_decay)
-        update = grad
-        if self.momentum is not None:
-            momentum = torch.add(grad, self.momentum, alpha=config.momentum)
+        if self.momentum is not None:  # what follows is written over grad, to save memory
+            momentum = torch.add(grad, self.momentum, alpha=config.momentum, out=None if config.nesterov else grad)
             _keep_where(active, self.momentum, momentum)
-            update = grad.add_(momentum, alpha=config.momentum) if config.nesterov else momentum
-        _keep_where(active, theta, torch.sub(theta, update, alpha=lr))
+            if config.nesterov:
+                grad.add_(momentum, alpha=config.momentum)
+        _keep_where(active, theta, torch.sub(theta, grad, alpha=lr, out=grad))
 
 
 class LaneAdamW:

@@ -108,18 +108,18 @@ class VmapLaneModel(LaneModel):
     """A model whose every parameter is trained. The whole model is mapped over the lanes, so any timm model works.
 
     vmap has no rule for recurrent layers, and none for some convolutions on the meta device. These models run lane by
-    lane.
+    lane. So do large models whose layers compute by oneDNN.
     """
 
     def __init__(self, backbone: Backbone):
         super().__init__(backbone, dict(backbone.model.named_parameters()))
         multiply_patches(backbone.model)
-        self.is_recurrent = any(isinstance(module, nn.RNNBase) for module in backbone.model.modules())
+        self.lane_by_lane = any(isinstance(module, nn.RNNBase) for module in backbone.model.modules())
 
     def logits(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         images = images.to(self.dtype)
-        if self.num_lanes == 1 or self.is_recurrent or images.is_meta:
-            lanes = [{name: view[lane] for name, view in self.views.items()} for lane in range(self.num_lanes)]
+        if self.num_lanes == 1 or self.lane_by_lane or images.is_meta:
+            lanes = [dict(zip(self.views, own)) for own in zip(*(view.unbind() for view in self.views.values()))]
             rows = [None] * self.num_lanes if keys is None else keys
             return torch.stack([self._one_lane(*own) for own in zip(lanes, images, rows)])
         device, precision = images.device.type, nullcontext()
