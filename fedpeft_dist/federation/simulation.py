@@ -246,6 +246,7 @@ class Simulation:
             rule=rule,
             term=self.algorithm.add_to_gradient,
             gradient_noise=privacy.standard_deviation if privacy.name == "paper_noise" else 0.0,
+            needs_keys=config.data.augment != "none" or setup.model.is_random,
         )
 
     def _plain_parts(self, lanes: int) -> tuple[Schedule, MeanGradient]:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.lanes.ops import by_lane, sum_rows
+from fedpeft_dist.lanes.patches import PatchConv2d, is_patch_embedding
 from fedpeft_dist.runtime.process import Runtime
 
 MIN_WIDTH = 64
@@ -43,7 +45,9 @@ def use_onednn(model: nn.Module, is_trained: bool = False) -> None:
         is_trained: the model's own linear layers are not frozen.
     """
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
+        if is_patch_embedding(module) and not is_trained:
+            module.__class__ = FrozenPatches
+        elif type(module) is nn.Linear:
             model.set_submodule(name, (TrainedLinear if is_trained else FrozenLinear)(module))
         elif hasattr(module, "use_onednn"):
             module.use_onednn = True
@@ -59,6 +63,17 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return FrozenProduct.apply(x.to(self.weight.dtype), self.weight, self.bias)
+
+    def with_lane_bias(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """The layer with each lane's own bias, [L, E], in place of one for all; x [R, ..., D]."""
+        return BiasedProduct.apply(x.to(self.weight.dtype), self.weight, bias)
+
+
+class FrozenPatches(PatchConv2d):
+    """A frozen convolution over patches that do not overlap."""
+
+    def multiply(self, patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return FrozenProduct.apply(patches.to(weight.dtype), weight, self.bias)
 
 
 class TrainedLinear(FrozenLinear):
@@ -86,6 +101,23 @@ def lane_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """`lane_linear` by oneDNN; for at least MIN_WIDTH rows a lane, inputs and outputs."""
     rows = x.reshape(len(weight), -1, x.shape[-1])
     return LaneProduct.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[1])
+
+
+class BiasedProduct(torch.autograd.Function):
+    """x [R, ..., D] times the transposed weight [E, D], plus each lane's own bias [L, E]; x and bias have gradients."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.num_lanes = len(bias)
+        y = _product(x, weight)
+        by_lane(y, len(bias)).add_(bias.unsqueeze(1))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor]:
+        to_x = _product(grad, ctx.saved_tensors[0].t()) if ctx.needs_input_grad[0] else None
+        return to_x, None, sum_rows(by_lane(grad, ctx.num_lanes))
 
 
 class LaneProduct(torch.autograd.Function):

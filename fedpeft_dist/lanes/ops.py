@@ -60,11 +60,11 @@ class _Bias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         ctx.num_lanes = len(bias)
-        return (_by_lane(x, len(bias)) + bias.unsqueeze(1)).view(x.shape)
+        return (by_lane(x, len(bias)) + bias.unsqueeze(1)).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return grad, _sum_rows(_by_lane(grad, ctx.num_lanes))
+        return grad, sum_rows(by_lane(grad, ctx.num_lanes))
 
 
 class _Affine(torch.autograd.Function):
@@ -73,22 +73,22 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, scale)
-        return torch.addcmul(bias.unsqueeze(1), _by_lane(x, len(scale)), scale.unsqueeze(1)).view(x.shape)
+        return torch.addcmul(bias.unsqueeze(1), by_lane(x, len(scale)), scale.unsqueeze(1)).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x, scale = ctx.saved_tensors
-        own = _by_lane(grad, len(scale))
-        to_scale = _sum_rows(own * _by_lane(x, len(scale)))
-        return (own * scale.unsqueeze(1)).view(grad.shape), to_scale, _sum_rows(own)
+        own = by_lane(grad, len(scale))
+        to_scale = sum_rows(own * by_lane(x, len(scale)))
+        return (own * scale.unsqueeze(1)).view(grad.shape), to_scale, sum_rows(own)
 
 
-def _by_lane(x: torch.Tensor, num_lanes: int) -> torch.Tensor:
+def by_lane(x: torch.Tensor, num_lanes: int) -> torch.Tensor:
     """Rows [R, ..., D] as [L, rows of a lane, D]."""
     return x.reshape(num_lanes, -1, x.shape[-1])
 
 
-def _sum_rows(x: torch.Tensor) -> torch.Tensor:
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
     """[L, rows, D] summed over its rows: [L, D]. A product with ones is one kernel and needs no cleared memory."""
     if torch.compiler.is_compiling():  # there a sum joins the operations around it
         return x.sum(dim=1)

@@ -42,6 +42,10 @@ class ParameterLayout:
 
     def columns(self) -> list[tuple[str, int, int]]:
         """Each tensor's name, first column, and number of columns without padding."""
+        return self._columns
+
+    @cached_property
+    def _columns(self) -> list[tuple[str, int, int]]:
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         return list(zip(self.shapes, accumulate(map(_aligned, sizes), initial=0), sizes))
 

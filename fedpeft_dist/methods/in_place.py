@@ -19,7 +19,7 @@ from torch import nn
 
 from fedpeft_dist.backbones.timm_backbone import Backbone, classifier_names
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.lanes.onednn import MIN_WIDTH, lane_product
+from fedpeft_dist.lanes.onednn import MIN_WIDTH, FrozenLinear, lane_product
 from fedpeft_dist.lanes.ops import lane_affine, lane_bias, lane_linear
 from fedpeft_dist.methods.blocks import Scope
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule, VmapLaneModel
@@ -79,6 +79,8 @@ class LaneBias(LaneModule):
             return getattr(self.layer, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.layer, FrozenLinear):
+            return self.layer.with_lane_bias(x, self.bias)
         return lane_bias(self.layer(x), self.bias, self.channel_dim)
 
 

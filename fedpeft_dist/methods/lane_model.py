@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fedpeft_dist.backbones.timm_backbone import Backbone
-from fedpeft_dist.lanes.dropout import key_dropout
+from fedpeft_dist.lanes.dropout import KeyedModule, key_dropout
 from fedpeft_dist.lanes.ops import align_activations
 from fedpeft_dist.lanes.parameters import LaneParameters, ParameterLayout
-from fedpeft_dist.methods.patches import multiply_patches
+from fedpeft_dist.lanes.patches import multiply_patches
 
 
 class LaneModule(nn.Module):
@@ -71,6 +71,11 @@ class LaneModel:
     def initial_vector(self) -> torch.Tensor:
         """The trainable parameters before the first round: float32 [P]."""
         return self.layout.join(self.initial).detach().float().cpu()
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a pass with keys drops anything at random."""
+        return any(isinstance(module, KeyedModule) for module in self.backbone.model.modules())
 
     def bind(self, parameters: LaneParameters) -> None:
         """Makes the model compute with these rows from now on, as they are now in the compute type."""

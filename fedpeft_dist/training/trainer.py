@@ -63,6 +63,7 @@ class Trainer:
         rule: the gradient that clients step on.
         term: what the algorithm adds to it, `Algorithm.add_to_gradient`.
         gradient_noise: standard deviation of the noise of privacy `paper_noise`, which gives no privacy.
+        needs_keys: whether the store or the model draws random numbers for samples.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Trainer:
         rule: MeanGradient,
         term: Callable[..., None] | None = None,
         gradient_noise: float = 0.0,
+        needs_keys: bool = True,
     ):
         self.model, self.store, self.config, self.runtime = model, store, config, runtime
         self.schedule, self.rule, self.term, self.gradient_noise = schedule, rule, term, gradient_noise
+        self.needs_keys = needs_keys
         self.optimizer = make_lane_optimizer(config.optimizer, rule.theta)
         self.offsets: torch.Tensor | None = None
         self.logits = model.logits
@@ -108,7 +111,7 @@ class Trainer:
         """One pass forward and backward over rows of any images, which compiles a model that is to be compiled."""
         self.model.bind(self.rule.rows)
         indices = torch.zeros(rows, samples, dtype=torch.int64)
-        keys = send(indices, self.runtime.device)
+        keys = send(indices, self.runtime.device) if self.needs_keys else None
         inputs, _ = self.store.batch(indices, keys)
         with self.runtime.autocast():
             logits = self.logits(inputs, keys)
@@ -136,7 +139,7 @@ class Trainer:
         """One pass forward and backward, then an optimizer step of every lane whose batch is complete."""
         device, theta = self.runtime.device, self.rule.theta
         if current.mask.any():  # a batch that is drawn at random may be empty
-            keys = send(fold_in(current.row_keys.unsqueeze(1), current.indices), device)
+            keys = send(fold_in(current.row_keys.unsqueeze(1), current.indices), device) if self.needs_keys else None
             mask = send(current.mask, device)
             self.rule.prepare(current)
             inputs, labels = self.store.batch(current.indices, keys)

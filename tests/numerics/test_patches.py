@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from fedpeft_dist.lanes.patches import PatchConv2d, multiply_patches
 from fedpeft_dist.methods.lane_model import VmapLaneModel
-from fedpeft_dist.methods.patches import PatchConv2d, multiply_patches
 
 from .cases import METHODS, VIT, make_lane_model, make_model
 
