@@ -61,7 +61,7 @@ def test_a_measurement_keeps_no_tensor(method):
     before = tensors()
     for _ in range(3):
         measure_row(4, model, store, make_runtime())
-    assert tensors() == before
+    assert tensors() <= before
 
 
 class FakeGpu:
