@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fedpeft_dist.runtime.files import DISK_FULL
-from fedpeft_dist.runtime.memory import available_host_memory
+from fedpeft_dist.runtime.memory import available_host_memory, free_device_memory
 from fedpeft_dist.runtime.process import Runtime
 
 MEMORY_SHARE = 0.25
@@ -34,8 +34,10 @@ def allocate(
     """
     size = math.prod(shape) * dtype.itemsize
     ranks = runtime.launch.local_world_size
-    if runtime.device.type == "cuda" and size <= MEMORY_SHARE * torch.cuda.mem_get_info(runtime.device)[0]:
-        return torch.empty(shape, dtype=dtype, device=runtime.device)
+    if runtime.device.type == "cuda":
+        free = free_device_memory(runtime.device, runtime.launch.gpu_sharers)
+        if size <= MEMORY_SHARE * free:
+            return torch.empty(shape, dtype=dtype, device=runtime.device)
     if taken + size <= MEMORY_SHARE * available_host_memory() / ranks:
         return torch.empty(shape, dtype=dtype)
     if size <= DISK_SHARE * shutil.disk_usage(folder).free / ranks:

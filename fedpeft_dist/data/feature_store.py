@@ -35,6 +35,11 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.store)
 
+    def forget(self) -> None:
+        """Drops all features."""
+        self.row_of.fill_(-1)
+        self.num_known = 0
+
     def expect(self, samples: Sequence[torch.Tensor]) -> None:
         """Announces the samples of a round, int64 [n] each. They fill up chunks that a batch would leave part empty."""
         together = torch.cat([torch.empty(0, dtype=torch.int64), *samples])
@@ -73,8 +78,13 @@ class FeatureStore:
         chunk = torch.cat([chunk, self._reserve(self.expected[: len(flat) - len(chunk)])])
         padded = torch.zeros_like(flat)
         padded[: len(chunk)] = chunk
-        images, _ = self.store.batch(padded.unsqueeze(0))
-        features = self.prefix(images)[0, : len(chunk)]
+        try:
+            images, _ = self.store.batch(padded.unsqueeze(0))
+            features = self.prefix(images)[0, : len(chunk)]
+        except BaseException:  # a row that is reserved and not filled must not be served
+            self.row_of[chunk] = -1
+            self.num_known -= len(chunk)
+            raise
         self.images[self.num_known - len(chunk) : self.num_known].copy_(features)
 
     def _reserve(self, samples: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,9 @@ class DeviceStore:
     def expect(self, samples: Sequence[torch.Tensor]) -> None:
         """Announces the samples of a round, int64 [n] each. Only a FeatureStore needs to know."""
 
+    def forget(self) -> None:
+        """Drops what has been computed for samples: nothing. Only a FeatureStore computes anything."""
+
     def prefetch(self, indices: torch.Tensor) -> None:
         """Announces the indices, int64 [L, B] on the host, of the next call of `batch`."""
         if self.streamed is not None:

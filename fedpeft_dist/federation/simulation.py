@@ -231,8 +231,11 @@ class Simulation:
         tasks = [ClientTask(client, samples, num_steps=2, weight=1) for client in range(num_lanes)]
         offset = (lambda client: torch.zeros_like(vector)) if self.algorithm.row_size else None
         trainer = self._make_trainer(*self._plain_parts(num_lanes))
-        for _ in trainer.train(tasks, RoundStart(0, vector, offset=offset)):
-            pass
+        try:
+            for _ in trainer.train(tasks, RoundStart(0, vector, offset=offset)):
+                pass
+        finally:
+            trainer.store.forget()  # features of other shapes than the run's may round otherwise
 
     def _make_trainer(self, schedule: Schedule, rule: MeanGradient) -> Trainer:
         config, setup, privacy = self.setup.config, self.setup, self.setup.config.privacy

@@ -17,8 +17,8 @@ class SampleKeys:
     """The keys that all stochastic modules of a model share, and the random bits that follow from them.
 
     Two words of 32 bits, u and v, are drawn once a forward pass for each sample and element. A module's own word is
-    u + a * v with a factor of its own. The words of two modules are independent of each other, as in the hashing of
-    Carter and Wegman (1979), and a module takes one kernel for them instead of a hash of its own.
+    u + a * v modulo 2^32, with a factor a of its own. So the words of two modules are nearly independent, as in the
+    hashing of Carter and Wegman (1979). A module takes one kernel for them instead of a hash of its own.
     """
 
     def __init__(self) -> None:
@@ -56,15 +56,17 @@ class KeyedModule(nn.Module):
     def __init__(self, probability: float, name: str):
         super().__init__()
         self.probability, self.scale = probability, 1 / (1 - probability)
-        site = torch.tensor(derive_seed(0, name) % 2**32 - 2**31, dtype=torch.int32)
-        self.register_buffer("site", site, persistent=False)  # a number would be a constant of a compiled block
-        self.threshold = min(round(probability * 2**32), 2**32 - 1) - 2**31
+        numbers = {"site": derive_seed(0, name) % 2**32, "threshold": min(round(probability * 2**32), 2**32 - 1)}
+        for key, value in numbers.items():  # tensors, because numbers would be constants of a compiled block
+            self.register_buffer(key, torch.tensor(value - 2**31, dtype=torch.int32), persistent=False)
+        self.register_buffer("factor", torch.tensor(self.scale), persistent=False)
         self.keys = SampleKeys()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.keys.rows is None:
             return x
-        return Drop.apply(x, self.words(x) >= self.threshold, self.scale)
+        scale = self.factor if torch.compiler.is_compiling() else self.scale
+        return Drop.apply(x, self.words(x) >= self.threshold, scale)
 
     def words(self, x: torch.Tensor) -> torch.Tensor:
         """The words that decide which parts of x are kept: int32, in a shape that broadcasts over x."""
@@ -84,7 +86,8 @@ class KeyedDropPath(KeyedModule):
 
     def __init__(self, probability: float, scale_by_keep: bool, name: str):
         super().__init__(probability, name)
-        self.scale = self.scale if scale_by_keep else 1.0
+        if not scale_by_keep:
+            self.scale, self.factor = 1.0, torch.ones(())
 
     def words(self, x: torch.Tensor) -> torch.Tensor:
         return self.keys.draw(self.site, 1).view(-1, *[1] * (x.dim() - 1))
@@ -96,8 +99,8 @@ class Drop(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
-        if x.is_cuda:
+    def forward(x: torch.Tensor, keep: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+        if x.is_cuda and isinstance(scale, float):
             return torch.ops.aten.native_dropout_backward(x, keep, scale)
         return torch.where(keep, x * scale, 0.0)
 

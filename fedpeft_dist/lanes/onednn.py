@@ -29,13 +29,17 @@ def choose_products(wanted: str, runtime: Runtime) -> str:
     Raises:
         ConfigError: oneDNN is wanted where there is none.
     """
-    on_cpu, has_onednn = runtime.device.type == "cpu", torch.backends.mkldnn.is_available()
-    if wanted == "onednn" and not (on_cpu and has_onednn):
-        reason = "this PyTorch is built without it" if on_cpu else f"the run is on {runtime.device.type}"
-        raise ConfigError(f"runtime.products: 'onednn' is a library for the CPU, and {reason}; give auto or torch")
+    obstacles = {
+        f"the run is on {runtime.device.type}": runtime.device.type != "cpu",
+        f"the run is in {runtime.precision}, where PyTorch uses it by itself": runtime.precision != "fp32",
+        "this PyTorch is built without it": not torch.backends.mkldnn.is_available(),
+    }
+    obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
+    if wanted == "onednn" and obstacle is not None:
+        raise ConfigError(f"runtime.products: 'onednn' is for fp32 on the CPU, and {obstacle}; give auto or torch")
     if wanted != "auto":
         return wanted
-    return "onednn" if on_cpu and has_onednn and runtime.precision == "fp32" and _is_amd() else "torch"
+    return "onednn" if obstacle is None and _is_amd() else "torch"
 
 
 def use_onednn(model: nn.Module, is_trained: bool = False) -> None:
@@ -133,7 +137,7 @@ class LaneProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         to_x = torch.stack([_product(*lane) for lane in zip(grad, weight.mT)]) if ctx.needs_input_grad[0] else None
         to_weight = torch.stack([_product(*lane) for lane in zip(grad.mT, x.mT)])
-        return to_x, to_weight, grad.sum(dim=1) if ctx.needs_input_grad[2] else None
+        return to_x, to_weight, sum_rows(grad) if ctx.needs_input_grad[2] else None
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,15 +2,28 @@
 
 from collections import Counter
 
+import torch
 from torch import nn
+
+from fedpeft_dist.methods.lane_model import LaneModule
+
+VARIANTS = 64
+"""Compilations of one block's code. PyTorch's own limit is 8, after which it would compute the block uncompiled."""
 
 
 def compile_blocks(model: nn.Module) -> None:
     """Compiles the blocks in place, at their first call; without repeated blocks, the whole model.
 
-    PyTorch keeps what it has compiled in files, so that other processes of this machine take it from there.
+    The blocks in front of the first trained one stay as they are, so that what they give for an image is the same
+    whether it is kept or computed anew. PyTorch keeps what it has compiled in files, so that other processes of this
+    machine take it from there.
     """
-    for block in repeated_blocks(model) or [model]:
+    torch._dynamo.reset()  # what earlier runs of this process have compiled counts towards the limit
+    torch._dynamo.config.recompile_limit = VARIANTS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    blocks = repeated_blocks(model) or [model]
+    trained = (n for n, block in enumerate(blocks) if any(isinstance(m, LaneModule) for m in block.modules()))
+    for block in blocks[next(trained, len(blocks)) :]:
         block.compile(dynamic=False)
 
 

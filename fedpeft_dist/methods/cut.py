@@ -18,6 +18,7 @@ from fedpeft_dist.lanes.dropout import KeyedModule
 from fedpeft_dist.lanes.parameters import LaneParameters
 from fedpeft_dist.methods.blocks import blocks_of
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModel, LaneModule
+from fedpeft_dist.runtime.accelerator import is_device_fault
 from fedpeft_dist.runtime.process import Runtime
 
 TRIAL = 3
@@ -100,6 +101,8 @@ def cut_model(model: LaneModel, runtime: Runtime) -> SuffixModel:
             cut.bind(other)
             found = cut.logits(features, keys)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:  # as each family is written
+            if is_device_fault(error):
+                raise
             raise NoCutError(f"{_kind(model)} does more than run one block after another") from error
         if not torch.equal(found, model.logits(images, keys)):
             raise NoCutError(f"{_kind(model)} cut in two computes something else than as a whole")

@@ -19,8 +19,14 @@ from fedpeft_dist.runtime.process import Runtime
 
 
 def can_merge(method: Method, runtime: Runtime) -> bool:
-    """Whether a merged model scores as the method's own does. In 16 bits, a product added to a weight may vanish."""
-    return method.merge is not None and (method.merges_exactly or runtime.precision == "fp32")
+    """Whether to evaluate a merged model.
+
+    In 16 bits, a product that is added to a weight may vanish. A method that leaves the first blocks frozen is
+    evaluated as it trains, so that scores have the same bits whether features of the frozen blocks are kept or not.
+    """
+    leaves_blocks = method.config.name == "head" or getattr(method.config, "blocks", None) is not None
+    exact = method.merges_exactly or runtime.precision == "fp32"
+    return method.merge is not None and exact and not leaves_blocks
 
 
 class MergedModel(LaneModel):
@@ -33,11 +39,13 @@ class MergedModel(LaneModel):
 
     def __init__(self, model: LaneModel, method: Method, runtime: Runtime, prepare: Callable[[nn.Module], None]):
         self.method, self.layout, self.backbone, self.initial = method, model.layout, model.backbone, model.initial
-        self.plain = copy_model(model.backbone.plain).eval()
+        self.plain = copy_model(model.backbone.plain)
+        freeze(self.plain, runtime.compute_dtype, runtime.device)
         self.base = dict(self.plain.named_parameters())
         self.own: dict[str, nn.Parameter] = {}
         """The parameters that a merge changes, with memory of their own."""
-        for name, merged in method.merge(self.base, self.layout.split(model.initial_vector())).items():
+        trained = self.layout.split(model.initial_vector().to(runtime.device))
+        for name, merged in method.merge(self.base, trained).items():
             if merged is not self.base[name]:
                 self.own[name] = nn.Parameter(merged.clone(), requires_grad=False)
                 layer, _, attribute = name.rpartition(".")

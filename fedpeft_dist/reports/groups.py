@@ -9,10 +9,7 @@ from fedpeft_dist.lanes.wire import MIB
 from fedpeft_dist.reports.axes import COHORT, Axis, find_axes, in_order, short_names, show, telling
 from fedpeft_dist.reports.runs import Point, Run, is_number
 
-ROUNDING_KEYS = {
-    *(f"runtime.{key}" for key in ("device", "lanes", "threads", "evaluate_batch")),
-    "privacy.slots",
-}
+ROUNDING_KEYS = {"runtime.device", "runtime.lanes", "runtime.threads", "runtime.evaluate_batch", "privacy.slots"}
 """Keys that follow the machine and change a result by rounding alone. Groups ignore them unless a sweep varies them."""
 
 

@@ -1,7 +1,6 @@
 """The `Runtime` that everyone else receives: the device, the precision and the group that a rank computes with."""
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -119,8 +118,6 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
-    # Gradients accumulate into views of one matrix on purpose; PyTorch warns that their strides are unusual.
-    warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
     if not launch.address:
         yield Runtime(launch, device, precision, config.threads)
         return

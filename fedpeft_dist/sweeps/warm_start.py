@@ -136,7 +136,11 @@ def serve(modules: Sequence[str]) -> None:
         told, tell = os.pipe()
         middle = os.fork()
         if middle == 0:
-            if os.fork():
+            try:
+                child = os.fork()
+            except OSError:  # the launcher hears of no number, and starts the cell plainly
+                os._exit(1)
+            if child:
                 os._exit(0)  # its child becomes the launcher's
             os.setsid()
             os.write(tell, str(os.getpid()).encode() + b"\n")
@@ -146,7 +150,7 @@ def serve(modules: Sequence[str]) -> None:
             _become(**json.loads(line))
         os.waitpid(middle, 0)
         os.close(tell)
-        os.write(answers, os.read(told, 32))
+        os.write(answers, os.read(told, 32) or b"\n")
         os.close(told)
 
 

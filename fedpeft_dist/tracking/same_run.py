@@ -69,15 +69,17 @@ def check_same_run(stored: RunConfig, config: RunConfig, path: Path) -> None:
     """
     differing = differing_keys(stored, config)
     if differing:
-        old, new = result_keys(stored), result_keys(config)
+        old, new = _compared(stored), _compared(config)
         changes = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differing)
         raise ConfigError(f"{path} holds a run of another config: {changes}; give another output.name, or remove it")
 
 
 def differing_keys(stored: RunConfig, config: RunConfig) -> list[str]:
     """The keys in which a config asks for another result than a run's own, as `check_same_run` counts them."""
-    old, new = result_keys(stored), result_keys(config)
+    old, new = _compared(stored), _compared(config)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if "auto" in (stored.runtime.products, config.runtime.products):
+        differing = [key for key in differing if key != "runtime.products"]
     longer = config.federation.rounds > stored.federation.rounds
     if "federation.rounds" in differing and longer and config.client.schedule.name != "cosine":
         differing.remove("federation.rounds")
@@ -85,3 +87,8 @@ def differing_keys(stored: RunConfig, config: RunConfig) -> list[str]:
         if target in differing and None not in (old.get(target), new.get(target)) and new[target] > old[target]:
             differing.remove(target)
     return [key for key in differing if key != "privacy.stop_at_epsilon"]
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """The keys that must stay. The library of products is no part of a run's name, but changes its rounding."""
+    return result_keys(config) | {"runtime.products": config.runtime.products}

@@ -117,6 +117,7 @@ class Trainer:
             logits = self.logits(inputs, keys)
         logits.float().sum().backward()
         self.rule.rows.grad.zero_()
+        self.store.forget()
 
     def _load(self, client: Seated, row: torch.Tensor, start: RoundStart) -> None:
         """A client starts at the global parameters with a fresh optimizer, whoever was in the lane before."""

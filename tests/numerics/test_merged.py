@@ -19,7 +19,6 @@ METHODS: list[dict[str, Any]] = [
     {"name": "bias"},
     {"name": "norm"},
     {"name": "lora", "targets": ["qkv", "proj", "fc1", "fc2"]},
-    {"name": "partial"},
     {"name": "full"},
 ]
 
@@ -30,6 +29,25 @@ def scores_of(model: LaneModel, vector: torch.Tensor, images: torch.Tensor, runt
     model.bind(parameters)
     with torch.no_grad(), runtime.autocast():
         return model.logits(images).float()
+
+
+def test_a_merged_model_follows_attention_biases() -> None:
+    """timm's LeViT keeps the biases of its first call, unless it is told not to."""
+    backbone = {"name": "levit_128s", "pretrained": False, "model_args": {}}
+    tree = tiny_tree(method={"name": "full"}, data={"image_size": 64}, runtime={"precision": "fp32"})
+    tree["backbone"] = backbone
+    config = parse_config(tree, "test")
+    with process.start(config.runtime) as runtime:
+        setup = Setup(config, runtime)
+        images, vector = setup.test_store.batch(torch.arange(8).unsqueeze(0))[0], setup.initial_vector
+        before = scores_of(setup.test_evaluator.model, vector, images, runtime)
+        for name, tensor in setup.model.layout.split(vector).items():
+            if "attention_biases" in name:
+                tensor += torch.linspace(-5, 5, tensor.numel()).view_as(tensor)
+        scores = [scores_of(model, vector, images, runtime) for model in (setup.test_evaluator.model, setup.model)]
+        largest = scores[1].abs().max()
+        assert (scores[0] - scores[1]).abs().max() < 1e-3 * largest
+        assert (scores[0] - before).abs().max() > 0.05 * largest
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

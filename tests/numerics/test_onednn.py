@@ -116,5 +116,6 @@ def test_the_choice_follows_processor_and_precision(monkeypatch: pytest.MonkeyPa
         assert choose_products("auto", dataclasses.replace(cpu, precision="bf16")) == "torch"
         assert choose_products("auto", cuda) == "torch"
         assert [choose_products(given, cpu) for given in ("torch", "onednn")] == ["torch", "onednn"]
-    with pytest.raises(ConfigError, match=r"runtime\.products: 'onednn' is a library for the CPU, and .* on cuda"):
-        choose_products("onednn", cuda)
+    for runtime, reason in ((cuda, "on cuda"), (dataclasses.replace(cpu, precision="bf16"), "in bf16")):
+        with pytest.raises(ConfigError, match=rf"runtime\.products: 'onednn' is for fp32 on the CPU, .* {reason}"):
+            choose_products("onednn", runtime)

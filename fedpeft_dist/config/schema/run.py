@@ -20,7 +20,8 @@ class RuntimeConfig(Section):
     lanes: Literal["auto"] | Count = "auto"
     """Clients that a rank trains side by side; auto: as many as its share of the cohort needs and memory allows."""
     products: Literal["auto", "torch", "onednn"] = "auto"
-    """The library for large matrix products on the CPU; auto: oneDNN for fp32 on AMD processors, else PyTorch's."""
+    """The library of linear layers, which changes results by rounding. auto: oneDNN in fp32 on AMD processors, else
+    PyTorch's own choice. oneDNN is for fp32 on the CPU alone."""
     threads: Count = 1
     """CPU threads of each rank."""
     compile: bool = False
