@@ -34,16 +34,21 @@ def make_method(config: MethodConfig) -> Method:
     return METHODS[type(config)](config)
 
 
-def attach_method(backbone: Backbone, config: MethodConfig, seed: int) -> LaneModel:
+def attach_method(
+    backbone: Backbone, config: MethodConfig, seed: int, shared_layers: frozenset[str] | None = None
+) -> LaneModel:
     """Changes the backbone in place into one that the method trains.
 
     Args:
         seed: for the method's own initial values. The global generator is not touched.
+        shared_layers: what `find_shared_layers` finds in this backbone, if that is known.
 
     Raises:
         ConfigError: the method does not fit the backbone.
     """
-    backbone = replace(backbone, plain=copy_model(backbone.model), shared_layers=find_shared_layers(backbone))
+    names = find_shared_layers(backbone) if shared_layers is None else shared_layers
+    shared = frozenset(backbone.model.get_submodule(name) for name in names)
+    backbone = replace(backbone, plain=copy_model(backbone.model), shared_layers=shared)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return make_method(config).build(backbone)
@@ -61,7 +66,7 @@ def build_lane_model(config: RunConfig, num_classes: int, device: str = "cpu") -
         return build_backbone(config.backbone, num_classes, config.data.image_size, seed, device)
 
     outline = build("meta")
-    check_backbone(outline, config.backbone.name)
-    model = attach_method(outline, config.method, own_seed)
+    shared_layers = check_backbone(outline, config.backbone.name)
+    model = attach_method(outline, config.method, own_seed, shared_layers)
     check_structure(model, config.method.name)
-    return model if device == "meta" else attach_method(build(device), config.method, own_seed)
+    return model if device == "meta" else attach_method(build(device), config.method, own_seed, shared_layers)

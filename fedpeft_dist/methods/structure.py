@@ -8,8 +8,9 @@ Shapes: L lanes, B batch, K classes, C channels, H x W pixels.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -35,37 +36,42 @@ def copy_model(model: nn.Module, on_meta: bool = False) -> nn.Module:
     return copied
 
 
-def check_backbone(backbone: Backbone, name: str) -> None:
+def check_backbone(backbone: Backbone, name: str) -> frozenset[str]:
     """Checks that a backbone on the meta device, before a method changes it, classifies each image by itself.
+
+    Returns:
+        What `find_shared_layers` finds, from the same runs.
 
     Raises:
         ConfigError: the backbone does not take images of this size, gives no score for each class, or compares the
             samples of a batch with each other.
     """
-    model, sizes = copy_model(backbone.model, on_meta=True), []
+    model, sizes, scores = copy_model(backbone.model, on_meta=True), [], []
+
+    def run(batch: int) -> None:
+        with torch.no_grad(), _OutputSizes() as outputs:
+            scores.append(model(_images(backbone, batch)))
+        sizes.append(outputs.sizes)
+
     try:
-        for batch in (FEW, MORE):
-            with torch.no_grad(), _OutputSizes() as outputs:
-                scores = model(_images(backbone, batch))
-            sizes.append(outputs.sizes)
+        shared = _without_sample_axis(dict(model.named_modules()), run)
     except Exception as error:  # models refuse image sizes in many ways
         size = f"data.image_size: {backbone.image_size}"
         raise ConfigError(f"{size} does not fit backbone.name: {name} ({one_line(error)})") from error
-    if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
+    if not isinstance(scores[0], torch.Tensor) or scores[0].dim() != 2:
         raise ConfigError(f"backbone.name: {name} gives no score for each class; give a model that classifies images")
     if any(few * MORE**2 == more * FEW**2 for few, more in zip(*sizes) if few):
         raise ConfigError(
             f"backbone.name: {name} compares the samples of a batch with each other, so that clients would mix; "
             "give another model"
         )
+    return shared
 
 
-def find_shared_layers(backbone: Backbone) -> frozenset[nn.Module]:
-    """The layers whose input has no sample axis, such as an MLP that makes position biases from coordinates."""
+def find_shared_layers(backbone: Backbone) -> frozenset[str]:
+    """Names of the layers whose input has no sample axis, such as an MLP that makes position biases from coordinates."""
     model = copy_model(backbone.model, on_meta=True)
-    originals = dict(zip(model.modules(), backbone.model.modules()))
-    shared = _without_sample_axis(originals, lambda batch: model(_images(backbone, batch)))
-    return frozenset(originals[layer] for layer in shared)
+    return _without_sample_axis(dict(model.named_modules()), lambda batch: model(_images(backbone, batch)))
 
 
 def check_structure(model: LaneModel, method: str) -> None:
@@ -77,14 +83,14 @@ def check_structure(model: LaneModel, method: str) -> None:
     """
     backbone = model.backbone
     misfit = f"method.name: {method!r} does not fit {type(backbone.model).__name__}"
-    layers = [module for module in backbone.model.modules() if isinstance(module, LaneModule)]
+    layers = {name: m for name, m in backbone.model.named_modules() if isinstance(m, LaneModule)}
     parameters = LaneParameters(model.layout, FEW, "meta")
     keys = torch.zeros(FEW, MORE, dtype=torch.int64, device="meta")
     try:
         with torch.no_grad():  # this run also fills the backbone's caches
             model.bind(LaneParameters(model.layout, 1, "meta", with_grad=False))
             shared = _without_sample_axis(layers, lambda batch: model.logits(_images(backbone, batch).unsqueeze(0)))
-        tables = [name for layer in shared for name, _ in layer.declared.values()]
+        tables = [name for layer in layers if layer in shared for name, _ in layers[layer].declared.values()]
         if tables:
             raise ConfigError(f"{misfit}: {tables[0]} works on a table that all samples share")
         with torch.enable_grad():
@@ -118,17 +124,17 @@ def _images(backbone: Backbone, batch: int) -> torch.Tensor:
     return torch.empty(batch, backbone.channels, size, size, device="meta")
 
 
-def _without_sample_axis(layers: Iterable[nn.Module], run: Callable[[int], object]) -> list[nn.Module]:
+def _without_sample_axis(layers: Mapping[str, nn.Module], run: Callable[[int], object]) -> frozenset[str]:
     """The layers that get a tensor whose leading size does not grow with the batch size, the argument of `run`."""
-    runs: list[dict[nn.Module, list[torch.Size]]] = []
+    runs: list[dict[str, list[torch.Size]]] = []
 
-    def note(layer: nn.Module, inputs: tuple[object, ...]) -> None:
+    def note(name: str, layer: nn.Module, inputs: tuple[object, ...]) -> None:
         if inputs and isinstance(inputs[0], torch.Tensor):
-            runs[-1][layer].append(inputs[0].shape)
+            runs[-1][name].append(inputs[0].shape)
 
     with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_pre_hook(note))
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(note, name)))
         for batch in (FEW, MORE):
             runs.append(defaultdict(list))
             run(batch)
@@ -137,4 +143,5 @@ def _without_sample_axis(layers: Iterable[nn.Module], run: Callable[[int], objec
         return few[1:] == more[1:] and few[0] * MORE == more[0] * FEW
 
     few, more = runs
-    return [layer for layer in few if not all(grows(*pair) for pair in zip(few[layer], more[layer]) if pair[0])]
+    shared = [name for name in few if not all(grows(*pair) for pair in zip(few[name], more[name]) if pair[0])]
+    return frozenset(shared)

@@ -129,7 +129,7 @@ def test_keyed_dropout_on_a_table_of_all_samples_would_leak(monkeypatch: pytest.
     """If the table's layers were unknown, one client's masks would decide another client's features."""
     config = make_config("head", RELPOS)
     check_lanes(build(config), config, make_runtime())
-    monkeypatch.setattr(methods, "find_shared_layers", lambda backbone: frozenset())
+    monkeypatch.setattr(methods, "check_backbone", lambda backbone, name: frozenset())
     with pytest.raises(ConfigError, match=r"mixes lanes|cannot run with several lanes"):
         check_lanes(build(config), config, make_runtime())
 
