@@ -69,7 +69,10 @@ def check_backbone(backbone: Backbone, name: str) -> frozenset[str]:
 
 
 def find_shared_layers(backbone: Backbone) -> frozenset[str]:
-    """Names of the layers whose input has no sample axis, such as an MLP that makes position biases from coordinates."""
+    """Names of the layers whose input has no sample axis, such as an MLP that turns coordinates into position biases.
+
+    The backbone may be on any device; only shapes are computed.
+    """
     model = copy_model(backbone.model, on_meta=True)
     return _without_sample_axis(dict(model.named_modules()), lambda batch: model(_images(backbone, batch)))
 

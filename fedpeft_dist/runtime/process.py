@@ -17,6 +17,7 @@ from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.runtime.accelerator import give_peers_time, gpu_place, prepare_cuda
 from fedpeft_dist.runtime.launch import Launch, find_launch
 from fedpeft_dist.runtime.meeting import interface_towards, meet
+from fedpeft_dist.runtime.memory import keep_freed_memory
 from fedpeft_dist.runtime.peers import Peers
 
 ARRIVAL_SECONDS = 300
@@ -109,6 +110,7 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     launch = find_launch()
     device, precision = resolve_device(config, launch)
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     # MKL's batched products round by the alignment of their operands, so that a lane's result would depend on its
     # number. STRICT forbids it, at no measurable cost. MKL reads this variable at its first use.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
