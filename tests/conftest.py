@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from fedpeft_dist.runtime.interrupts import STOP_SIGNALS
 # MKL rounds a small product by where its operands lie in memory, unless told otherwise before its first use.
 # numerics/test_exact_lanes.py asks a process of its own whether a run, too, is told.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+gc.set_threshold(100_000)  # collecting the tests makes many objects and little garbage
 
 
 ORDER = (
@@ -33,6 +37,10 @@ def _signals_as_before() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests live to the end, so no later search for garbage has to look at them
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

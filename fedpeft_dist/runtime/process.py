@@ -1,5 +1,6 @@
 """The `Runtime` that everyone else receives: the device, the precision and the group that a rank computes with."""
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ LONGEST_WAIT_HOURS = 6
 """Hours that a rank may wait for another's share of a round. Peers find a dead rank much sooner."""
 FAR_AWAY = "192.0.2.1"
 """An address that no machine has, so that the system sends to it by the default route."""
+COLLECT_AFTER = 700
+"""Python's own threshold for the collection of young objects. Importing raises it (`__main__.py`)."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -111,6 +114,7 @@ def start(config: RuntimeConfig) -> Iterator[Runtime]:
     device, precision = resolve_device(config, launch)
     torch.set_num_threads(config.threads)
     keep_freed_memory()
+    gc.set_threshold(COLLECT_AFTER)
     # MKL's batched products round by the alignment of their operands, so that a lane's result would depend on its
     # number. STRICT forbids it, at no measurable cost. MKL reads this variable at its first use.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
