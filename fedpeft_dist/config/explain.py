@@ -1,7 +1,7 @@
 """pydantic's errors in the words of a config: the key, the value, and what would be valid."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,6 +19,19 @@ _YAML_WORDS = {
     "list_type": _LIST,
     "tuple_type": _LIST,
 }
+
+
+def explain_errors(tree: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> str:
+    """pydantic's errors in one line. What each choice of a union says about one value is told once, with `or`."""
+    told: dict[str, str] = {}
+    for item in items:
+        clause = explain_error(tree, item)
+        value = f"{'.'.join(_key_path(tree, item['loc']))}: {item['input']!r}: "
+        if value in told and clause.startswith(value):
+            told[value] += f", or {clause.removeprefix(value)}"
+        else:
+            told[value if clause.startswith(value) else clause] = clause
+    return "; ".join(told.values())
 
 
 def explain_error(tree: Mapping[str, Any], item: Mapping[str, Any]) -> str:

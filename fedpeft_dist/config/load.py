@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedpeft_dist.config.errors import ConfigError
-from fedpeft_dist.config.explain import explain_error
+from fedpeft_dist.config.explain import explain_errors
 from fedpeft_dist.config.paths import derived_name, expand_path
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.config.trees import flatten_keys, merge_trees, name_choices, parse_overrides
@@ -81,7 +81,7 @@ def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {'; '.join(explain_error(tree, item) for item in error.errors())}") from None
+        raise ConfigError(f"{source}: {explain_errors(tree, error.errors())}") from None
 
 
 def dump_config(config: RunConfig) -> str:

@@ -55,7 +55,7 @@ class KeyedModule(nn.Module):
 
     def __init__(self, probability: float, name: str):
         super().__init__()
-        self.probability, self.scale = probability, 1 / (1 - probability)
+        self.probability, self.scale = probability, 1 / (1 - probability) if probability < 1 else 0.0
         numbers = {"site": derive_seed(0, name) % 2**32, "threshold": min(round(probability * 2**32), 2**32 - 1)}
         for key, value in numbers.items():  # tensors, because numbers would be constants of a compiled block
             self.register_buffer(key, torch.tensor(value - 2**31, dtype=torch.int32), persistent=False)

@@ -190,6 +190,12 @@ def test_drop_path_drops_whole_samples_at_its_rate(scale_by_keep):
     assert torch.equal(y[kept], value.expand_as(y[kept]))
 
 
+def test_a_probability_of_one_drops_everything():
+    dropout = KeyedDropout(1.0, "somewhere")
+    dropout.keys.rows = make_keys(4)
+    assert torch.equal(dropout(torch.ones(4, 5, 6)), torch.zeros(4, 5, 6))
+
+
 def test_without_keys_nothing_is_dropped():
     x = torch.randn(4, 5, 6)
     assert KeyedDropout(0.5, "a")(x) is x

@@ -80,6 +80,12 @@ def test_missing_parent_names_the_nearest_file(load: Load, tmp_path: Path) -> No
     assert "did you mean base.yaml?" in message
 
 
+def test_what_the_choices_of_a_key_say_about_one_value_is_one_clause(load: Load) -> None:
+    told = refusal(load, "runtime: {cache: 0, lanes: -1}\n")
+    assert told.count("runtime.cache: 0: ") == told.count("runtime.lanes: -1: ") == 1
+    assert "'auto' or 'none', or input should be greater than or equal to 1" in told
+
+
 @pytest.mark.parametrize("parent", ["3", "[a.yaml, b.yaml]", "{file: a.yaml}"])
 def test_parent_is_one_path(load: Load, parent: str) -> None:
     assert "extends" in refusal(load, f"extends: {parent}\n")
