@@ -17,6 +17,7 @@ from pathlib import Path
 
 import bare
 import contest
+import evaluation
 import ours
 import pytest
 import torch
@@ -33,6 +34,7 @@ ARGUMENTS = {
     "against_loop.py": [*TINY, "--workloads", "overhead", "private"],
     "lanes.py": [*TINY, "--workloads", "glyph", "--lanes", "1", "2"],
     "ranks.py": [*TINY, "--workloads", "glyph"],
+    "evaluation.py": [*TINY, "--methods", "bias"],
     "cache.py": [*TINY, "--workloads", "head"],
     "methods.py": [*TINY, "--methods", "head", "lora"],
     "lane_memory.py": [*TINY, "--methods", "head"],
@@ -75,6 +77,8 @@ def in_this_process(monkeypatch):
             config = parse_config(self.argument, "benchmark")
             with process.start(config.runtime) as runtime:
                 self.train = ours.Rounds(config, runtime).run
+        elif self.program == "evaluation.py":
+            self.train = evaluation.contender(**self.argument)
         else:
             workload = Workload(**self.argument["workload"])
             loop = bare.Loop(bare.Federation(workload, self.argument["file"]))
