@@ -27,7 +27,9 @@ from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model, make_method
 from fedpeft_dist.methods.lane_model import LaneModel, VmapLaneModel
 from fedpeft_dist.methods.merged import MergedModel, can_merge
+from fedpeft_dist.methods.sharded import check_sharding, shard_model
 from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.runtime.sharding import ShardedBlocks
 from fedpeft_dist.tracking.run_directory import RunDirectory
 from fedpeft_dist.tracking.same_run import check_same
 from fedpeft_dist.training.schedule import ClientTask
@@ -57,7 +59,7 @@ class Setup:
         self.batch_size = min(config.client.batch_size, self.largest_client)
         """B, the samples of a lane in a step. No batch has more than the population's largest client, so the bound is
         the same on every rank, in every round and on resume."""
-        self.model = build_lane_model(config, self.dataset.num_classes)
+        self.model = build_lane_model(config, self.dataset.num_classes, deferred=runtime.mesh is not None)
         self.initial_vector = self.model.initial_vector().to(runtime.device)
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.products = choose_products(config.runtime.products, runtime)
@@ -67,6 +69,15 @@ class Setup:
         else:
             self._fit_to_cpu(self.model.backbone.model)
         self.train_store, self.test_store = self._make_stores()
+        self.weights: ShardedBlocks | None = None
+        """The frozen weights that other ranks have parts of."""
+        if runtime.mesh is not None:
+            check_sharding(self.model, config.backbone.name)
+
+    def share_weights(self) -> None:
+        """Keeps this rank's part of the frozen weights, if sharding is on. Every rank must call it, once."""
+        if self.runtime.mesh is not None:
+            self.weights = shard_model(self.model, self.runtime)
 
     @cached_property
     def cache(self) -> PrefixCache:
@@ -158,7 +169,8 @@ class Setup:
     def _merged(self) -> LaneModel:
         """The model to evaluate with where the whole one runs: without lanes, if its method allows that."""
         method = make_method(self.config.method)
-        if not can_merge(method, self.runtime):
+        # Merging computes with whole weights, unless it only puts tensors in place of others.
+        if not can_merge(method, self.runtime) or (self.weights is not None and not method.merges_exactly):
             return self.model
         return MergedModel(self.model, method, self.runtime, self._fit_to_cpu)
 
