@@ -1,4 +1,4 @@
-"""Makes a model without its large tensors: what would be written into them is noted, and written tensor by tensor later.
+"""Makes a model without its large tensors: what would be written into them is noted, and written one by one later.
 
 No process ever holds the whole model. A tensor that is made later has the bits that it would have had at once, because
 random operations leave the generator where the real ones would.

@@ -70,7 +70,7 @@ class PrefixCache:
 
     def _cut(self) -> SuffixModel | None:
         if self.runtime.mesh is not None:
-            self._note("under runtime.sharding, ranks gather weights in the same order")
+            self._note("under runtime.sharding, ranks compute in step")
             return None
         try:
             return cut_model(self.model, self.runtime)

@@ -86,7 +86,7 @@ def _log(opened: OpenRun, runtime: Runtime) -> Iterator[RunLog]:
             log.write_setting(counts, setup.partition.num_clients, setup.dataset.class_names)
             if note := simulation.participation.describe():
                 log.note(note)
-            for note in setup.cache_notes:
+            for note in (*setup.sharding_notes, *setup.cache_notes):
                 log.note(note)
             if simulation.compile_seconds is not None:
                 log.note(f"compiled in {simulation.compile_seconds:.1f} s")

@@ -49,9 +49,7 @@ def attach_method(backbone: Backbone, config: MethodConfig, seed: int) -> LaneMo
         return make_method(config).build(backbone)
 
 
-def build_lane_model(
-    config: RunConfig, num_classes: int, device: str = "cpu", deferred: bool = False
-) -> LaneModel:
+def build_lane_model(config: RunConfig, num_classes: int, device: str = "cpu", deferred: bool = False) -> LaneModel:
     """The run's backbone with its method, on the CPU (or, for shapes alone, on "meta"), in float32.
 
     Args:

@@ -40,12 +40,11 @@ def shard_model(model: LaneModel, runtime: Runtime) -> ShardedBlocks:
     The model and the plain one beside it gather a block when it is needed.
     """
     backbone = model.backbone
-    sharded = ShardedBlocks(runtime.mesh, runtime.device)
-    for block in backbone.blocks:
-        tensors = large_tensors(block)
+    sharded = ShardedBlocks([large_tensors(block) for block in backbone.blocks], runtime.mesh, runtime.device)
+    for number, tensors in enumerate(sharded.blocks):
         for tensor in tensors:
             replace(tensor, made(tensor).detach().to(runtime.device))
-        sharded.partition(tensors)
+        sharded.partition(number)
     sharded.watch(backbone.blocks)
     sharded.watch(repeated_blocks(backbone.plain))
     return sharded

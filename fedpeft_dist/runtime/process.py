@@ -16,8 +16,8 @@ from fedpeft_dist.config.errors import ConfigError, FirstToldError, ToldElsewher
 from fedpeft_dist.config.schema import RuntimeConfig, ShardingConfig
 from fedpeft_dist.runtime.accelerator import give_peers_time, gpu_place, prepare_cuda
 from fedpeft_dist.runtime.launch import Launch, find_launch
-from fedpeft_dist.runtime.mesh import Mesh
 from fedpeft_dist.runtime.meeting import interface_towards, meet
+from fedpeft_dist.runtime.mesh import Mesh
 from fedpeft_dist.runtime.peers import Peers
 
 ARRIVAL_SECONDS = 300

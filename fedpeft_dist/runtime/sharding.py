@@ -35,19 +35,19 @@ class ShardedBlocks:
     """The large frozen tensors of a model's blocks, in parts.
 
     Args:
+        blocks: the tensors of each block, in the order of the forward pass; they may still be on the meta device.
         mesh: the ranks that share them.
         device: where they are computed with.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device):
+    def __init__(self, blocks: Sequence[Sequence[nn.Parameter]], mesh: Mesh, device: torch.device):
+        self.blocks = [list(tensors) for tensors in blocks if tensors]
         self.mesh, self.device = mesh, device
-        self.blocks: list[list[nn.Parameter]] = []
-        """The tensors of each block, in the order of the forward pass."""
         self.arriving: dict[int, Any] = {}
         """DeepSpeed's handles of the blocks that are on their way, by number."""
         self.whole: set[int] = set()
         """The numbers of the blocks that are whole, or on their way."""
-        self.numbers: dict[int, int] = {}
+        self.numbers = {id(tensor): number for number, own in enumerate(self.blocks) for tensor in own}
         """The block of each tensor, by the tensor's id."""
         self.storages: dict[int, nn.Parameter] = {}
         """The tensors of the block that computes, by the address of their memory."""
@@ -55,22 +55,24 @@ class ShardedBlocks:
         """The block that computes, and the one after it."""
         self.first_saved = 0
         """The first block that the next backward pass will ask for."""
-        self.largest = 0
-        """Bytes of the largest block."""
 
-    def partition(self, tensors: Sequence[nn.Parameter]) -> None:
-        """Takes the tensors of the next block, which are whole, and keeps this rank's part. Every rank must call it."""
-        if not tensors:
-            return
-        self.largest = max(self.largest, sum(tensor.nbytes for tensor in tensors))
-        with self.mesh.naming_the_lost(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if self.blocks:
-                self.blocks[0][0].convert_to_zero_parameters(param_list=tensors)
+    def partition(self, number: int) -> None:
+        """Keeps this rank's part of a block whose tensors are whole. Every rank must call it, block after block."""
+        with self.mesh.naming_the_lost():
+            if number:
+                self.blocks[0][0].convert_to_zero_parameters(param_list=self.blocks[number])
             else:
-                _begin(tensors, self.mesh, self.device)
-        self.numbers |= {id(tensor): len(self.blocks) for tensor in tensors}
-        self.blocks.append(list(tensors))
+                _begin(self.blocks, self.mesh, self.device)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of this rank's parts."""
+        return sum(tensor.ds_tensor.ds_numel * tensor.element_size() for own in self.blocks for tensor in own)
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all ranks' parts."""
+        return sum(tensor.ds_numel * tensor.element_size() for own in self.blocks for tensor in own)
 
     def watch(self, blocks: Iterable[nn.Module]) -> None:
         """Has each of a model's blocks gather its tensors before it computes; several models may share tensors."""
@@ -153,10 +155,18 @@ def check_library(config: ShardingConfig) -> None:
         raise ConfigError(f"{key} needs deepspeed >= {needed}, which is not installed; run {EXTRA}") from None
     if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < OLDEST:
         raise ConfigError(f"{key} needs deepspeed >= {needed}, found {found}; run {EXTRA}")
+    if config.offload == "nvme":
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ConfigError(
+                "runtime.sharding.offload: 'nvme' needs libaio with its headers (Debian: libaio-dev), which is not found "
+                "here; install it, or give cpu"
+            )
 
 
-def _begin(tensors: Sequence[nn.Parameter], mesh: Mesh, device: torch.device) -> None:
-    """Partitions the first tensors. Each of them then knows how to take further ones."""
+def _begin(blocks: Sequence[Sequence[nn.Parameter]], mesh: Mesh, device: torch.device) -> None:
+    """Partitions the tensors of the first block. Each of them then knows how to take further ones."""
     variables = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
     with _environment(variables), redirect_stdout(sys.stderr):
         import deepspeed
@@ -164,18 +174,37 @@ def _begin(tensors: Sequence[nn.Parameter], mesh: Mesh, device: torch.device) ->
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
         # It is compiled at the first use, takes a compiler and a minute, and serves a collective that is not used here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not comm.is_initialized():
             comm.init_distributed(dist_init_required=False)
+        settings, swapper = _make_swapper(blocks, mesh.config) if mesh.config.offload == "nvme" else (None, None)
         deepspeed.zero.Init(
-            module=nn.ParameterList(tensors),
+            module=nn.ParameterList(blocks[0]),
             data_parallel_group=mesh.group,
             mem_efficient_linear=False,
             remote_device=None if mesh.config.offload == "none" else mesh.config.offload,
             pin_memory=device.type == "cuda",
-            dtype=tensors[0].dtype,
+            config_dict_or_path=settings,
+            param_swapper=swapper,
+            dtype=blocks[0][0].dtype,
         )
+
+
+def _make_swapper(blocks: Sequence[Sequence[nn.Parameter]], config: ShardingConfig) -> tuple[dict[str, Any], Any]:
+    """DeepSpeed's settings for parts in files, and what reads and writes them; two blocks are in memory at a time."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+
+    offload = {
+        "device": "nvme",
+        "nvme_path": str(config.nvme_path),
+        "buffer_count": 3 * max(map(len, blocks)),
+        "buffer_size": max(-(-tensor.numel() // config.size) for own in blocks for tensor in own),
+    }
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "offload_param": offload}}
+    return settings, AsyncPartitionedParameterSwapper(DeepSpeedConfig(settings), blocks[0][0].dtype)
 
 
 @contextmanager

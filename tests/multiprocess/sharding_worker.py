@@ -1,0 +1,40 @@
+"""Run by test_sharding.py on each rank: every case once, in one process group, because start-up is expensive.
+
+Prints nothing; leaves each run's folder below the path given.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from fedpeft_dist.config.load import parse_config
+from fedpeft_dist.config.schema import RuntimeConfig
+from fedpeft_dist.config.trees import merge_trees
+from fedpeft_dist.federation.run import run
+from fedpeft_dist.runtime import process
+from tests.multiprocess.exactness_worker import METHODS, make_config
+
+SMALL = {
+    "data": {"num_train": 200, "max_train": 150, "num_test": 60, "clients": 8},
+    "federation": {"cohort": 5},
+    "runtime": {"evaluate_batch": 16},
+}
+"""Keys that make a run shorter: 5 ragged clients, and 4 batches of evaluation."""
+
+
+def main() -> None:
+    output, cases = Path(sys.argv[1]), sys.argv[2].split(",")
+    with process.start(RuntimeConfig(device="cpu")) as runtime:
+        for case in cases:
+            method, precision, size, lanes, offload = case.split(":")
+            tree = merge_trees(make_config(METHODS[method], output, name_of(case, runtime.world_size)), SMALL)
+            sharding = {"size": int(size), "lanes": lanes, "offload": offload}
+            config = parse_config(merge_trees(tree, {"runtime": {"sharding": sharding}}), "test")
+            run(config, runtime=replace(runtime, precision=precision))
+
+
+def name_of(case: str, num_ranks: int) -> str:
+    """The folder of a case's run."""
+    return f"{num_ranks}-{case.replace(':', '-')}"
