@@ -160,8 +160,8 @@ def check_library(config: ShardingConfig) -> None:
 
         if not AsyncIOBuilder().is_compatible(verbose=False):
             raise ConfigError(
-                "runtime.sharding.offload: 'nvme' needs libaio with its headers (Debian: libaio-dev), which is not found "
-                "here; install it, or give cpu"
+                "runtime.sharding.offload: 'nvme' needs libaio with its headers (Debian: libaio-dev), not found here; "
+                "install it, or give cpu"
             )
 
 

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.multiprocess import sharding_worker
+from tests.multiprocess.sharded_kills import run_trials
 from tests.multiprocess.sharding_worker import name_of
 from tests.warm_process import WarmRanks
 
@@ -105,3 +106,7 @@ def test_evaluation_gives_the_same_accuracy(runs):
     for num_ranks, case in ((2, "bias:fp32:2:split:none"), (4, "prompt:bf16:2:split:none")):
         accuracies = [[r["accuracy"] for r in runs.rounds(*own)] for own in ((num_ranks, case), (1, whole(case)))]
         assert accuracies[0] == accuracies[1]
+
+
+def test_a_lost_rank_ends_its_group_and_the_run_goes_on_with_other_groups(tmp_path):
+    assert run_trials(count=1, seed=3, folder=tmp_path, rounds=8) == 1
