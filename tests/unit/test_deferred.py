@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedpeft_dist.backbones.deferred import made
+from fedpeft_dist.backbones.glyph_vit import GLYPH_VIT
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
 from fedpeft_dist.config.schema import BackboneConfig
 from fedpeft_dist.runtime.memory import forget_peak_memory, peak_memory, used_memory
@@ -48,6 +49,12 @@ def test_random_weights_are_the_same(family: str) -> None:
     inside = [p for block in deferred.blocks for p in block.parameters() if p.dim() == 2]
     assert inside
     assert all(parameter.is_meta for parameter in inside), "no matrix of a block has memory of its own"
+
+
+def test_the_embedded_backbone_is_the_same() -> None:
+    config = BackboneConfig(name=GLYPH_VIT)
+    made_later, whole = (build_backbone(config, 3, 32, seed=3, deferred=is_deferred) for is_deferred in (True, False))
+    assert_equal(made_later, whole)
 
 
 def write_files(folder: Path, kind: str, model: nn.Module) -> Path:
