@@ -7,6 +7,9 @@ random operations leave the generator where the real ones would.
 import ctypes
 import mmap
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +104,14 @@ class DeferringMode(TorchDispatchMode):
                 tensor.deferred = own
             elif own is not None:
                 replace(tensor, own.make())
+
+
+@contextmanager
+def deferring() -> Iterator[DeferringMode]:
+    """The mode, without PyTorch's warnings that a deferred tensor is not filled."""
+    with warnings.catch_warnings(), DeferringMode() as mode:
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter", UserWarning)
+        yield mode
 
 
 def replace(tensor: torch.Tensor, value: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from fedpeft_dist.backbones.checkpoints import WeightsFile, loading_with
-from fedpeft_dist.backbones.deferred import DeferringMode, made
+from fedpeft_dist.backbones.deferred import deferring, made
 from fedpeft_dist.backbones.fitting import layers_in
 from fedpeft_dist.backbones.glyph_vit import GLYPH_VIT, PRETRAINED_CFG, build_glyph_vit
 from fedpeft_dist.backbones.hub import PretrainedWeights, check_name
@@ -71,7 +71,7 @@ def build_backbone(
         ConfigError: the name is unknown, the model does not take the arguments, or the weights are not on this machine
             or do not fit.
     """
-    with torch.random.fork_rng(devices=[]), DeferringMode() if deferred else nullcontext() as mode:
+    with torch.random.fork_rng(devices=[]), deferring() if deferred else nullcontext() as mode:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA, too
         model, weights = _create(config, num_classes, image_size, device, deferred)
     blocks = repeated_blocks(model)
