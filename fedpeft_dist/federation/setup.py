@@ -12,7 +12,7 @@ from torch import nn
 from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
-from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.config.schema import RunConfig, ShardingConfig
 from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.datasets import ImageSet
@@ -29,6 +29,7 @@ from fedpeft_dist.methods.lane_model import LaneModel, VmapLaneModel
 from fedpeft_dist.methods.merged import MergedModel, can_merge
 from fedpeft_dist.methods.sharded import check_sharding, shard_model
 from fedpeft_dist.runtime.memory import forget_peak_memory, peak_memory
+from fedpeft_dist.runtime.mesh import spread
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.runtime.sharding import ShardedBlocks
 from fedpeft_dist.tracking.run_directory import RunDirectory
@@ -241,10 +242,15 @@ def evaluate_run(config: RunConfig, directory: RunDirectory, runtime: Runtime) -
         ConfigError: the parameters cannot be read, or belong to another method or backbone.
     """
     tensors, metadata = directory.read_trainable()
-    setup = Setup(with_values(config, "runtime", cache="none"), runtime)  # each image is looked at once
-    check_same(metadata["backbone_sha256"], setup.model.backbone.sha256, directory.trainable_file, "backbone")
-    try:
-        vector = setup.model.layout.join(tensors)
-    except ValueError as error:
-        raise ConfigError(f"{directory.trainable_file}: {error}") from None
-    return setup.evaluate(vector.to(runtime.device))
+    sharding = config.runtime.sharding
+    if runtime.world_size % sharding.size:  # a run of many ranks may be evaluated by one
+        sharding = ShardingConfig()
+    with spread(runtime, sharding) as runtime:
+        setup = Setup(with_values(config, "runtime", cache="none"), runtime)  # each image is looked at once
+        check_same(metadata["backbone_sha256"], setup.model.backbone.sha256, directory.trainable_file, "backbone")
+        try:
+            vector = setup.model.layout.join(tensors)
+        except ValueError as error:
+            raise ConfigError(f"{directory.trainable_file}: {error}") from None
+        setup.share_weights()
+        return setup.evaluate(vector.to(runtime.device))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import fedpeft_dist
 from fedpeft_dist.config.errors import ConfigError, FirstToldError, ToldElsewhereError
-from fedpeft_dist.config.schema import RuntimeConfig, ShardingConfig
+from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.runtime.accelerator import give_peers_time, gpu_place, prepare_cuda
 from fedpeft_dist.runtime.launch import Launch, find_launch
 from fedpeft_dist.runtime.meeting import interface_towards, meet
@@ -117,7 +117,7 @@ def library_versions() -> dict[str, str]:
 
 def fit_to_machine(config: RuntimeConfig) -> RuntimeConfig:
     """The settings to evaluate a run that was trained elsewhere: this machine's device, and a precision it has."""
-    config = config.model_copy(update={"device": "auto", "products": "auto", "sharding": ShardingConfig()})
+    config = config.model_copy(update={"device": "auto", "products": "auto"})
     try:
         resolve_device(config, find_launch())
     except ConfigError:

@@ -28,13 +28,17 @@ def main() -> None:
     output, cases = Path(sys.argv[1]), sys.argv[2].split(",")
     with process.start(RuntimeConfig(device="cpu")) as runtime:
         for case in cases:
-            method, precision, size, lanes, offload = case.split(":")
+            method, precision, size, lanes, offload, *half = case.split(":")
             tree = merge_trees(make_config(METHODS[method], output, name_of(case, runtime.world_size)), SMALL)
+            tree["federation"]["rounds"] = 1 if half == ["first"] else 2
             sharding = {"size": int(size), "lanes": lanes, "offload": offload}
             config = parse_config(merge_trees(tree, {"runtime": {"sharding": sharding}}), "test")
             run(config, runtime=replace(runtime, precision=precision))
 
 
 def name_of(case: str, num_ranks: int) -> str:
-    """The folder of a case's run."""
+    """The folder of a case's run. The first and the second half of a run have the same one."""
+    method, precision, *_, last = case.split(":")
+    if last in ("first", "second"):
+        return f"halves-{method}-{precision}"
     return f"{num_ranks}-{case.replace(':', '-')}"

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from fedpeft_dist.config.load import load_config
+from fedpeft_dist.federation.setup import evaluate_run
+from fedpeft_dist.runtime import process
+from fedpeft_dist.tracking.run_directory import RunDirectory
 from tests.multiprocess import sharding_worker
 from tests.multiprocess.sharded_kills import run_trials
 from tests.multiprocess.sharding_worker import name_of
@@ -18,9 +22,21 @@ WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16"]
 REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16"]
 """Run by --slow alone."""
 SHARDED = {
-    2: ["bias:fp32:2:split:none", "adapter:bf16:2:split:cpu", "bias:fp32:2:shared:none"],
-    4: ["lora:fp32:2:split:none", "prompt:bf16:2:split:none", "lora:fp32:2:shared:none", "bias:fp32:4:split:none"],
+    2: [
+        "bias:fp32:2:split:none",
+        "adapter:bf16:2:split:cpu",
+        "bias:fp32:2:shared:none",
+        "bias:fp32:2:split:none:first",
+    ],
+    4: [
+        "lora:fp32:2:split:none",
+        "prompt:bf16:2:split:none",
+        "lora:fp32:2:shared:none",
+        "bias:fp32:4:split:none:second",
+    ],
 }
+"""By ranks; a run begins on 2 ranks and goes on with groups of 4."""
+EQUAL = [(ranks, case) for ranks, own in SHARDED.items() for case in own if not case.endswith(":first")]
 LAYOUTS = [(ranks, f"2:{lanes}:none") for ranks in (2, 4) for lanes in ("split", "shared")]
 
 
@@ -78,7 +94,7 @@ def check(runs: Runs, num_ranks: int, case: str) -> None:
         assert difference <= tolerance * expected.norm(), name
 
 
-@pytest.mark.parametrize(("num_ranks", "case"), [(ranks, case) for ranks, own in SHARDED.items() for case in own])
+@pytest.mark.parametrize(("num_ranks", "case"), EQUAL)
 def test_groups_train_what_a_rank_with_all_weights_trains(runs, num_ranks, case):
     check(runs, num_ranks, case)
 
@@ -108,5 +124,16 @@ def test_evaluation_gives_the_same_accuracy(runs):
         assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.slow
 def test_a_lost_rank_ends_its_group_and_the_run_goes_on_with_other_groups(tmp_path):
     assert run_trials(count=1, seed=3, folder=tmp_path, rounds=8) == 1
+
+
+@pytest.mark.parametrize("overrides", [[], ["runtime.sharding={size: 1, lanes: split, offload: cpu}"]])
+def test_one_rank_evaluates_what_a_group_has_trained(runs, overrides):
+    """With all weights, or with parts in the machine's memory that are gathered block by block."""
+    case = "bias:fp32:2:shared:none"
+    directory = RunDirectory(runs.folder / name_of(case, 2))
+    config = load_config(directory.config_file, overrides)
+    with process.start(config.runtime) as runtime:
+        assert evaluate_run(config, directory, runtime)["accuracy"] == runs.rounds(2, case)[-1]["accuracy"]
