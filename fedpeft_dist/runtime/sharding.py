@@ -2,7 +2,7 @@
 
 DeepSpeed's ZeRO-3 (Rajbhandari et al. 2019, arXiv 1910.02054) partitions, gathers and offloads the matrices. When they
 are gathered is decided here. DeepSpeed's own hooks compare the order of layers over all ranks, so that groups with
-unequal work would wait for each other, and they replace `linear` by one that rounds otherwise.
+unequal work would wait for each other. Its own `linear`, which keeps no weight alive, rounds otherwise than PyTorch's.
 
 At most two blocks are whole at a time: the one that computes, and the next one, which is on its way. A backward pass
 must not keep a weight alive, so a saved weight is kept as its name and place, and is gathered again.
@@ -193,10 +193,20 @@ def _begin(blocks: Sequence[Sequence[nn.Parameter]], mesh: Mesh, device: torch.d
 
 
 def _make_swapper(blocks: Sequence[Sequence[nn.Parameter]], config: ShardingConfig) -> tuple[dict[str, Any], Any]:
-    """DeepSpeed's settings for parts in files, and what reads and writes them; two blocks are in memory at a time."""
+    """DeepSpeed's settings for parts in files, and what reads and writes them; two blocks are in memory at a time.
+
+    Raises:
+        ConfigError: the weights differ in type.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 
+    dtypes = {tensor.dtype for own in blocks for tensor in own}
+    if len(dtypes) > 1:
+        raise ConfigError(
+            "runtime.sharding.offload: 'nvme' needs weights of one type, and this backbone's tables stay in float32; "
+            "give cpu, or runtime.precision: fp32"
+        )
     offload = {
         "device": "nvme",
         "nvme_path": str(config.nvme_path),

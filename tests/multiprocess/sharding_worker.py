@@ -14,7 +14,7 @@ from fedpeft_dist.config.schema import RuntimeConfig
 from fedpeft_dist.config.trees import merge_trees
 from fedpeft_dist.federation.run import run
 from fedpeft_dist.runtime import process
-from tests.multiprocess.exactness_worker import METHODS, make_config
+from tests.multiprocess.exactness_worker import ALGORITHMS, METHODS, make_config
 
 SMALL = {
     "data": {"num_train": 200, "max_train": 150, "num_test": 60, "clients": 8},
@@ -23,13 +23,20 @@ SMALL = {
 }
 """Keys that make a run shorter: 5 ragged clients, and 4 batches of evaluation."""
 
+SECTIONS = {
+    "scaffold": ALGORITHMS["scaffold"],
+    "private": {"privacy": {"name": "sample", "epsilon": 8.0, "clip_norm": 1.0, "slots": 12}},
+}
+"""Cases beside the methods: bias tuning with a state per client, and with a gradient per sample."""
+
 
 def main() -> None:
     output, cases = Path(sys.argv[1]), sys.argv[2].split(",")
     with process.start(RuntimeConfig(device="cpu")) as runtime:
         for case in cases:
             method, precision, size, lanes, offload, *half = case.split(":")
-            tree = merge_trees(make_config(METHODS[method], output, name_of(case, runtime.world_size)), SMALL)
+            own = make_config(METHODS.get(method, METHODS["bias"]), output, name_of(case, runtime.world_size))
+            tree = merge_trees(merge_trees(own, SMALL), SECTIONS.get(method, {}))
             tree["federation"]["rounds"] = 1 if half == ["first"] else 2
             sharding = {"size": int(size), "lanes": lanes, "offload": offload}
             config = parse_config(merge_trees(tree, {"runtime": {"sharding": sharding}}), "test")

@@ -19,7 +19,7 @@ from tests.multiprocess.sharding_worker import name_of
 from tests.warm_process import WarmRanks
 
 WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16"]
-REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16"]
+REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"]
 """Run by --slow alone."""
 SHARDED = {
     2: [
@@ -102,7 +102,8 @@ def test_groups_train_what_a_rank_with_all_weights_trains(runs, num_ranks, case)
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS)
 def test_every_method_and_precision(tmp_path, num_ranks, layout):
-    runs, cases = Runs(tmp_path), [f"{case}:{layout}" for case in WHOLE + REST]
+    private = ["private:fp32"] * ("split" in layout)  # gradients of single samples are not shared
+    runs, cases = Runs(tmp_path), [f"{case}:{layout}" for case in WHOLE + REST + private]
     runs.launch(1, [whole(case) for case in cases])
     runs.launch(num_ranks, cases)
     for case in cases:
