@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prepares an environment and sets PYTHON, so it is meant to be sourced. It prints nothing but pip's output.
 #
-#   source launch/setup.sh [extras]      extras: "test", or nothing
+#   source launch/setup.sh [extras]      extras: "test", "sharding", or nothing
 #
 # It uses FEDPEFT_VENV if that is set, else the active virtual environment, else .venv in the repository, which it
 # makes.
@@ -21,6 +21,7 @@ PYTHON=$venv/bin/python
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 needed="import fedpeft_dist.cli, fedpeft_dist.federation.run, fedpeft_dist.reports.report, sklearn, submitit, tensorboard, h5py"
 [ "$extras" = test ] && needed="$needed, pytest, pytest_timeout, xdist, hypothesis, importlinter, ruff, datasets, peft, selenium"
+[ -n "$extras" ] && needed="$needed; from importlib.metadata import version; version('deepspeed')"
 if ! (cd / && "$PYTHON" -c "$needed") 2>/dev/null; then
     echo "installing fedpeft_dist into $venv (a few minutes the first time: PyTorch is large)"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$repository${extras:+[$extras]}"

@@ -48,13 +48,23 @@ _numbers = itertools.count()
 
 
 def write_config(
-    folder: Path, name: str, rounds: int = ROUNDS, method: str = "prompt", algorithm: str | None = None, **output: Any
+    folder: Path,
+    name: str,
+    rounds: int = ROUNDS,
+    method: str = "prompt",
+    algorithm: str | None = None,
+    sharding: int = 1,
+    **output: Any,
 ) -> Path:
-    """Ragged clients on lanes, dropout, and a server optimizer with state; the run is `folder / name`."""
+    """Ragged clients on lanes, dropout, and a server optimizer with state; the run is `folder / name`.
+
+    `sharding` is the number of ranks that share frozen weights.
+    """
     tree = merge_trees(make_config(METHODS[method], folder, name), ALGORITHMS.get(algorithm, {}))
     tree["federation"] |= {"rounds": rounds}
     tree["server"] = {"optimizer": {"name": "yogi"}}
     tree["output"] |= output
+    tree["runtime"] |= {"sharding": {"size": sharding}}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

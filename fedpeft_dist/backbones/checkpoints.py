@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from timm.models import _builder, adapt_input_conv, clean_state_dict
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fedpeft_dist.backbones.fitting import LOOSE_FRESH, OTHER_MODEL, Filter, Fit, Target, layers_in
 from fedpeft_dist.backbones.normalization import tensor_names
@@ -38,6 +39,8 @@ class WeightsFile:
     """Whether the file is timm's own. Then timm decides by the number of classes whether the classifier is loaded."""
     names: tuple[str, ...] = ()
     """Names of the file's tensors, from `tensor_names`, after the file is read."""
+    mapped: bool = False
+    """Whether tensors stay in the file until they are used."""
 
     def load(
         self, model: nn.Module, pretrained_cfg: Mapping[str, Any], filter_fn: Filter | None, strict: bool, **values: Any
@@ -53,10 +56,11 @@ class WeightsFile:
             if self.path.name.lower().endswith(ARCHIVE):
                 _load_archive(model, self.path, strict)
             else:
-                stored = read_weights(self.path)
-                self.names = tuple(tensor_names(stored))
-                found = find_encoder(stored, Target(model, heads, filter_fn, strict))
-                _check_attention_heads(stored, model)
+                with _disable_current_modes():  # the file's tensors are real, while the model's may be deferred
+                    stored = read_weights(self.path, self.mapped)
+                    self.names = tuple(tensor_names(stored))
+                    found = find_encoder(stored, Target(model, heads, filter_fn, strict))
+                    _check_attention_heads(stored, model)
                 own = model.state_dict().keys()
                 state = {name: tensor for name, tensor in found.items() if name in own}
                 if self.is_published:

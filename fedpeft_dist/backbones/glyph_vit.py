@@ -62,7 +62,7 @@ def build_glyph_vit(
     model.pretrained_cfg = model.default_cfg = {**PRETRAINED_CFG, "num_classes": num_classes}
     if not pretrained:
         return model
-    if model.pos_embed.is_meta:
+    if device is not None and torch.device(device).type == "meta":
         raise ValueError("backbone.pretrained: the meta device holds no weights; build with pretrained=False")
     packaged = load_file(WEIGHTS_FILE)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from fedpeft_dist.backbones.checkpoints import WeightsFile, loading_with
+from fedpeft_dist.backbones.deferred import deferring, made
 from fedpeft_dist.backbones.fitting import layers_in
 from fedpeft_dist.backbones.glyph_vit import GLYPH_VIT, PRETRAINED_CFG, build_glyph_vit
 from fedpeft_dist.backbones.hub import PretrainedWeights, check_name
 from fedpeft_dist.backbones.normalization import normalization_of, warn_of_origin
+from fedpeft_dist.backbones.repeated import repeated_blocks
 from fedpeft_dist.backbones.weight_files import UnfitWeightsError, check_checkpoint, one_line
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import BackboneConfig
@@ -43,6 +46,8 @@ class Backbone:
     """The model before a method changes it, with the same tensors. Plain PyTorch trains this one."""
     shared_layers: frozenset[nn.Module] = frozenset()
     """Layers whose result all samples share. Their dropout stays off, because no sample's key can decide it."""
+    blocks: tuple[nn.Module, ...] = ()
+    """The model's repeated blocks, in order, as they were before a method changed what is in them."""
 
     @property
     def channels(self) -> int:
@@ -50,7 +55,7 @@ class Backbone:
 
 
 def build_backbone(
-    config: BackboneConfig, num_classes: int, image_size: int, seed: int, device: str = "cpu"
+    config: BackboneConfig, num_classes: int, image_size: int, seed: int, device: str = "cpu", deferred: bool = False
 ) -> Backbone:
     """Makes the model with a classifier for num_classes, and loads its weights. Downloads nothing.
 
@@ -60,14 +65,18 @@ def build_backbone(
     Args:
         image_size: height and width of an image in pixels, for models with a fixed input size (ViT, Swin).
         device: "meta" makes only the shapes, and loads nothing.
+        deferred: leave the matrices of the repeated blocks to `made` (backbones/deferred.py), one by one.
 
     Raises:
         ConfigError: the name is unknown, the model does not take the arguments, or the weights are not on this machine
             or do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), deferring() if deferred else nullcontext() as mode:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA, too
-        model, weights = _create(config, num_classes, image_size, device)
+        model, weights = _create(config, num_classes, image_size, device, deferred)
+    blocks = repeated_blocks(model)
+    if mode is not None:
+        mode.settle(model, blocks)
     first_conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = getattr(model, "in_chans", None) or first_conv.in_channels
     images = normalization_of(config, model.pretrained_cfg, channels)
@@ -80,6 +89,7 @@ def build_backbone(
         sha256="" if device == "meta" else _hash_tensors(model),
         interpolation="bilinear" if model.pretrained_cfg.get("interpolation") == "bilinear" else "bicubic",
         warning=warn_of_origin(weights.path, weights.names, images, config.name) if uncertain else "",
+        blocks=tuple(blocks),
     )
 
 
@@ -87,14 +97,14 @@ def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -
     """Moves a model to its device, turns gradients off, and casts its parameters.
 
     Autocast would cast linear layers and convolutions at every step, so they are kept in the compute type. Norms,
-    tokens and position tables stay in float32.
+    tokens and position tables stay in float32. Deferred tensors stay where they are.
     """
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and compute_dtype != torch.float32:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(compute_dtype)
-    model.to(device)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def model_arguments(config: BackboneConfig, image_size: int) -> dict[str, Any]:
@@ -141,15 +151,15 @@ def _pretrained_weights(config: BackboneConfig) -> PretrainedWeights:
 
 
 def _create(
-    config: BackboneConfig, num_classes: int, image_size: int, device: str
+    config: BackboneConfig, num_classes: int, image_size: int, device: str, mapped: bool
 ) -> tuple[nn.Module, WeightsFile | None]:
     """The model, and the file that its weights come from."""
     check_name(config.name)
     weights = None
     if config.checkpoint is not None and device != "meta":
-        weights = WeightsFile(check_checkpoint(Path(config.checkpoint)), is_published=False)
+        weights = WeightsFile(check_checkpoint(Path(config.checkpoint)), is_published=False, mapped=mapped)
     elif starts_from_timm(config) and device != "meta":
-        weights = WeightsFile(_pretrained_weights(config).locate(), is_published=True)
+        weights = WeightsFile(_pretrained_weights(config).locate(), is_published=True, mapped=mapped)
     arguments = config.model_args
     try:
         arguments = model_arguments(config, image_size)
@@ -194,7 +204,7 @@ def classifiers_of(config: BackboneConfig) -> tuple[str, ...]:
 
 def _hash_tensors(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().data)
+        digest.update(made(tensor).detach().contiguous().numpy().data)
     return digest.hexdigest()

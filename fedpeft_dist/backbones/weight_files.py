@@ -13,10 +13,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import _TYPES, load_file
 
 from fedpeft_dist.config import errors
 from fedpeft_dist.config.errors import ConfigError
@@ -74,8 +76,11 @@ def check_checkpoint(path: Path) -> Path:
     return path
 
 
-def read_weights(path: Path) -> Mapping[str, Any]:
+def read_weights(path: Path, mapped: bool = False) -> Mapping[str, Any]:
     """The unchanged content of a file, on the CPU.
+
+    Args:
+        mapped: leave the tensors in the file until they are used; for safetensors, and files of a recent torch.save.
 
     Raises:
         UnfitWeightsError: the file holds no weights, or more than weights.
@@ -84,14 +89,14 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     name = path.name.lower()
     check_content(path)
     if name.endswith(INDEX_SUFFIXES):
-        return _read_index(path)
+        return _read_index(path, mapped)
     if name.endswith(".safetensors"):
-        return load_file(path)
+        return _map_file(path) if mapped else load_file(path)
     stand_ins: list[Any] = [(_StandIn, f"{module}.{name}") for module, names in HARMLESS.items() for name in names]
     with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
         warnings.simplefilter("ignore")  # the error below says what matters
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zipfile(path))
         except (pickle.UnpicklingError, RuntimeError) as error:
             raise UnfitWeightsError(f"cannot be loaded ({_explain(path, error)})") from error
     if not isinstance(stored, Mapping):
@@ -115,7 +120,27 @@ def check_content(path: Path) -> None:
         raise UnfitWeightsError("cannot be loaded (it is a web page, not weights); fetch the file itself")
 
 
-def _read_index(path: Path) -> dict[str, torch.Tensor]:
+def _map_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, as views of the mapped file, with an attribute `is_mapped`.
+
+    A tensor at an odd place is copied.
+    """
+    with safe_open(path, framework="pt") as checked:  # it knows how a file may be damaged
+        names = set(checked.keys())
+    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
+    header = json.loads(content[8:start].numpy().tobytes())
+    tensors = {}
+    for name in names:
+        dtype, (begin, end) = _TYPES[header[name]["dtype"]], header[name]["data_offsets"]
+        raw = content[start + begin : start + end]
+        is_aligned = (start + begin) % dtype.itemsize == 0
+        tensors[name] = (raw if is_aligned else raw.clone()).view(dtype).view(header[name]["shape"])
+        tensors[name].is_mapped = is_aligned
+    return tensors
+
+
+def _read_index(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
     """The tensors of all files that an index lists."""
     index = json.loads(path.read_text(encoding="utf-8"))
     places = index.get("weight_map") if isinstance(index, dict) else None
@@ -127,7 +152,7 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
         if part.name != name or not part.is_file() or part.name.lower().endswith(INDEX_SUFFIXES):
             raise UnfitWeightsError(f"cannot be loaded (it names {name!r}, which is no file beside it)")
         try:
-            state |= read_weights(part)
+            state |= read_weights(part, mapped)
         except UnfitWeightsError as error:
             raise UnfitWeightsError(f"cannot be loaded ({name!r} {error})") from error
     for name, place in places.items():

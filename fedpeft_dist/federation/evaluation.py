@@ -44,6 +44,14 @@ class Evaluator:
             model.layout, 1, runtime.device, with_grad=False, compute_dtype=runtime.compute_dtype
         )
 
+    @property
+    def num_padded(self) -> int:
+        """Batches that this rank computes for nothing, to stay in step with its group."""
+        if self.runtime.mesh is None:
+            return 0
+        total, world = -(-len(self.samples) // self.batch_size), self.runtime.world_size
+        return -(-total // world) - len(own_batches(len(self.samples), self.batch_size, self.runtime))
+
     def correct(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU.
 
@@ -56,13 +64,15 @@ class Evaluator:
         self.parameters.load(0, self.model.layout.pad(vector))
         self.model.bind(self.parameters)
         correct = torch.zeros(len(self.samples) + 1, dtype=torch.int64, device=self.runtime.device)
-        own = own_batches(len(self.samples), self.batch_size, self.runtime)
+        own: list[int | None] = list(own_batches(len(self.samples), self.batch_size, self.runtime))
+        own += [None] * self.num_padded
         for start, upcoming in zip_longest(own, own[1:]):
-            if is_dropped():
+            if self.runtime.agree(is_dropped()):
                 correct[-1] = 1
                 break
-            right = self._batch(start, upcoming)
-            correct[start : start + len(right)] = right
+            right = self._batch(start or 0, upcoming)
+            if start is not None:
+                correct[start : start + len(right)] = right
         correct = sum_over_ranks(correct, self.runtime).cpu()
         if correct[-1]:
             raise StoppedEarlyError

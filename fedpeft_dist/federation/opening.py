@@ -172,6 +172,10 @@ def _build(found: _Found, runtime: Runtime, watch: Watch) -> OpenRun:
         raise StoppedEarlyError
     assert_same_on_all_ranks(preparation.participation.sha256.encode(), "the traces of participation", runtime)
     assert_same_on_all_ranks(preparation.setup.products.encode(), "what runtime.products: auto stands for", runtime)
+    with failing_together(runtime):
+        setup = preparation.setup
+        setup.share_weights()
+        check_lanes(setup.model, found.config, runtime)
     checkpoint, directory = found.checkpoint, found.directory
     simulation = Simulation(preparation, None if checkpoint is None else checkpoint.noise)
     state = simulation.initial_state() if checkpoint is None else _on_device(checkpoint.state, runtime.device)
@@ -198,7 +202,6 @@ def _prepare(found: _Found, runtime: Runtime) -> Preparation:
     setup = Setup(config, runtime)
     if runtime.is_main and setup.model.backbone.warning:
         print(f"warning: {setup.model.backbone.warning}", file=sys.stderr)
-    check_lanes(setup.model, config, runtime)
     if checkpoint is None:
         return prepare(setup)
     origin, path = checkpoint.origin, found.directory.path

@@ -69,6 +69,9 @@ class PrefixCache:
         return Feed(self.suffix, FeatureStore(store, self._prefix, rows))
 
     def _cut(self) -> SuffixModel | None:
+        if self.runtime.mesh is not None:
+            self._note("under runtime.sharding, ranks compute in step")
+            return None
         try:
             return cut_model(self.model, self.runtime)
         except NoCutError as error:

@@ -48,6 +48,7 @@ def _summary(state: State, simulation: Simulation, digest: str) -> dict[str, Any
         "samples_per_second": totals["samples"] / totals["seconds"],
         "lanes": config.runtime.lanes,
         "world_size": simulation.runtime.world_size,
+        "sharding": simulation.setup.sharding_figures,
         "weights_sha256": digest,
         "privacy": summarize(config.privacy, simulation.privacy_figures(state)),
     }

@@ -37,12 +37,13 @@ def run_round(state: State, simulation: Simulation, watch: Watch) -> RoundResult
     started = time.perf_counter()
     setup, runtime, federation = simulation.setup, simulation.runtime, simulation.config.federation
     plan = simulation.participation.plan(state.round)
-    tasks = setup.tasks(assign(plan.steps, runtime.world_size)[runtime.rank], plan.steps)
+    tasks = setup.tasks(assign(plan.steps, runtime.num_trainers)[runtime.trainer], plan.steps)
     aggregation = simulation.aggregation(state)
     for update in simulation.trainer.train(tasks, simulation.start(aggregation), watch.is_overdue):
-        aggregation.add(update)
+        if runtime.counts:
+            aggregation.add(update)
     rejected = aggregation.rejected_clients()
-    total, stop, drop = _sum(aggregation, state.round, watch, simulation)
+    total, stop, drop, padding = _sum(aggregation, state.round, watch, simulation)
     if drop:
         return None
     after, is_step = _step(aggregation, total, plan, simulation)
@@ -66,6 +67,7 @@ def run_round(state: State, simulation: Simulation, watch: Watch) -> RoundResult
         evaluation=evaluation,
         participation={} if federation.participation.is_ideal else plan.figures(),
         spending=simulation.spending(state, after if is_evaluated else None),
+        padding={} if runtime.mesh is None else padding,
     )
     # A rank that was asked during the evaluation begins no other round.
     is_last = stop or (is_evaluated and any_rank(watch.stop.received, runtime))
@@ -79,15 +81,21 @@ def is_due(rounds_done: int, every: int, num_rounds: int) -> bool:
 
 def _sum(
     aggregation: Aggregation, round_number: int, watch: Watch, simulation: Simulation
-) -> tuple[RoundTotal, bool, bool]:
-    """The round's one all-reduce. Two flags travel beside the sums: whether to stop, and whether to drop the round."""
-    runtime = simulation.runtime
+) -> tuple[RoundTotal, bool, bool, dict[str, int]]:
+    """The round's one all-reduce.
+
+    Two flags travel beside the sums: whether to stop, and whether to drop the round. So do the numbers of passes, and
+    of empty ones among them.
+    """
+    runtime, trainer = simulation.runtime, simulation.trainer
     if runtime.is_main:
         aggregation.add_noise(round_number)
-    flags = torch.tensor(watch.flags(), dtype=torch.int64, device=runtime.device)
-    sums = sum_over_ranks(torch.cat([aggregation.sums, flags]), runtime)
-    stop, drop = sums[-len(flags) :].tolist()
-    return aggregation.total(sums[: -len(flags)]), stop > 0, drop > 0
+    own = [*watch.flags(), trainer.num_passes, trainer.num_padded]
+    own = torch.tensor(own, dtype=torch.int64, device=runtime.device)
+    sums = sum_over_ranks(torch.cat([aggregation.sums, own]), runtime)
+    stop, drop, passes, padded = sums[-len(own) :].tolist()
+    padding = {"passes": passes, "padded_passes": padded}
+    return aggregation.total(sums[: -len(own)]), stop > 0, drop > 0, padding
 
 
 def _step(aggregation: Aggregation, total: RoundTotal, plan: RoundPlan, simulation: Simulation) -> tuple[State, bool]:

@@ -18,6 +18,7 @@ from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.collectives import any_rank, barrier
 from fedpeft_dist.runtime.files import DISK_FULL
 from fedpeft_dist.runtime.interrupts import StoppedEarlyError, StopRequest, listen_for_stop
+from fedpeft_dist.runtime.mesh import spread
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.tracking.partition_view import MAX_CLIENTS
 from fedpeft_dist.tracking.run_directory import COMPLETE, INTERRUPTED
@@ -70,7 +71,8 @@ def _start(config: RunConfig, runtime: Runtime | None, stop: StopRequest) -> Ite
             runtime = replace(runtime, precision="fp32")
         if runtime.peers is not None:
             runtime.peers.stop = stop
-        yield runtime
+        with spread(runtime, config.runtime.sharding) as runtime:
+            yield runtime
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def _log(opened: OpenRun, runtime: Runtime) -> Iterator[RunLog]:
             log.write_setting(counts, setup.partition.num_clients, setup.dataset.class_names)
             if note := simulation.participation.describe():
                 log.note(note)
-            for note in setup.cache_notes:
+            for note in (*setup.sharding_notes, *setup.cache_notes):
                 log.note(note)
             if simulation.compile_seconds is not None:
                 log.note(f"compiled in {simulation.compile_seconds:.1f} s")

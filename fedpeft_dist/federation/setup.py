@@ -12,7 +12,7 @@ from torch import nn
 from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import with_values
-from fedpeft_dist.config.schema import RunConfig
+from fedpeft_dist.config.schema import RunConfig, ShardingConfig
 from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
 from fedpeft_dist.data.datasets import ImageSet
@@ -27,11 +27,18 @@ from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model, make_method
 from fedpeft_dist.methods.lane_model import LaneModel, VmapLaneModel
 from fedpeft_dist.methods.merged import MergedModel, can_merge
+from fedpeft_dist.methods.sharded import check_sharding, shard_model
+from fedpeft_dist.runtime.memory import forget_peak_memory, peak_memory
+from fedpeft_dist.runtime.mesh import spread
 from fedpeft_dist.runtime.process import Runtime
+from fedpeft_dist.runtime.sharding import ShardedBlocks
 from fedpeft_dist.tracking.run_directory import RunDirectory
 from fedpeft_dist.tracking.same_run import check_same
 from fedpeft_dist.training.schedule import ClientTask
 
+HOST = torch.device("cpu")
+SHARDING_PAYS = 10**9
+"""Parameters of a backbone from which sharding pays."""
 LANE_BY_LANE = 500_000
 """Parameters of a model from which full fine-tuning goes through its lanes one by one, if oneDNN computes."""
 
@@ -57,7 +64,8 @@ class Setup:
         self.batch_size = min(config.client.batch_size, self.largest_client)
         """B, the samples of a lane in a step. No batch has more than the population's largest client, so the bound is
         the same on every rank, in every round and on resume."""
-        self.model = build_lane_model(config, self.dataset.num_classes)
+        forget_peak_memory(HOST)
+        self.model = build_lane_model(config, self.dataset.num_classes, deferred=runtime.mesh is not None)
         self.initial_vector = self.model.initial_vector().to(runtime.device)
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.products = choose_products(config.runtime.products, runtime)
@@ -67,6 +75,50 @@ class Setup:
         else:
             self._fit_to_cpu(self.model.backbone.model)
         self.train_store, self.test_store = self._make_stores()
+        self.weights: ShardedBlocks | None = None
+        """The frozen weights that other ranks have parts of."""
+        if runtime.mesh is not None:
+            check_sharding(self.model, config.backbone.name)
+
+    def share_weights(self) -> None:
+        """Keeps this rank's part of the frozen weights, if sharding is on. Every rank must call it, once."""
+        if self.runtime.mesh is not None:
+            self.weights = shard_model(self.model, self.runtime)
+            self.loading_peak = peak_memory(HOST)
+
+    @property
+    def sharding_figures(self) -> dict[str, int | str] | None:
+        """How the frozen weights are spread, for the summary: bytes of all parts and of a rank's, and the most bytes
+        that a process had on the host while they were loaded. None if each rank has all of them."""
+        if self.weights is None:
+            return None
+        config = self.config.runtime.sharding
+        return {
+            "size": config.size,
+            "lanes": config.lanes,
+            "offload": config.offload,
+            "weight_bytes": self.weights.all_bytes,
+            "rank_bytes": self.weights.own_bytes,
+            "loading_peak_bytes": self.loading_peak,
+        }
+
+    @property
+    def sharding_notes(self) -> list[str]:
+        """What the log says of the figures, and whether sharding pays."""
+        figures = self.sharding_figures
+        if figures is None:
+            return []
+        rank, whole, peak = (figures[f"{key}_bytes"] / 2**20 for key in ("rank", "weight", "loading_peak"))
+        notes = [
+            f"a rank keeps {rank:,.1f} of {whole:,.1f} MiB of frozen weights; loading took {peak:,.0f} MiB at most"
+        ]
+        size = self.model.backbone.num_parameters
+        if size < SHARDING_PAYS:
+            notes.append(
+                f"the backbone has {size / 1e6:,.1f} million parameters; below about {SHARDING_PAYS / 1e9:.0f} "
+                "billion, ranks that each keep all weights (runtime.sharding.size: 1) are faster"
+            )
+        return notes
 
     @cached_property
     def cache(self) -> PrefixCache:
@@ -158,7 +210,8 @@ class Setup:
     def _merged(self) -> LaneModel:
         """The model to evaluate with where the whole one runs: without lanes, if its method allows that."""
         method = make_method(self.config.method)
-        if not can_merge(method, self.runtime):
+        # Merging computes with whole weights, unless it only puts tensors in place of others.
+        if not can_merge(method, self.runtime) or (self.weights is not None and not method.merges_exactly):
             return self.model
         return MergedModel(self.model, method, self.runtime, self._fit_to_cpu)
 
@@ -189,10 +242,15 @@ def evaluate_run(config: RunConfig, directory: RunDirectory, runtime: Runtime) -
         ConfigError: the parameters cannot be read, or belong to another method or backbone.
     """
     tensors, metadata = directory.read_trainable()
-    setup = Setup(with_values(config, "runtime", cache="none"), runtime)  # each image is looked at once
-    check_same(metadata["backbone_sha256"], setup.model.backbone.sha256, directory.trainable_file, "backbone")
-    try:
-        vector = setup.model.layout.join(tensors)
-    except ValueError as error:
-        raise ConfigError(f"{directory.trainable_file}: {error}") from None
-    return setup.evaluate(vector.to(runtime.device))
+    sharding = config.runtime.sharding
+    if runtime.world_size % sharding.size:  # a run of many ranks may be evaluated by one
+        sharding = ShardingConfig()
+    with spread(runtime, sharding) as runtime:
+        setup = Setup(with_values(config, "runtime", cache="none"), runtime)  # each image is looked at once
+        check_same(metadata["backbone_sha256"], setup.model.backbone.sha256, directory.trainable_file, "backbone")
+        try:
+            vector = setup.model.layout.join(tensors)
+        except ValueError as error:
+            raise ConfigError(f"{directory.trainable_file}: {error}") from None
+        setup.share_weights()
+        return setup.evaluate(vector.to(runtime.device))

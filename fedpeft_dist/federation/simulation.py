@@ -194,7 +194,7 @@ class Simulation:
         config, setup, runtime = self.setup.config, self.setup, self.runtime
         is_private = config.privacy.name == "sample"
         if (lanes := config.runtime.lanes) == "auto":
-            needed = -(-config.federation.cohort // runtime.world_size)
+            needed = -(-config.federation.cohort // runtime.num_trainers)
             if is_private:
                 lanes = choose_private_lanes(needed, setup.model, runtime)
             else:
@@ -276,4 +276,6 @@ class Simulation:
 
 def build_simulation(config: RunConfig, runtime: Runtime, begun_with: Noise | None = None) -> Simulation:
     """A simulation in one go, for a caller that has no other rank to agree with."""
-    return Simulation(prepare(Setup(config, runtime), begun_with), begun_with)
+    setup = Setup(config, runtime)
+    setup.share_weights()
+    return Simulation(prepare(setup, begun_with), begun_with)

@@ -147,9 +147,13 @@ class LaneParameters:
             own.update(zip(low, cast.split(widths, dim=1)))
         parts = [part for gradient in own.values() for part in (gradient, self._pad_after(gradient)) if part.shape[1]]
         torch.cat(parts, dim=1, out=self._grad)
+        self.drop_grad()
+        return self._grad
+
+    def drop_grad(self) -> None:
+        """Forgets the gradients of the backward pass before."""
         for view in self.views.values():
             view.grad = None
-        return self._grad
 
     def assert_views_alive(self) -> None:
         """Fails if a view has left its matrix, as after `module.to()`, or no longer has a gradient."""

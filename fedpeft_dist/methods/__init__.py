@@ -54,8 +54,11 @@ def attach_method(
         return make_method(config).build(backbone)
 
 
-def build_lane_model(config: RunConfig, num_classes: int, device: str = "cpu") -> LaneModel:
+def build_lane_model(config: RunConfig, num_classes: int, device: str = "cpu", deferred: bool = False) -> LaneModel:
     """The run's backbone with its method, on the CPU (or, for shapes alone, on "meta"), in float32.
+
+    Args:
+        deferred: leave the frozen matrices of the repeated blocks to `shard_model`.
 
     Raises:
         ConfigError: the backbone cannot be made, or the method does not fit it.
@@ -63,7 +66,8 @@ def build_lane_model(config: RunConfig, num_classes: int, device: str = "cpu") -
     seed, own_seed = derive_seed(config.seed, "backbone"), derive_seed(config.seed, "method")
 
     def build(device: str) -> Backbone:
-        return build_backbone(config.backbone, num_classes, config.data.image_size, seed, device)
+        later = deferred and device != "meta"
+        return build_backbone(config.backbone, num_classes, config.data.image_size, seed, device, later)
 
     outline = build("meta")
     shared_layers = check_backbone(outline, config.backbone.name)

@@ -1,10 +1,9 @@
 """Compiles a model's repeated blocks by torch.compile: one compilation serves all blocks of a kind."""
 
-from collections import Counter
-
 import torch
 from torch import nn
 
+from fedpeft_dist.backbones.repeated import repeated_blocks
 from fedpeft_dist.methods.lane_model import LaneModule
 
 VARIANTS = 64
@@ -25,15 +24,3 @@ def compile_blocks(model: nn.Module) -> None:
     trained = (n for n, block in enumerate(blocks) if any(isinstance(m, LaneModule) for m in block.modules()))
     for block in blocks[next(trained, len(blocks)) :]:
         block.compile(dynamic=False)
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The innermost modules that stand beside others of their class in a sequence, in order."""
-    found = []
-    for sequence in model.modules():
-        if isinstance(sequence, nn.Sequential | nn.ModuleList):
-            kinds = Counter(type(child) for child in sequence)
-            found += [
-                child for child in sequence if kinds[type(child)] > 1 and next(child.children(), None) is not None
-            ]
-    return [block for block in found if not any(inner is not block and inner in found for inner in block.modules())]

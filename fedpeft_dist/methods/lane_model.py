@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from fedpeft_dist.backbones.deferred import made
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.lanes.dropout import KeyedModule, key_dropout
 from fedpeft_dist.lanes.ops import align_activations
@@ -42,7 +43,7 @@ class LaneModule(nn.Module):
         Args:
             cast: bind it in the run's compute type, as autocast would give it to a matrix product.
         """
-        self.declared[attribute] = (name, initial.detach())
+        self.declared[attribute] = (name, made(initial).detach())
         if cast:
             self.cast.add(name)
 

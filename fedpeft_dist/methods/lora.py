@@ -38,9 +38,8 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 class LaneLora(LaneModule):
     """A frozen linear layer with each lane's own low-rank update beside it; [R, T, D] to [R, T, E]."""
 
-    def __init__(self, name: str, linear: nn.Linear, config: LoraConfig):
+    def __init__(self, name: str, linear: nn.Linear, config: LoraConfig, device: torch.device):
         super().__init__()
-        device = linear.weight.device
         a = nn.init.kaiming_uniform_(torch.empty(config.rank, linear.in_features, device=device), a=math.sqrt(5))
         self.declare("a", name + A, a)
         self.declare("b", name + B, torch.zeros(linear.out_features, config.rank, device=device))
@@ -58,7 +57,7 @@ class Lora(Method):
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config = backbone.model, self.config
-        scope = Scope(model, config.blocks)
+        scope, device = Scope(model, config.blocks), next(model.parameters()).device
         linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name in scope]
         layers = [(name, linear) for name, linear in linears if linear not in backbone.shared_layers]
         endings = {target: tuple(f".{place}" for place in TARGETS[target]) for target in config.targets}
@@ -68,7 +67,7 @@ class Lora(Method):
                 raise ConfigError(f"method.targets: {sought} in {type(model).__name__}")
         for name, linear in layers:
             if f".{name}".endswith(sum(endings.values(), ())):
-                model.set_submodule(name, LaneLora(name, linear, config))
+                model.set_submodule(name, LaneLora(name, linear, config, device))
                 attention = model.get_submodule(name.rpartition(".")[0])
                 if name.endswith("qkv") and hasattr(attention, "qkv_bias_separate"):
                     attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 would read only the frozen weight

@@ -61,7 +61,7 @@ def assert_same_on_all_ranks(data: bytes, what: str, runtime: Runtime) -> None:
 def failing_together(runtime: Runtime) -> Iterator[None]:
     """Makes every rank raise ConfigError if one of them does, so that none waits for the others for ever.
 
-    The code inside may not call collectives.
+    The code inside may not call collectives, unless all ranks fail there alike.
 
     Raises:
         ConfigError: on the first rank that raised one inside; in a group of ranks it is a FirstToldError.

@@ -19,6 +19,7 @@ from fedpeft_dist.runtime.accelerator import give_peers_time, gpu_place, prepare
 from fedpeft_dist.runtime.launch import Launch, find_launch
 from fedpeft_dist.runtime.meeting import interface_towards, meet
 from fedpeft_dist.runtime.memory import keep_freed_memory
+from fedpeft_dist.runtime.mesh import Mesh
 from fedpeft_dist.runtime.peers import Peers
 
 ARRIVAL_SECONDS = 300
@@ -46,6 +47,8 @@ class Runtime:
     threads: int
     peers: Peers | None = None
     """The other ranks; None in a process that no launcher started."""
+    mesh: Mesh | None = None
+    """The ranks that share frozen weights; None if each has all of them."""
 
     @property
     def rank(self) -> int:
@@ -58,6 +61,25 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_trainers(self) -> int:
+        """The parts that a round's clients are dealt in: one for each rank, or for each group that shares lanes."""
+        return self.mesh.num_groups if self.mesh is not None and self.mesh.is_shared else self.world_size
+
+    @property
+    def trainer(self) -> int:
+        """Which of these parts this rank trains."""
+        return self.mesh.group_number if self.mesh is not None and self.mesh.is_shared else self.rank
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank reports what it has trained, and no other rank of its group does so."""
+        return self.mesh is None or not self.mesh.is_shared or self.mesh.place == 0
+
+    def agree(self, flag: bool) -> bool:
+        """Whether a flag is set on any of the ranks that this one computes in step with."""
+        return flag if self.mesh is None else self.mesh.agree(flag)[0]
 
     @property
     def compute_dtype(self) -> torch.dtype:

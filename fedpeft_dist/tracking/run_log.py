@@ -47,6 +47,8 @@ class RoundRecord:
     """How clients fared, as numbers to add up. Empty if nothing can happen to them."""
     spending: Mapping[str, float | None] = field(default_factory=dict)
     """The epsilon of all rounds so far, and this round's clipping norm if it moves. Empty without accounting."""
+    padding: Mapping[str, int] = field(default_factory=dict)
+    """Passes of all ranks, and how many of them were empty, to keep ranks in step. Empty without sharding."""
 
     def row(self) -> dict[str, Any]:
         """The round's line in metrics.jsonl, without the memory that it took."""
@@ -59,6 +61,7 @@ class RoundRecord:
             "rejected": self.rejected,
             **self.participation,
             **self.spending,
+            **self.padding,
             "uplink_bytes": self.uplink_bytes,
             "downlink_bytes": self.downlink_bytes,
             "seconds": self.seconds,

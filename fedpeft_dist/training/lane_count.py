@@ -54,7 +54,8 @@ def choose_lanes(
         return 1
     if runtime.device.type == "cuda":
         peaks = []
-        with suppress(torch.OutOfMemoryError):
+        # Ranks that compute in step must all go on, or none.
+        with suppress(*() if runtime.mesh is not None else (torch.OutOfMemoryError,)):
             for lanes in (FEW, MORE)[: needed - 1]:
                 peaks.append(_peak(lambda lanes=lanes: train_some(lanes), model, runtime))
         if len(peaks) < MORE - 1:  # more lanes do not fit, or are not needed

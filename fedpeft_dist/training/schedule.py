@@ -11,11 +11,12 @@ Shapes: L lanes, R rows, B batch.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.training.batches import EpochBatches
@@ -67,6 +68,13 @@ class Pass:
     def sizes(self) -> torch.Tensor:
         """The number of samples in each row: int64 [R]."""
         return self.mask.sum(dim=1)
+
+    def part(self, place: int, num_parts: int) -> "Pass":
+        """One of so many parts of the columns, all of one width: what one rank of a group computes."""
+        width = -(-self.mask.shape[1] // num_parts)
+        padding, columns = (0, width * num_parts - self.mask.shape[1]), slice(place * width, (place + 1) * width)
+        indices, mask = (nn.functional.pad(tensor, padding)[:, columns] for tensor in (self.indices, self.mask))
+        return replace(self, indices=indices, mask=mask)
 
 
 class _Seat:
@@ -120,7 +128,7 @@ class Schedule:
         waiting = deque(task for task in tasks if task.num_steps)
         seats: list[_Seat | None] = [None] * self.num_lanes
         while waiting or any(seats):
-            current = self._empty_pass()
+            current = self.empty_pass()
             for lane in range(self.num_lanes):
                 if seats[lane] is None and waiting:
                     seats[lane] = _Seat(waiting.popleft(), self, round_number)
@@ -150,7 +158,8 @@ class Schedule:
                 current.finished.append(seat.seated(lane))
                 seats[lane] = None
 
-    def _empty_pass(self) -> Pass:
+    def empty_pass(self) -> Pass:
+        """A pass without samples."""
         by_lane = self.num_slots is None
         rows, width = (self.num_lanes, self.batches.batch_size) if by_lane else (self.num_slots, 1)
         return Pass(

@@ -17,6 +17,7 @@ from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.privacy.mechanisms import keyed_normal
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.gradients import MeanGradient, row_losses
+from fedpeft_dist.training.lockstep import in_step
 from fedpeft_dist.training.schedule import ClientTask, Pass, Schedule, Seated
 
 _NOISE = 0x6E6F697365
@@ -85,6 +86,8 @@ class Trainer:
         self.optimizer = make_lane_optimizer(config.optimizer, rule.theta)
         self.offsets: torch.Tensor | None = None
         self.logits = model.logits
+        self.num_passes = self.num_padded = 0
+        """Passes of the last round, and how many of them were empty, to stay in step with other ranks."""
 
     def train(
         self, tasks: Sequence[ClientTask], start: RoundStart, is_dropped: Callable[[], bool] = lambda: False
@@ -97,9 +100,14 @@ class Trainer:
         self.model.bind(self.rule.rows)
         self.store.expect([task.samples for task in tasks if task.num_steps])
         row = self.model.layout.pad(start.vector.to(self.rule.theta.dtype))
-        for current, upcoming in with_next(self.schedule.passes(tasks, start.number)):
-            if is_dropped():
-                return
+        self.num_passes = self.num_padded = 0
+        passes = with_next(self.schedule.passes(tasks, start.number))
+        for current, upcoming in in_step(passes, self.runtime.mesh, is_dropped):
+            self.num_passes += 1
+            if current is None:
+                self.num_padded += 1
+                self._pass(self.schedule.empty_pass())
+                continue
             for client in current.starting:
                 self._load(client, row, start)
             self._local_step(current, upcoming, row, start)
@@ -139,19 +147,8 @@ class Trainer:
     def _local_step(self, current: Pass, upcoming: Pass | None, row: torch.Tensor, start: RoundStart) -> None:
         """One pass forward and backward, then an optimizer step of every lane whose batch is complete."""
         device, theta = self.runtime.device, self.rule.theta
-        if current.mask.any():  # a batch that is drawn at random may be empty
-            keys = send(fold_in(current.row_keys.unsqueeze(1), current.indices), device) if self.needs_keys else None
-            mask = send(current.mask, device)
-            self.rule.prepare(current)
-            inputs, labels = self.store.batch(current.indices, keys)
-            if upcoming is not None:
-                self.store.prefetch(upcoming.indices)
-            with self.runtime.autocast():
-                logits = self.logits(inputs, keys)
-            losses = row_losses(logits, labels, mask, send(current.sizes.clamp(min=1), device))
-            # The sum over rows keeps them apart: each row's parameters see their own loss only.
-            self.rule.scaled(losses).sum().backward()
-            self.rule.add(current, losses.detach(), mask)
+        if current.mask.any() or self.runtime.mesh is not None:  # a batch that is drawn at random may be empty
+            self._pass(current, upcoming)
         if not current.stepping:
             return
         grad, active = self.rule.gradient(current, start.number)
@@ -163,6 +160,39 @@ class Trainer:
             noise_keys = send(fold_in(current.row_keys, _NOISE), device)
             grad.add_(keyed_normal(noise_keys, grad.shape[1]).to(grad.dtype), alpha=self.gradient_noise)
         self.optimizer.step(theta, grad, active, self.config.optimizer.lr * start.lr_factor)
+
+    def _pass(self, current: Pass, upcoming: Pass | None = None) -> None:
+        """Forward and backward. The gradients of a pass without samples are thrown away."""
+        device, own = self.runtime.device, self._own_part(current)
+        keys = send(fold_in(own.row_keys.unsqueeze(1), own.indices), device) if self.needs_keys else None
+        self.rule.prepare(current)
+        inputs, labels = self.store.batch(own.indices, keys)
+        if upcoming is not None:
+            self.store.prefetch(self._own_part(upcoming).indices)
+        with self.runtime.autocast():
+            logits = self.logits(inputs, keys)
+        losses = row_losses(logits, labels, send(own.mask, device), send(current.sizes.clamp(min=1), device))
+        # The sum over rows keeps them apart: each row's parameters see their own loss only.
+        self.rule.scaled(losses).sum().backward()
+        if not current.mask.any():
+            self.rule.rows.drop_grad()
+            return
+        losses = losses.detach()
+        if own is not current:
+            losses = self._sum_over_group(losses)
+        self.rule.add(current, losses, send(current.mask, device))
+
+    def _own_part(self, current: Pass) -> Pass:
+        """The columns of a pass that this rank computes: all, unless a group shares its lanes."""
+        mesh = self.runtime.mesh
+        return current.part(mesh.place, mesh.size) if mesh is not None and mesh.is_shared else current
+
+    def _sum_over_group(self, losses: torch.Tensor) -> torch.Tensor:
+        """Adds up the gradients [R, W] and the losses [R] of a group that shares its lanes, by one all-reduce."""
+        grad = self.rule.rows.grad
+        both = self.runtime.mesh.sum(torch.cat([grad, losses.unsqueeze(1).to(grad.dtype)], dim=1))
+        grad.copy_(both[:, :-1])
+        return both[:, -1].to(losses.dtype)
 
 
 def with_next(passes: Iterator[Pass]) -> Iterator[tuple[Pass, Pass | None]]:

@@ -1,0 +1,140 @@
+"""Frozen weights in parts: groups of two ranks, 1 x 2 and 2 x 2, train what a rank with the whole backbone trains."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fedpeft_dist.config.load import load_config
+from fedpeft_dist.federation.setup import evaluate_run
+from fedpeft_dist.runtime import process
+from fedpeft_dist.tracking.run_directory import RunDirectory
+from tests.multiprocess import sharding_worker
+from tests.multiprocess.sharded_kills import run_trials
+from tests.multiprocess.sharding_worker import name_of
+from tests.warm_process import WarmRanks
+
+WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16"]
+REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"]
+"""Run by --slow alone."""
+SHARDED = {
+    2: [
+        "bias:fp32:2:split:none",
+        "adapter:bf16:2:split:cpu",
+        "bias:fp32:2:shared:none",
+        "bias:fp32:2:split:none:first",
+    ],
+    4: [
+        "lora:fp32:2:split:none",
+        "prompt:bf16:2:split:none",
+        "lora:fp32:2:shared:none",
+        "bias:fp32:4:split:none:second",
+    ],
+}
+"""By ranks; a run begins on 2 ranks and goes on with groups of 4."""
+EQUAL = [(ranks, case) for ranks, own in SHARDED.items() for case in own if not case.endswith(":first")]
+LAYOUTS = [(ranks, f"2:{lanes}:none") for ranks in (2, 4) for lanes in ("split", "shared")]
+
+
+class Runs:
+    """The runs of all cases so far. A launch runs its cases one after another."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def launch(self, num_ranks: int, cases: list[str]) -> None:
+        with WarmRanks(num_ranks, self.folder, str(self.folder), ",".join(cases), main=sharding_worker.main) as warm:
+            assert [done.returncode for done in warm.finish(500)] == [0] * num_ranks, warm.output[-4000:]
+
+    def sha256(self, num_ranks: int, case: str) -> str:
+        summary = json.loads((self.folder / name_of(case, num_ranks) / "summary.json").read_text())
+        assert summary["world_size"] == num_ranks
+        return summary["weights_sha256"]
+
+    def weights(self, num_ranks: int, case: str) -> dict:
+        return load_file(self.folder / name_of(case, num_ranks) / "trainable.safetensors")
+
+    def rounds(self, num_ranks: int, case: str) -> list[dict]:
+        lines = (self.folder / name_of(case, num_ranks) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@cache
+def _launched(folder: Path) -> Runs:
+    runs = Runs(folder)
+    runs.launch(1, [whole(case) for case in WHOLE])
+    for num_ranks, cases in SHARDED.items():
+        runs.launch(num_ranks, cases)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return _launched(tmp_path_factory.mktemp("sharding"))
+
+
+def whole(case: str) -> str:
+    """The case without sharding."""
+    return ":".join(case.split(":")[:2]) + ":1:split:none"
+
+
+def check(runs: Runs, num_ranks: int, case: str) -> None:
+    """split gives the bits of the run without sharding. shared adds in another order."""
+    if ":split:" in case:
+        assert runs.sha256(num_ranks, case) == runs.sha256(1, whole(case))
+        return
+    # In bf16, each rank rounds its own part of a gradient to 8 bits before the parts are added.
+    tolerance = 1e-6 if ":fp32:" in case else 1e-3
+    for name, expected in runs.weights(1, whole(case)).items():
+        difference = (runs.weights(num_ranks, case)[name] - expected).norm()
+        assert difference <= tolerance * expected.norm(), name
+
+
+@pytest.mark.parametrize(("num_ranks", "case"), EQUAL)
+def test_groups_train_what_a_rank_with_all_weights_trains(runs, num_ranks, case):
+    check(runs, num_ranks, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS)
+def test_every_method_and_precision(tmp_path, num_ranks, layout):
+    private = ["private:fp32"] * ("split" in layout)  # gradients of single samples are not shared
+    runs, cases = Runs(tmp_path), [f"{case}:{layout}" for case in WHOLE + REST + private]
+    runs.launch(1, [whole(case) for case in cases])
+    runs.launch(num_ranks, cases)
+    for case in cases:
+        check(runs, num_ranks, case)
+
+
+def test_ragged_ranks_stay_in_step_by_empty_passes(runs):
+    """The longest client has more steps than all clients of the other rank. The log tells what waiting cost."""
+    case = "bias:fp32:2:split:none"
+    assert all(0 < round_["padded_passes"] < round_["passes"] for round_ in runs.rounds(2, case))
+    assert all("padded_passes" not in round_ for round_ in runs.rounds(1, whole(case)))
+    together = runs.rounds(2, "bias:fp32:2:shared:none")
+    assert {round_["padded_passes"] for round_ in together} == {0}, "ranks with the same lanes have the same passes"
+
+
+def test_evaluation_gives_the_same_accuracy(runs):
+    for num_ranks, case in ((2, "bias:fp32:2:split:none"), (4, "prompt:bf16:2:split:none")):
+        accuracies = [[r["accuracy"] for r in runs.rounds(*own)] for own in ((num_ranks, case), (1, whole(case)))]
+        assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.slow
+def test_a_lost_rank_ends_its_group_and_the_run_goes_on_with_other_groups(tmp_path):
+    assert run_trials(count=1, seed=3, folder=tmp_path, rounds=8) == 1
+
+
+@pytest.mark.parametrize("overrides", [[], ["runtime.sharding={size: 1, lanes: split, offload: cpu}"]])
+def test_one_rank_evaluates_what_a_group_has_trained(runs, overrides):
+    """With all weights, or with parts in the machine's memory that are gathered block by block."""
+    case = "bias:fp32:2:shared:none"
+    directory = RunDirectory(runs.folder / name_of(case, 2))
+    config = load_config(directory.config_file, overrides)
+    with process.start(config.runtime) as runtime:
+        assert evaluate_run(config, directory, runtime)["accuracy"] == runs.rounds(2, case)[-1]["accuracy"]
