@@ -13,6 +13,14 @@ from fedpeft_dist.config.schema.privacy import NoPrivacy, PrivacyConfig
 from fedpeft_dist.config.schema.types import Count, Section
 
 
+class ShardingConfig(Section):
+    """How the frozen weights are kept."""
+
+    quantize: Literal["none", "int8"] = "none"
+    """int8: keeps the weights of frozen linear layers as 8-bit integers with a scale for each output channel. They take
+    a quarter of the memory of fp32, half of that of bf16. Results differ from those of whole weights."""
+
+
 class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -29,6 +37,7 @@ class RuntimeConfig(Section):
     cache: Literal["auto", "none"] | Count = "auto"
     """Bytes of a rank for what the frozen layers in front of the first trained one give for each image, which is then
     computed once. auto: as the free memory of the device and of the machine, and then the disk, allow."""
+    sharding: ShardingConfig = ShardingConfig()
     evaluate_batch: Count = 256
     verify: bool = False
     """Before the first round, check with the run's own lanes, batch and images that a client's gradient depends neither
@@ -90,6 +99,9 @@ class RunConfig(Section):
             **self.algorithm.conflicts(self),
             "runtime.compile: true does not go with method 'full', which runs under vmap; give false": (
                 self.runtime.compile and self.method.name == "full"
+            ),
+            "runtime.sharding.quantize: int8 does not go with method 'full', which leaves no weight frozen; give none": (
+                self.runtime.sharding.quantize == "int8" and self.method.name == "full"
             ),
             f"federation.evaluate_on: validation {unmet}": not is_held_out and federation.evaluate_on == "validation",
             f"federation.evaluate_clients: true {unmet}": not is_held_out and federation.evaluate_clients,
