@@ -23,6 +23,10 @@ RESULT_NEUTRAL = (
     "runtime.products",
     "runtime.verify",
     "runtime.cache",
+    "runtime.sharding.size",
+    "runtime.sharding.lanes",
+    "runtime.sharding.offload",
+    "runtime.sharding.nvme_path",
     "federation.evaluate_every",
     "federation.evaluate_clients",
 )

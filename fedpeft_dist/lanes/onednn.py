@@ -130,12 +130,16 @@ class LaneProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.stack([onednn_product(*lane) for lane in zip(x, weight, [None] * len(x) if bias is None else bias)])
+        return torch.stack(
+            [onednn_product(*lane) for lane in zip(x, weight, [None] * len(x) if bias is None else bias)]
+        )
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
-        to_x = torch.stack([onednn_product(*lane) for lane in zip(grad, weight.mT)]) if ctx.needs_input_grad[0] else None
+        to_x = (
+            torch.stack([onednn_product(*lane) for lane in zip(grad, weight.mT)]) if ctx.needs_input_grad[0] else None
+        )
         to_weight = torch.stack([onednn_product(*lane) for lane in zip(grad.mT, x.mT)])
         return to_x, to_weight, sum_rows(grad) if ctx.needs_input_grad[2] else None
 

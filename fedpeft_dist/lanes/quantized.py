@@ -73,14 +73,19 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.scale.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return QuantizedProduct.apply(x.to(dtype), self.values, self.scale, bias, self.use_onednn)
+        rows = x.to(dtype).flatten(
+            0, -2
+        )  # a model may add to the result in place, which autograd forbids for more axes
+        return QuantizedProduct.apply(rows, self.values, self.scale, bias, self.use_onednn).view(*x.shape[:-1], -1)
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x [R, ..., D] times the transposed weight, values [E, D] * scale [E, 1], plus the bias [E]."""
+    """x [R, D] times the transposed weight, values [E, D] * scale [E, 1], plus the bias [E]."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, onednn: bool):
+    def forward(
+        ctx, x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, onednn: bool
+    ) -> torch.Tensor:
         ctx.save_for_backward(values, scale)
         ctx.product = onednn_product if onednn else nn.functional.linear
         return ctx.product(x, values * scale, bias)
@@ -89,5 +94,5 @@ class QuantizedProduct(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, scale = ctx.saved_tensors
         to_x = ctx.product(grad, (values * scale).t()) if ctx.needs_input_grad[0] else None
-        to_bias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[3] else None
+        to_bias = grad.sum(dim=0) if ctx.needs_input_grad[3] else None
         return to_x, None, None, to_bias, None

@@ -14,11 +14,36 @@ from fedpeft_dist.config.schema.types import Count, Section
 
 
 class ShardingConfig(Section):
-    """How the frozen weights are kept."""
+    """How the frozen backbone is spread over ranks. The ranks of a group keep one copy of it together."""
 
+    size: Count = 1
+    """Ranks of a group; 1 gives each rank the whole backbone. A multiple of it are the ranks of the run."""
+    lanes: Literal["split", "shared"] = "split"
+    """split: each rank of a group trains clients of its own. shared: the group trains the same clients, each rank a
+    part of every batch, where even one rank's activations are too many."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where a rank keeps its part of the weights: on its device, in the machine's memory, or in files."""
+    nvme_path: UserPath | None = None
+    """The folder of these files, on a fast local disk."""
     quantize: Literal["none", "int8"] = "none"
     """int8: keeps the weights of frozen linear layers as 8-bit integers with a scale for each output channel. They take
     a quarter of the memory of fp32, half of that of bf16. Results differ from those of whole weights."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a rank gathers weights layer by layer instead of keeping them all on its device."""
+        return self.size > 1 or self.offload != "none"
+
+    def problems(self) -> dict[str, bool]:
+        return {
+            "offload: 'nvme' needs nvme_path, a folder on a local disk": self.offload == "nvme" and not self.nvme_path,
+            f"nvme_path: {str(self.nvme_path)!r} goes with offload: nvme only, not {self.offload!r}": (
+                self.offload != "nvme" and self.nvme_path is not None
+            ),
+            f"lanes: 'shared' needs a group of ranks; give size: 2 or more, not {self.size}": (
+                self.lanes == "shared" and self.size == 1
+            ),
+        }
 
 
 class RuntimeConfig(Section):
@@ -37,8 +62,9 @@ class RuntimeConfig(Section):
     cache: Literal["auto", "none"] | Count = "auto"
     """Bytes of a rank for what the frozen layers in front of the first trained one give for each image, which is then
     computed once. auto: as the free memory of the device and of the machine, and then the disk, allow."""
-    sharding: ShardingConfig = ShardingConfig()
     evaluate_batch: Count = 256
+    sharding: ShardingConfig = ShardingConfig()
+    """For backbones that are larger than a GPU, from about a billion parameters on."""
     verify: bool = False
     """Before the first round, check with the run's own lanes, batch and images that a client's gradient depends neither
     on its lane nor on its neighbours."""
@@ -100,11 +126,26 @@ class RunConfig(Section):
             "runtime.compile: true does not go with method 'full', which runs under vmap; give false": (
                 self.runtime.compile and self.method.name == "full"
             ),
-            "runtime.sharding.quantize: int8 does not go with method 'full', which leaves no weight frozen; give none": (
-                self.runtime.sharding.quantize == "int8" and self.method.name == "full"
-            ),
+            **self._sharding_problems(),
             f"federation.evaluate_on: validation {unmet}": not is_held_out and federation.evaluate_on == "validation",
             f"federation.evaluate_clients: true {unmet}": not is_held_out and federation.evaluate_clients,
+        }
+
+    def _sharding_problems(self) -> dict[str, bool]:
+        runtime, where = self.runtime, f"runtime.sharding.size: {self.runtime.sharding.size}"
+        if runtime.sharding.size == 1:
+            where = f"runtime.sharding.offload: {runtime.sharding.offload}"
+        is_on, is_shared = runtime.sharding.is_on, runtime.sharding.lanes == "shared"
+        return {
+            f"{where} does not go with method 'full', which has no frozen weights; give another method": (
+                is_on and self.method.name == "full"
+            ),
+            f"{where} does not go with runtime.compile: true; give false": is_on and runtime.compile,
+            "runtime.sharding.quantize: int8 does not go with method 'full', which has no frozen weights; give none": (
+                runtime.sharding.quantize == "int8" and self.method.name == "full"
+            ),
+            "runtime.sharding.lanes: 'shared' does not go with privacy.name: sample, whose gradients are each one "
+            "sample's; give split": is_shared and self.privacy.name == "sample",
         }
 
     def _privacy_problems(self) -> dict[str, bool]:
