@@ -43,7 +43,7 @@ class QuantizedLinear(nn.Linear):
 
     Args:
         values: int8 [E, D].
-        scale: [E, 1], in the type of the computation.
+        scale: [E], in the type of the computation.
         bias: [E], or None.
     """
 
@@ -56,9 +56,9 @@ class QuantizedLinear(nn.Linear):
     def of(cls, linear: nn.Linear, compute_dtype: torch.dtype) -> "QuantizedLinear":
         """The layer with rounded weights. The scale is rounded first, so that the values make up for its rounding."""
         weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(dim=1, keepdim=True) / LARGEST).to(compute_dtype)
-        scale[scale == 0] = 1.0
-        values = (weight / scale.float()).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        scale = (weight.abs().amax(dim=1) / LARGEST).to(compute_dtype)
+        scale = torch.where(scale > 0, scale, 1.0)
+        values = (weight / scale.float().unsqueeze(1)).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
         return cls(nn.Parameter(values, False), nn.Parameter(scale, False), linear.bias)
 
     def with_bias(self, bias: nn.Parameter | None) -> "QuantizedLinear":
@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:
         """The weight in the type of the computation, [E, D], for models that read it by themselves."""
-        return self.values * self.scale
+        return self.values * self.scale.unsqueeze(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.scale.dtype
@@ -80,7 +80,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x [R, D] times the transposed weight, values [E, D] * scale [E, 1], plus the bias [E]."""
+    """x [R, D] times the transposed weight, values [E, D] * scale [E], plus the bias [E]."""
 
     @staticmethod
     def forward(
@@ -88,11 +88,11 @@ class QuantizedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(values, scale)
         ctx.product = onednn_product if onednn else nn.functional.linear
-        return ctx.product(x, values * scale, bias)
+        return ctx.product(x, values * scale.unsqueeze(1), bias)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, scale = ctx.saved_tensors
-        to_x = ctx.product(grad, (values * scale).t()) if ctx.needs_input_grad[0] else None
+        to_x = ctx.product(grad, (values * scale.unsqueeze(1)).t()) if ctx.needs_input_grad[0] else None
         to_bias = grad.sum(dim=0) if ctx.needs_input_grad[3] else None
         return to_x, None, None, to_bias, None

@@ -52,7 +52,7 @@ def test_a_rounded_weight_is_within_half_a_step(dtype: torch.dtype) -> None:
         linear.weight[4] *= 0.02
     quantized = QuantizedLinear.of(linear, dtype)
     steps = linear.weight.detach().double().abs().amax(dim=1, keepdim=True) / 127
-    exact = quantized.values.double() * quantized.scale.double()
+    exact = quantized.values.double() * quantized.scale.double().unsqueeze(1)
     assert ((exact - linear.weight.detach().double()).abs() <= 0.51 * steps + 1e-12).all()
     assert quantized.values.dtype == torch.int8
     assert quantized.weight.dtype == quantized.scale.dtype == dtype
@@ -68,7 +68,7 @@ def test_a_layer_and_its_gradients_are_those_of_float64(has_bias: bool, use_oned
     quantized(x).backward(grad)
     wide = x.detach().double().requires_grad_()
     bias = quantized.bias.detach().double().requires_grad_() if has_bias else None
-    y = functional.linear(wide, quantized.values.double() * quantized.scale.double(), bias)
+    y = functional.linear(wide, quantized.values.double() * quantized.scale.double().unsqueeze(1), bias)
     y.backward(grad.double())
     torch.testing.assert_close(quantized(x).double(), y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
