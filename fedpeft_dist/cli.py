@@ -39,6 +39,8 @@ ConfigPath = Annotated[Path, path_argument("CONFIG", "A YAML file.")]
 SweepPath = Annotated[Path, path_argument("SWEEP", "A sweep's YAML file.")]
 RunPath = Annotated[Path, path_argument("RUN", "A run's directory.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to override.")]
+Ranks = Annotated[int, typer.Option(min=1, help="The ranks of the run.")]
+GiB = Annotated[float | None, typer.Option(help="GiB of each GPU.", show_default="this machine's device")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 # Heavy imports (torch, timm) stand inside the commands: `fedpeft --help` and a mistyped key answer at once.
@@ -81,11 +83,22 @@ def cost(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     from fedpeft_dist.reports.forecast import cost_lines
 
     result = compute_cost(run_config)
-    if as_json:
-        print(json.dumps(asdict(result)))
-        return
-    print(f"{config}: {run_config.method.name} on {run_config.backbone.name}")
-    print("\n".join(cost_lines(run_config, result)))
+    title = f"{config}: {run_config.method.name} on {run_config.backbone.name}"
+    print(json.dumps(asdict(result)) if as_json else "\n".join([title, *cost_lines(run_config, result)]))
+
+
+@app.command()
+def fit(
+    config: ConfigPath, overrides: Overrides = None, ranks: Ranks = 1, gpu_memory: GiB = None, as_json: AsJson = False
+) -> None:
+    """Print the memory, traffic and balance of a config on so many ranks, and what fits; nothing is trained."""
+    run_config = load_config(config, overrides or ())
+
+    from fedpeft_dist.federation.fit import compute_fit
+    from fedpeft_dist.reports.forecast import fit_lines
+
+    result = compute_fit(run_config, ranks, gpu_memory)
+    print(json.dumps(asdict(result)) if as_json else "\n".join(fit_lines(run_config, result)))
 
 
 @app.command()
@@ -133,11 +146,8 @@ def privacy(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     figures = None if plan is None else plan.figures(num_rounds)
     if plan is not None and plan.warning is not None:
         print(f"warning: {plan.warning}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({**summarize(section, figures), "rounds": num_rounds}))
-        return
-    print(f"{config}: {section.name}, {num_rounds} rounds")
-    print("\n".join(privacy_lines(run_config, figures)))
+    lines = [f"{config}: {section.name}, {num_rounds} rounds", *privacy_lines(run_config, figures)]
+    print(json.dumps({**summarize(section, figures), "rounds": num_rounds}) if as_json else "\n".join(lines))
 
 
 @app.command()

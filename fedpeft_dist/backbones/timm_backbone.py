@@ -103,7 +103,8 @@ def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and compute_dtype != torch.float32:
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(compute_dtype)
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(compute_dtype)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 

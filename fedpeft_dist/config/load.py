@@ -118,6 +118,8 @@ def result_keys(config: RunConfig) -> dict[str, Any]:
         neutral.add("algorithm.name")
     if getattr(config.method, "blocks", None) is None:  # a key that methods once lacked, likewise
         neutral.add("method.blocks")
+    if config.runtime.sharding.quantize == "none":  # likewise
+        neutral.add("runtime.sharding.quantize")
     leaves = flatten_keys(_as_tree(config)).items()
     return {key: value for key, value in leaves if not f"{key}.".startswith(tuple(f"{part}." for part in neutral))}
 

@@ -20,6 +20,7 @@ class CifarSource(TorchvisionSource):
 
     labels_key: ClassVar[bytes]
     """The key of a batch's labels."""
+    num_train = 50_000
     names_key: ClassVar[bytes]
     """The key of the classes' names."""
 

@@ -23,6 +23,7 @@ class PcamSource(TorchvisionSource):
 
     files = tuple(f"pcam/camelyonpatch_level_2_split_{split}_{kind}.h5" for split in ("train", "test") for kind in "xy")
     classes = len(CLASS_NAMES)
+    num_train = 262_144
 
     def fetch(self, folder: Path) -> None:
         from torchvision.datasets import PCAM

@@ -31,6 +31,8 @@ class DataSource(ABC):
 
     classes: ClassVar[int | None] = None
     """The number of classes, if it is always the same."""
+    num_train: ClassVar[int | None] = None
+    """The number of training samples, if it is always the same."""
 
     def __init__(self, config: DataSection):
         self.config = config

@@ -19,6 +19,12 @@ SIGNATURE = "Written by `fedpeft export`."
 """A line of every export's README, by which an older export is recognised."""
 
 
+QUANTIZED = (
+    "The run trained on frozen weights that were rounded to 8 bits. This export has the backbone's own weights, which "
+    "were not rounded, so its accuracy may differ a little.\n\n"
+)
+
+
 class Format(ABC):
     needs: Literal["merge", "to_peft"] | None = None
     """The attribute of a method that is None if the format does not fit the method; None if the format fits all."""
@@ -32,9 +38,11 @@ class Format(ABC):
         """Fills an empty folder with the format's files and a README.md."""
         title, lines = self.fill(run, folder)
         example = "".join(f"    {line}\n" for line in ("import timm", *lines))
+        is_quantized = run.config.runtime.sharding.quantize != "none"
         (folder / README).write_text(
             f"# {run.config.method.name} on {run.config.backbone.name}: {run.num_classes} classes of "
             f"{run.config.data.name}\n\n{title}\n\n{example}\n{run.recipe.describe()}\n\n"
+            f"{QUANTIZED if is_quantized else ''}"
             f"{SIGNATURE} The trained parameters' sha256: {run.metadata.get('weights_sha256', 'unknown')}.\n",
             encoding="utf-8",
         )

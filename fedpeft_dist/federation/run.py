@@ -86,6 +86,9 @@ def _log(opened: OpenRun, runtime: Runtime) -> Iterator[RunLog]:
             log.write_setting(counts, setup.partition.num_clients, setup.dataset.class_names)
             if note := simulation.participation.describe():
                 log.note(note)
+            if setup.quantized_weights:
+                whole = setup.model.backbone.num_parameters
+                log.note(f"{setup.quantized_weights:,} of {whole:,} parameters are frozen and kept in 8 bits")
             for note in (*setup.sharding_notes, *setup.cache_notes):
                 log.note(note)
             if simulation.compile_seconds is not None:

@@ -23,6 +23,7 @@ from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies, own
 from fedpeft_dist.federation.prefix_cache import Feed, PrefixCache
 from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
+from fedpeft_dist.lanes.quantized import quantize_frozen
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model, make_method
 from fedpeft_dist.methods.lane_model import LaneModel, VmapLaneModel
@@ -67,6 +68,8 @@ class Setup:
         forget_peak_memory(HOST)
         self.model = build_lane_model(config, self.dataset.num_classes, deferred=runtime.mesh is not None)
         self.initial_vector = self.model.initial_vector().to(runtime.device)
+        self.quantized_weights = self._quantize()
+        """The number of frozen weights that are kept as 8-bit integers."""
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.products = choose_products(config.runtime.products, runtime)
         """What `runtime.products` stands for."""
@@ -193,6 +196,19 @@ class Setup:
             for images, resident in zip(splits, choose_resident(splits, device, self.runtime.launch.gpu_sharers))
         ]
 
+    def _quantize(self) -> int:
+        sharding, backbone = self.config.runtime.sharding, self.model.backbone
+        if sharding.quantize == "none":
+            return 0
+        count = quantize_frozen(backbone.model, backbone.plain, self.runtime.compute_dtype)
+        if not count:
+            kind, name = type(backbone.model).__name__, self.config.method.name
+            raise ConfigError(
+                f"runtime.sharding.quantize: {sharding.quantize} finds no linear layer of {kind} that method {name!r} "
+                "leaves frozen; give none"
+            )
+        return count
+
     def _fit_to_cpu(self, model: nn.Module, is_trained: bool = False) -> None:
         """Makes a frozen model's layers compute in the way that is fastest on a CPU, if it is on one."""
         if self.runtime.device.type == "cpu":
@@ -210,8 +226,9 @@ class Setup:
     def _merged(self) -> LaneModel:
         """The model to evaluate with where the whole one runs: without lanes, if its method allows that."""
         method = make_method(self.config.method)
+        can = can_merge(method, self.runtime, is_quantized=self.quantized_weights > 0)
         # Merging computes with whole weights, unless it only puts tensors in place of others.
-        if not can_merge(method, self.runtime) or (self.weights is not None and not method.merges_exactly):
+        if not can or (self.weights is not None and not method.merges_exactly):
             return self.model
         return MergedModel(self.model, method, self.runtime, self._fit_to_cpu)
 

@@ -94,11 +94,11 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return _product(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _product(grad, ctx.saved_tensors[0].t()), None, None
+        return onednn_product(grad, ctx.saved_tensors[0].t()), None, None
 
 
 def lane_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -114,13 +114,13 @@ class BiasedProduct(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.num_lanes = len(bias)
-        y = _product(x, weight)
+        y = onednn_product(x, weight)
         by_lane(y, len(bias)).add_(bias.unsqueeze(1))
         return y
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor]:
-        to_x = _product(grad, ctx.saved_tensors[0].t()) if ctx.needs_input_grad[0] else None
+        to_x = onednn_product(grad, ctx.saved_tensors[0].t()) if ctx.needs_input_grad[0] else None
         return to_x, None, sum_rows(by_lane(grad, ctx.num_lanes))
 
 
@@ -130,17 +130,22 @@ class LaneProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.stack([_product(*lane) for lane in zip(x, weight, [None] * len(x) if bias is None else bias)])
+        return torch.stack(
+            [onednn_product(*lane) for lane in zip(x, weight, [None] * len(x) if bias is None else bias)]
+        )
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
-        to_x = torch.stack([_product(*lane) for lane in zip(grad, weight.mT)]) if ctx.needs_input_grad[0] else None
-        to_weight = torch.stack([_product(*lane) for lane in zip(grad.mT, x.mT)])
+        to_x = (
+            torch.stack([onednn_product(*lane) for lane in zip(grad, weight.mT)]) if ctx.needs_input_grad[0] else None
+        )
+        to_weight = torch.stack([onednn_product(*lane) for lane in zip(grad.mT, x.mT)])
         return to_x, to_weight, sum_rows(grad) if ctx.needs_input_grad[2] else None
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., D] times the transposed weight [E, D], plus the bias [E]. It has no gradient of its own."""
     product = _opaque_product if torch.compiler.is_compiling() else torch.ops.mkldnn._linear_pointwise
     return product(x, weight, bias, "none", [], "")
 

@@ -108,7 +108,7 @@ def live_peaks(samples: int, model: LaneModel, store: DeviceStore, runtime: Runt
     The first figure grows with the samples. The second one does not while gradients take more than activations.
     """
     _bind_initial(1, model, runtime)
-    with _LiveTensors() as tensors:
+    with LiveTensors() as tensors:
         loss = _scores(1, samples, model, store, runtime).sum()
         forward = tensors.peak
         loss.backward()
@@ -144,8 +144,8 @@ def _peak(work: Callable[[], None], model: LaneModel, runtime: Runtime) -> int:
     return peak_memory(runtime.device) - before
 
 
-class _LiveTensors(TorchDispatchMode):
-    """Adds up the bytes of the tensors that operations make, from their making to their end."""
+class LiveTensors(TorchDispatchMode):
+    """Adds up the bytes of the tensors, real or fake, that operations make, from their making to their end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,10 +153,10 @@ class _LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         output = function(*arguments, **(keywords or {}))
-        known = {s.data_ptr() for s in _storages((arguments, keywords))}
+        known = {s._cdata for s in _storages((arguments, keywords))}
         for storage in _storages(output):
-            if storage.data_ptr() not in known and storage.data_ptr():
-                known.add(storage.data_ptr())
+            if storage._cdata not in known:
+                known.add(storage._cdata)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._end, storage.nbytes())
         self.peak = max(self.peak, self.live)

@@ -373,6 +373,19 @@ def test_pictures_prepared_as_the_export_says_equal_those_of_the_run(
     assert accuracy > 0.9
 
 
+def test_an_export_of_8_bit_training_has_the_float_weights_and_says_so(
+    train: Train, command: Any, tmp_path: Path
+) -> None:
+    run, texts, models = train(LORA), [], []
+    for quantize in ("none", "int8"):
+        folder = tmp_path / quantize
+        key = f"runtime.sharding.quantize={quantize}"
+        models.append(reload(command("export", run, key, "--format", "timm", "--output", folder)).state_dict())
+        texts.append((folder / "README.md").read_text())
+    assert ["rounded to 8 bits" in text for text in texts] == [False, True]
+    assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
+
+
 def test_every_format_tells_how_images_are_prepared(train: Train, command: Any, tmp_path: Path) -> None:
     data = write_pictures(tmp_path / "pictures", SIZES["wide"])
     run = train(LORA, data=data)

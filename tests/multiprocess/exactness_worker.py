@@ -54,6 +54,8 @@ CASES |= {
     # Only the last block drops paths, so the prefix has no dropout.
     "partial-kept": (tiny_vit(depth=2, drop_path_rate=0.1), METHODS["partial"], KEPT_PREFIX),
 }
+INT8 = {"runtime": {"sharding": {"quantize": "int8"}}}
+CASES |= {f"{name}-int8": (VIT, METHODS[name], INT8) for name in ("bias", "lora")}
 BATCH, LANES, COHORT = 7, 3, 7
 
 

@@ -38,10 +38,11 @@ ARGUMENTS = {
     "cache.py": [*TINY, "--workloads", "head"],
     "methods.py": [*TINY, "--methods", "head", "lora"],
     "lane_memory.py": [*TINY, "--methods", "head"],
+    "eight_bits.py": [*TINY, "--methods", "bias"],
     "participation.py": ["20", "200"],
     "partition_ends.py": ["--seeds", "1"],
 }
-STARTS_PROCESSES = {"round_overhead.py", "population.py", "sharding.py", "peers/race.py"}
+STARTS_PROCESSES = {"round_overhead.py", "population.py", "sharding.py", "fit_memory.py", "peers/race.py"}
 """They start whole commands, which takes seconds each."""
 TRAINS_LONG = {
     *("checkpoint_cost.py", "loader.py", "privacy_audit.py", "privacy_cost.py", "robust_mean.py", "tune_quickstart.py"),
