@@ -9,6 +9,8 @@ from fedpeft_dist.config.schema import MethodConfig, RunConfig, Section
 from fedpeft_dist.config.schema import method as sections
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods.adapter import Adapter
+from fedpeft_dist.methods.adaptformer import Adaptformer
+from fedpeft_dist.methods.houlsby import Houlsby
 from fedpeft_dist.methods.in_place import Bias, Full, Head, Norm
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.methods.lora import Lora
@@ -26,6 +28,8 @@ METHODS: dict[type[Section], type[Method]] = {
     sections.AdapterConfig: Adapter,
     sections.LoraConfig: Lora,
     sections.PartialConfig: Partial,
+    sections.AdaptformerConfig: Adaptformer,
+    sections.HoulsbyConfig: Houlsby,
 }
 
 
