@@ -1,4 +1,4 @@
-"""AdaptFormer (Chen et al. 2022, arXiv 2205.13535, equations 4 and 5): a scaled bottleneck beside each MLP, and the head.
+"""AdaptFormer (Chen et al. 2022, arXiv 2205.13535, section 3.2): a scaled bottleneck beside each MLP, and the head.
 
     n = norm(x);  x + mlp(n) + scale * up(relu(down(n)))
 

@@ -84,6 +84,16 @@ def find_attentions(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
     return {name: layer for name, layer in found.items() if isinstance(getattr(layer, "proj", None), nn.Linear)}
 
 
+def find_branches(model: nn.Module, scope: Scope) -> dict[str, int]:
+    """The width of each block's attention and MLP, by their names; empty if a block lacks one of them."""
+    attentions, mlps = find_attentions(model, scope), find_mlps(model, scope)
+    with_attention, with_mlp = ({name.rpartition(".")[0] for name in found} for found in (attentions, mlps))
+    if with_attention != with_mlp:
+        return {}
+    widths = {name: attention.proj.out_features for name, attention in attentions.items()}
+    return widths | {name: mlp.fc2.out_features for name, mlp in mlps.items()}
+
+
 def _blocks_with(model: nn.Module, scope: Scope, parts: Sequence[str]) -> dict[str, nn.Module]:
     """The modules in the scope that have one of these parts, by name."""
     named = [(name, module) for name, module in model.named_modules() if name in scope]

@@ -15,7 +15,7 @@ from torch import nn
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import HoulsbyConfig
-from fedpeft_dist.methods.blocks import ATTENTIONS, Scope, find_attentions, find_mlps
+from fedpeft_dist.methods.blocks import ATTENTIONS, Scope, find_branches
 from fedpeft_dist.methods.bottleneck import LaneBottleneck, SerialLayer
 from fedpeft_dist.methods.in_place import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel
@@ -30,14 +30,11 @@ class Houlsby(Method):
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, scope = backbone.model, Scope(backbone.model, self.config.blocks)
-        attentions, mlps = find_attentions(model, scope), find_mlps(model, scope)
-        if not attentions or not mlps:
-            parts = f"attention ({' or '.join(ATTENTIONS)}) and mlp"
-            raise ConfigError(f"method.name: 'houlsby' finds no blocks with {parts} in {type(model).__name__}")
-        widths = {name: attention.proj.out_features for name, attention in attentions.items()}
-        widths |= {name: mlp.fc2.out_features for name, mlp in mlps.items()}
-        device = next(model.parameters()).device
-        for name, width in widths.items():
+        branches, device = find_branches(model, scope), next(model.parameters()).device
+        if not branches:
+            parts, kind = f"an attention ({' or '.join(ATTENTIONS)}) and an mlp", type(model).__name__
+            raise ConfigError(f"method.name: 'houlsby' needs {parts} in every block, {kind} has other blocks")
+        for name, width in branches.items():
             down = nn.Linear(width, self.config.bottleneck, device=device)
             nn.init.trunc_normal_(down.weight, std=DEVIATION, a=-2 * DEVIATION, b=2 * DEVIATION)
             nn.init.zeros_(down.bias)

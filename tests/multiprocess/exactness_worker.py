@@ -32,6 +32,10 @@ METHODS = {
     "partial": {"name": "partial"},
     "adaptformer": {"name": "adaptformer", "bottleneck": 7},
     "houlsby": {"name": "houlsby", "bottleneck": 5},
+    "repadapter": {"name": "repadapter", "bottleneck": 6},
+    "diffit": {"name": "diffit"},
+    "convpass": {"name": "convpass", "bottleneck": 3},
+    "prefix": {"name": "prefix", "tokens": 3},
 }
 # Position MLPs on a table of coordinates, with dropout of their own; activations that round by place, convolutions.
 RELPOS = {"name": "test_vit_relpos", "pretrained": False, "model_args": {"depth": 2, "drop_path_rate": 0.1}}

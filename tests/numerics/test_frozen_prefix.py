@@ -31,6 +31,12 @@ METHODS = {
     "norm-last": {"name": "norm", "blocks": [2]},
     "prompt-deep": {"name": "prompt", "tokens": 3, "dropout": 0.2, "blocks": 1},
     "prompt-shallow": {"name": "prompt", "tokens": 3, "depth": "shallow", "blocks": [1, 2]},
+    "adaptformer": {"name": "adaptformer", "bottleneck": 7, "blocks": 1},
+    "houlsby": {"name": "houlsby", "bottleneck": 5, "blocks": 1},
+    "repadapter": {"name": "repadapter", "bottleneck": 6, "blocks": 1},
+    "diffit": {"name": "diffit", "blocks": 1},
+    "convpass": {"name": "convpass", "bottleneck": 3, "blocks": 1},
+    "prefix": {"name": "prefix", "tokens": 3, "blocks": 1},
 }
 PRIVATE = {"privacy": {"name": "sample", "noise_multiplier": 1.0, "clip_norm": 1.0, "slots": 9}}
 VALIDATION = {"data": {"validation": 0.2}, "federation": {"evaluate_on": "validation", "evaluate_clients": True}}

@@ -170,6 +170,10 @@ METHOD_CONFIGS = [
     schema.PartialConfig(name="partial"),
     schema.AdaptformerConfig(name="adaptformer"),
     schema.HoulsbyConfig(name="houlsby"),
+    schema.RepadapterConfig(name="repadapter"),
+    schema.DiffitConfig(name="diffit"),
+    schema.ConvpassConfig(name="convpass"),
+    schema.PrefixConfig(name="prefix"),
 ]
 
 

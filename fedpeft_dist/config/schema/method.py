@@ -5,7 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedpeft_dist.config.paths import UserPath
-from fedpeft_dist.config.schema.added_modules import AdaptformerConfig, HoulsbyConfig
+from fedpeft_dist.config.schema.added_modules import (
+    AdaptformerConfig,
+    ConvpassConfig,
+    DiffitConfig,
+    HoulsbyConfig,
+    PrefixConfig,
+    RepadapterConfig,
+)
 from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, Positive, Section
 
 
@@ -113,7 +120,19 @@ class PartialConfig(Section):
 
 
 MethodConfig = Annotated[
-    FullConfig | HeadConfig | BiasConfig | NormConfig | PromptConfig | AdapterConfig | LoraConfig | PartialConfig
-    | AdaptformerConfig | HoulsbyConfig,
+    FullConfig
+    | HeadConfig
+    | BiasConfig
+    | NormConfig
+    | PromptConfig
+    | AdapterConfig
+    | LoraConfig
+    | PartialConfig
+    | AdaptformerConfig
+    | HoulsbyConfig
+    | RepadapterConfig
+    | DiffitConfig
+    | ConvpassConfig
+    | PrefixConfig,
     Field(discriminator="name"),
 ]
