@@ -77,10 +77,9 @@ def test_every_figure_of_the_paper(method: str, data: str, parameters: int) -> N
             assert f"{size / MIB:.{decimals}f}" == printed
 
 
-@pytest.mark.parametrize("data", ["cifar100", "resisc45", "pcam"])
 @pytest.mark.parametrize("method", ADDED)
-def test_every_formula(method: str, data: str) -> None:
-    assert cost_of(data, method).trainable_parameters == ADDED[method] + PARAMETERS["head"][data]
+def test_every_formula(method: str) -> None:
+    assert cost_of("pcam", method).trainable_parameters == ADDED[method] + PARAMETERS["head"]["pcam"]
 
 
 @pytest.mark.parametrize("data", ["cifar100", "resisc45", "pcam"])
