@@ -1,4 +1,4 @@
-"""The blocks of a backbone, and which of them `method.blocks` names.
+"""The blocks of a backbone, which of them `method.blocks` names, and the layers in them that methods look for.
 
 A model has a sequence of blocks if it holds them in `blocks`, as timm's plain transformers do. Models in stages, such
 as Swin and ConvNeXt, have none.
@@ -11,6 +11,10 @@ from torch import nn
 from fedpeft_dist.config.errors import ConfigError
 
 ATTRIBUTE = "blocks"
+ATTENTIONS = ("attn", "factoratt_crpe", "token_mixer", "xca")
+"""The names of a block's attention: in most transformers, CoaT, EfficientFormer and EdgeNeXt."""
+MIXERS = ("attn", "conv_dw", "factoratt_crpe", "token_mixer", "xca")
+"""The names of the part that mixes tokens in front of a block's MLP: an attention, or ConvNeXt's convolution."""
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -64,3 +68,33 @@ class Scope:
     def __contains__(self, name: str) -> bool:
         """Whether the module of this name is in the part."""
         return self.prefixes is None or f"{name}.".startswith(self.prefixes)
+
+
+def find_mlps(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
+    """The MLPs of blocks that mix tokens, by name, where the MLP's last layer `fc2` is a linear one."""
+    blocks = _blocks_with(model, scope, MIXERS)
+    found = {f"{name}.mlp": getattr(block, "mlp", None) for name, block in blocks.items()}
+    return {name: mlp for name, mlp in found.items() if isinstance(getattr(mlp, "fc2", None), nn.Linear)}
+
+
+def find_attentions(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
+    """The blocks' attentions, by name, whose last layer `proj` is a linear one."""
+    blocks = _blocks_with(model, scope, ATTENTIONS)
+    found = {f"{name}.{own}": getattr(block, own, None) for name, block in blocks.items() for own in ATTENTIONS}
+    return {name: layer for name, layer in found.items() if isinstance(getattr(layer, "proj", None), nn.Linear)}
+
+
+def find_branches(model: nn.Module, scope: Scope) -> dict[str, int]:
+    """The width of each block's attention and MLP, by their names; empty if a block lacks one of them."""
+    attentions, mlps = find_attentions(model, scope), find_mlps(model, scope)
+    with_attention, with_mlp = ({name.rpartition(".")[0] for name in found} for found in (attentions, mlps))
+    if with_attention != with_mlp:
+        return {}
+    widths = {name: attention.proj.out_features for name, attention in attentions.items()}
+    return widths | {name: mlp.fc2.out_features for name, mlp in mlps.items()}
+
+
+def _blocks_with(model: nn.Module, scope: Scope, parts: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules in the scope that have one of these parts, by name."""
+    named = [(name, module) for name, module in model.named_modules() if name in scope]
+    return {name: module for name, module in named if any(hasattr(module, part) for part in parts)}

@@ -105,36 +105,57 @@ class Head(InPlaceMethod):
 
 class Bias(InPlaceMethod):
     def build(self, backbone: Backbone) -> FoldedLaneModel:
-        model, kind = backbone.model, type(backbone.model).__name__
-        scope, heads = Scope(model, self.config.blocks), classifier_names(model)
-        layers = [(name, m) for name, m in model.named_modules() if name in scope and name not in heads]
-        biased = [(name, m) for name, m in layers if getattr(m, "bias", None) is not None]
-        if not biased:
-            raise ConfigError(f"method.name: 'bias' finds no bias outside the head of {kind}")
-        for name, layer in biased:
-            if type(layer) not in CHANNEL_DIM:
-                raise ConfigError(f"method.name: 'bias' does not fit {kind}: {name} is a {type(layer).__name__}")
-            model.set_submodule(name, LaneBias(name, layer))
+        model = backbone.model
+        if not train_biases(model, Scope(model, self.config.blocks), "bias"):
+            raise ConfigError(f"method.name: 'bias' finds no bias outside the head of {type(model).__name__}")
         return train_head(backbone)
 
 
 class Norm(InPlaceMethod):
     def build(self, backbone: Backbone) -> FoldedLaneModel:
-        model, kind = backbone.model, type(backbone.model).__name__
-        scope = Scope(model, self.config.blocks)
-        layers = [(name, m) for name, m in model.named_modules() if name in scope]
-        for name, layer in layers:
-            own = type(layer).__name__
-            if "norm" in own.lower() and type(layer) not in NORM_CHANNEL_DIM and hasattr(layer, "weight"):
-                raise ConfigError(f"method.name: 'norm' does not fit {kind}: {name} is a {own}")
-        norms = [(name, m) for name, m in layers if type(m) in NORM_CHANNEL_DIM]
-        norms = [(name, m) for name, m in norms if m.weight is not None and m.bias is not None]
-        if not norms:
-            known = "LayerNorm, BatchNorm2d, GroupNorm"
+        model = backbone.model
+        if not train_norms(model, Scope(model, self.config.blocks), "norm"):
+            known, kind = "LayerNorm, BatchNorm2d, GroupNorm", type(model).__name__
             raise ConfigError(f"method.name: 'norm' finds no {known} with scale and bias in {kind}")
-        for name, layer in norms:
-            model.set_submodule(name, LaneNorm(name, layer))
         return train_head(backbone)
+
+
+def train_biases(model: nn.Module, scope: Scope, method: str) -> bool:
+    """Gives every lane its own bias of each layer in the scope but the classifiers; whether there is one.
+
+    Raises:
+        ConfigError: a layer does not end with the addition of its bias.
+    """
+    heads = classifier_names(model)
+    layers = [(name, m) for name, m in model.named_modules() if name in scope and name not in heads]
+    biased = [(name, m) for name, m in layers if getattr(m, "bias", None) is not None]
+    for name, layer in biased:
+        if type(layer) not in CHANNEL_DIM:
+            raise ConfigError(_misfit(model, method, name, layer))
+        model.set_submodule(name, LaneBias(name, layer))
+    return bool(biased)
+
+
+def train_norms(model: nn.Module, scope: Scope, method: str) -> bool:
+    """Gives every lane its own scale and bias of each normalisation in the scope; whether there is one.
+
+    Raises:
+        ConfigError: a normalisation does more than normalise, scale and add.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if name in scope]
+    for name, layer in layers:
+        is_norm = "norm" in type(layer).__name__.lower() and hasattr(layer, "weight")
+        if is_norm and type(layer) not in NORM_CHANNEL_DIM:
+            raise ConfigError(_misfit(model, method, name, layer))
+    norms = [(name, m) for name, m in layers if type(m) in NORM_CHANNEL_DIM]
+    norms = [(name, m) for name, m in norms if m.weight is not None and m.bias is not None]
+    for name, layer in norms:
+        model.set_submodule(name, LaneNorm(name, layer))
+    return bool(norms)
+
+
+def _misfit(model: nn.Module, method: str, name: str, layer: nn.Module) -> str:
+    return f"method.name: {method!r} does not fit {type(model).__name__}: {name} is a {type(layer).__name__}"
 
 
 def train_head(backbone: Backbone) -> FoldedLaneModel:

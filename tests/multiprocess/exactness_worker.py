@@ -30,6 +30,12 @@ METHODS = {
     "adapter": {"name": "adapter", "bottleneck": 7},
     "lora": {"name": "lora", "rank": 3, "targets": ["qkv", "fc2"], "dropout": 0.1},
     "partial": {"name": "partial"},
+    "adaptformer": {"name": "adaptformer", "bottleneck": 7},
+    "houlsby": {"name": "houlsby", "bottleneck": 5},
+    "repadapter": {"name": "repadapter", "bottleneck": 6},
+    "diffit": {"name": "diffit"},
+    "convpass": {"name": "convpass", "bottleneck": 3},
+    "prefix": {"name": "prefix", "tokens": 3},
 }
 # Position MLPs on a table of coordinates, with dropout of their own; activations that round by place, convolutions.
 RELPOS = {"name": "test_vit_relpos", "pretrained": False, "model_args": {"depth": 2, "drop_path_rate": 0.1}}

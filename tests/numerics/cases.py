@@ -51,6 +51,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-qkv": {"name": "lora", "rank": 3, "alpha": 6.0, "targets": ["qkv"], "dropout": 0.0},
     "lora-all": {"name": "lora", "rank": 2, "alpha": 5.0, "targets": ["qkv", "proj", "fc1", "fc2"], "dropout": 0.0},
     "partial": {"name": "partial", "blocks": 1},
+    "adaptformer": {"name": "adaptformer", "bottleneck": 7, "scale": 0.5},
+    "houlsby": {"name": "houlsby", "bottleneck": 5},
+    "repadapter": {"name": "repadapter", "bottleneck": 6, "groups": 2, "scale": 0.5},
+    "diffit": {"name": "diffit"},
+    "convpass": {"name": "convpass", "bottleneck": 3, "scale": 0.5},
+    "prefix": {"name": "prefix", "tokens": 3},
 }
 
 # The gradient of a key's bias is zero by symmetry; at AdamW's default eps its rounding errors would become steps.

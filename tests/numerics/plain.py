@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .plain_added import ADDED
+
 MIXERS = ("attn", "xca", "token_mixer", "factoratt_crpe", "conv_dw")
 """Names of the layers before the MLP in the blocks of timm's families."""
 
@@ -117,6 +119,7 @@ def make_plain(model: nn.Module, method: Mapping[str, Any], heads: Sequence[str]
         "adapter": _adapter,
         "lora": _lora,
         "partial": _partial,
+        **ADDED,
     }[settings.pop("name")](model, **settings)
     trainable = {**own, **head}
     for parameter in trainable.values():

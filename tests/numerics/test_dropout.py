@@ -45,7 +45,7 @@ SIZES, STEPS = (6, 3, 5, 1, 7), (3, 1, 3, 2, 2)
 PLAIN_NAMES = {
     "prompt-deep": [(r"^blocks\.(\d+)\.blocks\.0\.", r"vit.blocks.\1."), (r"^blocks\.(\d+)\.dropout$", r"dropouts.\1")],
     "prompt-shallow": [(r"^blocks\.0\.blocks\.", "vit.blocks."), (r"^blocks\.0\.dropout$", "dropouts.0")],
-    "adapter-per-block": [(r"\.mlp\.mlp\.", ".mlp.")],
+    "adapter-per-block": [(r"\.mlp\.layer\.", ".mlp.")],
 }
 
 

@@ -66,11 +66,15 @@ def make_family(family: str) -> nn.Module:
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_lanes_end_where_plain_training_ends(family, method):
     _, _, image_size, heads = FAMILIES[family]
-    model, images, tasks = make_family(family), make_images(20, image_size), make_tasks(SIZES, STEPS)
+    assert_equals_plain_training(make_family(family), METHODS[method], image_size, heads)
+
+
+def assert_equals_plain_training(model: nn.Module, method: dict, image_size: int, heads: list[str]) -> None:
+    images, tasks = make_images(20, image_size), make_tasks(SIZES, STEPS)
     passes = passes_of(tasks, LANES, BATCH)
     assert any(one.starting for one in passes[1:])
     assert not all(one.mask.all() for one in passes)
-    lane_model = make_lane_model(model, METHODS[method], image_size, torch.float64)
+    lane_model = make_lane_model(model, method, image_size, torch.float64)
     vector = start_vector(lane_model, torch.float64)
     client = client_config(OPTIMIZERS["sgd"], BATCH)
     trainer = make_trainer(lane_model, images, client, LANES, torch.float64)
@@ -82,7 +86,7 @@ def test_lanes_end_where_plain_training_ends(family, method):
     assert all(torch.equal(after[name], value) for name, value in buffers.items())
     assert not any(m.training for m in lane_model.backbone.model.modules() if isinstance(m, nn.BatchNorm2d))
 
-    plain = make_plain(model, METHODS[method], heads)
+    plain = make_plain(model, method, heads)
     plain.model.double()
     start = lane_model.layout.split(vector)
     for task in tasks:

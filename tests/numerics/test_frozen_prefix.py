@@ -32,6 +32,15 @@ METHODS = {
     "prompt-deep": {"name": "prompt", "tokens": 3, "dropout": 0.2, "blocks": 1},
     "prompt-shallow": {"name": "prompt", "tokens": 3, "depth": "shallow", "blocks": [1, 2]},
 }
+# These get no private run of their own: a cut does not look at privacy.
+ADDED = {
+    "adaptformer": {"name": "adaptformer", "bottleneck": 7, "blocks": 1},
+    "houlsby": {"name": "houlsby", "bottleneck": 5, "blocks": 1},
+    "repadapter": {"name": "repadapter", "bottleneck": 6, "blocks": 1},
+    "diffit": {"name": "diffit", "blocks": 1},
+    "convpass": {"name": "convpass", "bottleneck": 3, "blocks": 1},
+    "prefix": {"name": "prefix", "tokens": 3, "blocks": 1},
+}
 PRIVATE = {"privacy": {"name": "sample", "noise_multiplier": 1.0, "clip_norm": 1.0, "slots": 9}}
 VALIDATION = {"data": {"validation": 0.2}, "federation": {"evaluate_on": "validation", "evaluate_clients": True}}
 
@@ -53,7 +62,7 @@ def train(folder: Path, name: str, cache: str | int, method: str, sections: Mapp
     """A run's summary. Two lanes take clients of unequal size; the run ends after an evaluation on test images."""
     tree = tiny_tree(
         backbone=tiny_vit(depth=3),
-        method=METHODS.get(method, {"name": method}),
+        method=(METHODS | ADDED).get(method, {"name": method}),
         data={"num_train": 100, "num_test": 50, "clients": 8, "partition": {"name": "dirichlet", "alpha": 1.0}},
         federation={"rounds": 3, "cohort": 4},
         client={"epochs": 2, "batch_size": 7},
@@ -68,8 +77,11 @@ def results(summary: dict) -> list[Any]:
     return [summary[key] for key in ("weights_sha256", "final_accuracy", "best_accuracy", "lanes")]
 
 
-@pytest.mark.parametrize("sections", [{}, PRIVATE], ids=["plain", "private"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "sections"),
+    [(name, own) for name in METHODS for own in ({}, PRIVATE)] + [(name, {}) for name in ADDED],
+    ids=lambda value: value if isinstance(value, str) else ("private" if value else "plain"),
+)
 def test_kept_features_change_no_bit(tmp_path, chunks, method, sections):
     anew = train(tmp_path, "anew", "none", method, sections)
     assert not chunks

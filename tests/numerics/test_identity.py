@@ -10,8 +10,9 @@ from fedpeft_dist.lanes.parameters import LaneParameters
 from .cases import METHODS, VIT, make_lane_model, make_model
 
 LANES, BATCH = 3, 4
-IDENTITIES = [name for name in METHODS if not name.startswith("prompt")]
+IDENTITIES = [name for name in METHODS if not name.startswith(("prompt", "prefix"))]
 SILENT = {"adapter-shared": "up", "adapter-per-block": "up", "lora-qkv": "lora_B", "lora-all": "lora_B"}
+SILENT |= {"adaptformer": "up", "houlsby": "up", "repadapter": "up", "convpass": "up"}
 
 
 def lane_logits(lane_model, vector: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

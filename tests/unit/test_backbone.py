@@ -168,6 +168,12 @@ METHOD_CONFIGS = [
     schema.AdapterConfig(name="adapter", bottleneck=4),
     schema.LoraConfig(name="lora", rank=2),
     schema.PartialConfig(name="partial"),
+    schema.AdaptformerConfig(name="adaptformer"),
+    schema.HoulsbyConfig(name="houlsby"),
+    schema.RepadapterConfig(name="repadapter"),
+    schema.DiffitConfig(name="diffit"),
+    schema.ConvpassConfig(name="convpass"),
+    schema.PrefixConfig(name="prefix"),
 ]
 
 

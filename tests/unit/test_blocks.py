@@ -13,6 +13,7 @@ from tests.numerics.cases import make_lane_model, make_model
 from tests.tiny import VIT_ARGS, VIT_NAME
 
 METHODS = ("bias", "norm", "adapter", "lora", "prompt", "partial")
+METHODS += ("adaptformer", "houlsby", "repadapter", "diffit", "convpass", "prefix")
 HEAD = {"head.weight", "head.bias"}
 
 

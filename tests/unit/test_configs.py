@@ -24,7 +24,8 @@ SWEEPS = [path for path in ALL_PATHS if path.startswith("configs/sweeps/")]
 PATHS = [path for path in ALL_PATHS if path not in SWEEPS]
 PAPER_DATA = ("cifar100", "resisc45", "pcam")
 
-# The clients' learning rates; prompt_shallow and adapter_per_block take those of their like, lora and norm are ours.
+# The clients' learning rates; prompt_shallow and adapter_per_block take those of their like. lora, norm and the methods
+# after scratch are ours.
 RATES = {
     "full": (1e-3, 1e-3, 1e-3),
     "head": (5e-3, 5e-3, 5e-3),
@@ -36,6 +37,12 @@ RATES = {
     "lora": (5e-3, 5e-3, 5e-3),
     "norm": (1e-2, 5e-3, 1e-2),
     "scratch": (1e-2, 1e-2, 1e-2),
+    "adaptformer": (5e-3, 5e-3, 5e-3),
+    "houlsby": (5e-3, 5e-3, 5e-3),
+    "repadapter": (5e-3, 5e-3, 5e-3),
+    "diffit": (1e-2, 5e-3, 1e-2),
+    "convpass": (5e-3, 5e-3, 5e-3),
+    "prefix": (1e-2, 1e-2, 1e-2),
 }
 
 RATES_UNDER_NOISE = {"full": 5e-4, "head": 1e-3, "bias": 5e-3, "adapter": 1e-3, "prompt": 5e-3}

@@ -39,6 +39,18 @@ PRINTED_MIB = {
     "norm": ("0.440", "3.52"),
 }
 
+L, D = 12, 768
+"""Blocks and width of ViT-B/16."""
+ADDED = {
+    "adaptformer": L * (2 * D * 64 + 64 + D),
+    "houlsby": 2 * L * (2 * D * 64 + 64 + D),
+    "repadapter": 2 * L * (D * 8 + D * 8 // 2),
+    "diffit": D * (15 * L + 3),
+    "convpass": 2 * L * (2 * D * 8 + 9 * 8**2 + 2 * 8 + D),
+    "prefix": 2 * L * 10 * D,
+}
+"""Trained parameters beside the head, by the formulas of the methods' docstrings."""
+
 
 @cache
 def cost_of(data: str, name: str) -> Cost:
@@ -63,6 +75,11 @@ def test_every_figure_of_the_paper(method: str, data: str, parameters: int) -> N
         for size, printed in zip(sizes, PRINTED_MIB[method]):
             decimals = len(printed.partition(".")[2])
             assert f"{size / MIB:.{decimals}f}" == printed
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_every_formula(method: str) -> None:
+    assert cost_of("pcam", method).trainable_parameters == ADDED[method] + PARAMETERS["head"]["pcam"]
 
 
 @pytest.mark.parametrize("data", ["cifar100", "resisc45", "pcam"])
