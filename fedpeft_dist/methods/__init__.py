@@ -9,12 +9,14 @@ from fedpeft_dist.config.schema import MethodConfig, RunConfig, Section
 from fedpeft_dist.config.schema import method as sections
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods.adapter import Adapter
+from fedpeft_dist.methods.ia3 import Ia3
 from fedpeft_dist.methods.in_place import Bias, Full, Head, Norm
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.methods.lora import Lora
 from fedpeft_dist.methods.method import Method
 from fedpeft_dist.methods.partial import Partial
 from fedpeft_dist.methods.prompt import Prompt
+from fedpeft_dist.methods.ssf import Ssf
 from fedpeft_dist.methods.structure import check_backbone, check_structure, copy_model, find_shared_layers
 
 METHODS: dict[type[Section], type[Method]] = {
@@ -26,6 +28,8 @@ METHODS: dict[type[Section], type[Method]] = {
     sections.AdapterConfig: Adapter,
     sections.LoraConfig: Lora,
     sections.PartialConfig: Partial,
+    sections.SsfConfig: Ssf,
+    sections.Ia3Config: Ia3,
 }
 
 

@@ -52,6 +52,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-all": {"name": "lora", "rank": 2, "alpha": 5.0, "targets": ["qkv", "proj", "fc1", "fc2"], "dropout": 0.0},
     "partial": {"name": "partial", "blocks": 1},
 }
+REPARAMETERIZED: dict[str, dict[str, Any]] = {
+    "lora-parts": {
+        "name": "lora",
+        "rank": 3,
+        "alpha": 2.0,
+        "rslora": True,
+        "targets": ["q", "v", "fc1"],
+        "ranks": {"v": 2, "fc1": 5},
+        "dropout": 0.0,
+    },
+    "ssf": {"name": "ssf"},
+    "ia3": {"name": "ia3"},
+}
+METHODS |= REPARAMETERIZED
 
 # The gradient of a key's bias is zero by symmetry; at AdamW's default eps its rounding errors would become steps.
 OPTIMIZERS: dict[str, dict[str, Any]] = {

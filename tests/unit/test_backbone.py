@@ -168,6 +168,8 @@ METHOD_CONFIGS = [
     schema.AdapterConfig(name="adapter", bottleneck=4),
     schema.LoraConfig(name="lora", rank=2),
     schema.PartialConfig(name="partial"),
+    schema.SsfConfig(name="ssf"),
+    schema.Ia3Config(name="ia3"),
 ]
 
 

@@ -1,11 +1,15 @@
-"""The `backbone` section: the timm model and its weights. The `method` section: which parameters are trained."""
+"""The `backbone` section: the timm model and its weights. The `method` section: which parameters are trained.
+
+Methods that change or re-parameterise the frozen layers have their sections in `reparameterized.py`.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fedpeft_dist.config.paths import UserPath
-from fedpeft_dist.config.schema.types import Channels, Count, Fraction, Positive, Section
+from fedpeft_dist.config.schema.reparameterized import Ia3Config, LoraConfig, SsfConfig
+from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, Section
 
 
 class BackboneConfig(Section):
@@ -31,10 +35,6 @@ class BackboneConfig(Section):
             f"std: {std} without mean; give both, or neither": bool(std and not mean),
             f"std: {std} holds 0; give values above 0 and up to 1": 0.0 in (std or ()),
         }
-
-
-Blocks = Count | Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
-"""Blocks of a backbone: a number k means the last k, a list holds indices as in Python, negative ones from the end."""
 
 
 class FullConfig(Section):
@@ -93,20 +93,6 @@ class AdapterConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class LoraConfig(Section):
-    """Low-rank updates of linear layers (Hu et al. 2021, arXiv 2106.09685)."""
-
-    name: Literal["lora"]
-    rank: Count = 8
-    alpha: Positive = 16.0
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    targets: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = Field(("qkv",), strict=False, min_length=1)
-    """Linear layers of a block: qkv and proj belong to the attention, fc1 and fc2 to the MLP."""
-    blocks: Blocks | None = None
-    """Which blocks are adapted: the last k, or a list of indices; null: all."""
-
-
 class PartialConfig(Section):
     """The last blocks and the final norm in full."""
 
@@ -116,6 +102,15 @@ class PartialConfig(Section):
 
 
 MethodConfig = Annotated[
-    FullConfig | HeadConfig | BiasConfig | NormConfig | PromptConfig | AdapterConfig | LoraConfig | PartialConfig,
+    FullConfig
+    | HeadConfig
+    | BiasConfig
+    | NormConfig
+    | PromptConfig
+    | AdapterConfig
+    | LoraConfig
+    | PartialConfig
+    | SsfConfig
+    | Ia3Config,
     Field(discriminator="name"),
 ]
