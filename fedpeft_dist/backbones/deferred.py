@@ -126,6 +126,11 @@ def made(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if own is None else own.make().to(tensor.dtype)
 
 
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """Where the tensor is or, for one that is deferred, where it will be made."""
+    return torch.device("cpu") if hasattr(tensor, "deferred") else tensor.device
+
+
 def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 

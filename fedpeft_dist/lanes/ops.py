@@ -101,9 +101,9 @@ def _ones(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.ones(1, 1, size, dtype=dtype, device=device)
 
 
-def lane_scale(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Multiplies rows [R, ..., D] by each lane's own scale [L, D]."""
-    return (x.unflatten(0, (len(scale), -1)) * _over_channels(x, scale, -1)).flatten(0, 1)
+def lane_scale(x: torch.Tensor, scale: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
+    """Multiplies rows [R, ...] that have D channels at `channel_dim` by each lane's own scale [L, D]."""
+    return (x.unflatten(0, (len(scale), -1)) * _over_channels(x, scale, channel_dim)).flatten(0, 1)
 
 
 def lane_tokens(tokens: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from fedpeft_dist.methods.adaptformer import Adaptformer
 from fedpeft_dist.methods.convpass import Convpass
 from fedpeft_dist.methods.diffit import Diffit
 from fedpeft_dist.methods.houlsby import Houlsby
+from fedpeft_dist.methods.ia3 import Ia3
 from fedpeft_dist.methods.in_place import Bias, Full, Head, Norm
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.methods.lora import Lora
@@ -21,6 +22,7 @@ from fedpeft_dist.methods.partial import Partial
 from fedpeft_dist.methods.prefix import Prefix
 from fedpeft_dist.methods.prompt import Prompt
 from fedpeft_dist.methods.repadapter import Repadapter
+from fedpeft_dist.methods.ssf import Ssf
 from fedpeft_dist.methods.structure import check_backbone, check_structure, copy_model, find_shared_layers
 
 METHODS: dict[type[Section], type[Method]] = {
@@ -38,6 +40,8 @@ METHODS: dict[type[Section], type[Method]] = {
     sections.DiffitConfig: Diffit,
     sections.ConvpassConfig: Convpass,
     sections.PrefixConfig: Prefix,
+    sections.SsfConfig: Ssf,
+    sections.Ia3Config: Ia3,
 }
 
 

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import nn
 
+from fedpeft_dist.backbones.deferred import device_of
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import AdaptformerConfig
@@ -35,7 +36,7 @@ class Adaptformer(Method):
             mixers, kind = " or ".join(MIXERS), type(model).__name__
             raise ConfigError(f"method.name: 'adaptformer' finds no blocks with an mlp beside {mixers} in {kind}")
         for name, mlp in mlps.items():
-            down = nn.Linear(mlp.fc2.out_features, config.bottleneck, device=mlp.fc2.weight.device)
+            down = nn.Linear(mlp.fc2.out_features, config.bottleneck, device=device_of(mlp.fc2.weight))
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
             nn.init.zeros_(down.bias)
             own = LaneBottleneck(f"{name}.adapter", down, torch.relu, config.scale)

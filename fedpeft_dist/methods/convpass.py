@@ -20,6 +20,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from fedpeft_dist.backbones.deferred import device_of
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import ConvpassConfig
@@ -46,7 +47,7 @@ class LaneConvpass(LaneModule):
     def __init__(self, name: str, down: nn.Linear, grid: tuple[int, int], prefix: int, scale: float):
         super().__init__()
         hidden, width = down.weight.shape
-        device = down.weight.device
+        device = device_of(down.weight)
         conv = nn.init.dirac_(torch.empty(hidden, hidden, KERNEL, KERNEL, device=device))
         self.declare("down_weight", f"{name}.down.weight", nn.init.xavier_uniform_(down.weight))
         self.declare("down_bias", f"{name}.down.bias", nn.init.zeros_(down.bias))

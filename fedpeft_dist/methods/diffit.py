@@ -17,6 +17,7 @@ Shapes: L lanes, R rows, D inputs, E outputs.
 import torch
 from torch import nn
 
+from fedpeft_dist.backbones.deferred import device_of
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import DiffitConfig
@@ -39,7 +40,9 @@ class LaneScaledLinear(LaneModule):
         if linear.bias is not None:
             self.declare("bias", f"{name}.bias", linear.bias, cast=False)
             linear.bias = None
-        self.declare("gamma", name + GAMMA, torch.ones(linear.out_features, device=linear.weight.device), cast=False)
+        self.declare(
+            "gamma", name + GAMMA, torch.ones(linear.out_features, device=device_of(linear.weight)), cast=False
+        )
         self.linear = linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

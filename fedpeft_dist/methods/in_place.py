@@ -60,14 +60,12 @@ class LaneNorm(LaneModule):
         return lane_affine(self.layer(x), self.scale, self.bias, self.channel_dim)
 
 
-class LaneBias(LaneModule):
-    """A frozen layer with each lane's own bias."""
+class LayerOnLanes(LaneModule):
+    """A frozen layer with something of each lane's own after it."""
 
-    def __init__(self, name: str, layer: nn.Module):
+    def __init__(self, layer: nn.Module):
         super().__init__()
-        self.declare("bias", f"{name}.bias", layer.bias, cast=type(layer) not in NORM_CHANNEL_DIM)
-        layer.bias = None
-        self.layer, self.channel_dim = layer, CHANNEL_DIM[type(layer)]
+        self.layer = layer
 
     def __getattr__(self, name: str) -> Any:
         """Gives the model other attributes of the layer, such as a convolution's kernel size."""
@@ -77,6 +75,16 @@ class LaneBias(LaneModule):
             if name == "layer":
                 raise
             return getattr(self.layer, name)
+
+
+class LaneBias(LayerOnLanes):
+    """A frozen layer with each lane's own bias."""
+
+    def __init__(self, name: str, layer: nn.Module):
+        super().__init__(layer)
+        self.declare("bias", f"{name}.bias", layer.bias, cast=type(layer) not in NORM_CHANNEL_DIM)
+        layer.bias = None
+        self.channel_dim = CHANNEL_DIM[type(layer)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.layer, FrozenLinear):

@@ -21,6 +21,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from fedpeft_dist.backbones.deferred import device_of
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import PrefixConfig
@@ -40,7 +41,7 @@ class LanePrefix(LaneModule):
     def __init__(self, name: str, qkv: nn.Linear, tokens: int):
         super().__init__()
         for kind in ("keys", "values"):
-            initial = torch.empty(tokens, qkv.out_features // 3, device=qkv.weight.device).normal_(std=DEVIATION)
+            initial = torch.empty(tokens, qkv.out_features // 3, device=device_of(qkv.weight)).normal_(std=DEVIATION)
             self.declare(kind, f"{name}.{kind}", initial, cast=False)
         self.qkv, self.tokens = qkv, tokens
 

@@ -17,6 +17,7 @@ Shapes: L lanes, R rows, D width, E outputs, H bottleneck, g groups.
 import torch
 from torch import nn
 
+from fedpeft_dist.backbones.deferred import device_of
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RepadapterConfig
@@ -37,7 +38,7 @@ class LaneRepAdapter(LaneModule):
 
     def __init__(self, name: str, linear: nn.Linear, config: RepadapterConfig):
         super().__init__()
-        width, hidden, groups, device = linear.in_features, config.bottleneck, config.groups, linear.weight.device
+        width, hidden, groups, device = linear.in_features, config.bottleneck, config.groups, device_of(linear.weight)
         down = nn.init.xavier_uniform_(torch.empty(hidden, width, device=device))
         self.declare("down", name + DOWN, down)
         self.declare("up", name + UP, torch.zeros(groups, width // groups, hidden // groups, device=device))

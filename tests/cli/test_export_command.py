@@ -53,6 +53,7 @@ SWIN = {
 }
 LORA = {"name": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1}
 ALL_TARGETS = {**LORA, "targets": ["qkv", "proj", "fc1", "fc2"]}
+PARTS = {**LORA, "targets": ["q", "v", "fc1"], "ranks": {"v": 2, "fc1": 4}, "rslora": True}
 
 DIGITS = {"name": "digits"}
 
@@ -182,6 +183,9 @@ METHODS = [
     LORA,
     ALL_TARGETS,
     {"name": "partial"},
+    PARTS,
+    {"name": "ssf"},
+    {"name": "ia3"},
 ]
 
 
@@ -435,8 +439,14 @@ def test_exports_a_run_without_a_recipe_of_its_images(
 
 @pytest.mark.parametrize(
     ("backbone", "method", "side"),
-    [(VIT, LORA, 8), (VIT, ALL_TARGETS, 8), (SWIN, ALL_TARGETS, 32)],
-    ids=["qkv", "all targets", "swin"],
+    [
+        (VIT, LORA, 8),
+        (VIT, ALL_TARGETS, 8),
+        (SWIN, ALL_TARGETS, 32),
+        (VIT, PARTS, 8),
+        (VIT, {"name": "ia3"}, 8),
+    ],
+    ids=["qkv", "all targets", "swin", "parts", "ia3"],
 )
 def test_plain_peft_computes_the_same_as_the_run(
     train: Train, command: Any, backbone: dict[str, Any], method: dict[str, Any], side: int

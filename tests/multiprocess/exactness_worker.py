@@ -36,6 +36,9 @@ METHODS = {
     "diffit": {"name": "diffit"},
     "convpass": {"name": "convpass", "bottleneck": 3},
     "prefix": {"name": "prefix", "tokens": 3},
+    "lora-parts": {"name": "lora", "rank": 3, "targets": ["q", "v"], "ranks": {"v": 2}, "dropout": 0.1},
+    "ssf": {"name": "ssf"},
+    "ia3": {"name": "ia3"},
 }
 # Position MLPs on a table of coordinates, with dropout of their own; activations that round by place, convolutions.
 RELPOS = {"name": "test_vit_relpos", "pretrained": False, "model_args": {"depth": 2, "drop_path_rate": 0.1}}

@@ -58,6 +58,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "convpass": {"name": "convpass", "bottleneck": 3, "scale": 0.5},
     "prefix": {"name": "prefix", "tokens": 3},
 }
+REPARAMETERIZED: dict[str, dict[str, Any]] = {
+    "lora-parts": {
+        "name": "lora",
+        "rank": 3,
+        "alpha": 2.0,
+        "rslora": True,
+        "targets": ["q", "v", "fc1"],
+        "ranks": {"v": 2, "fc1": 5},
+        "dropout": 0.0,
+    },
+    "ssf": {"name": "ssf"},
+    "ia3": {"name": "ia3"},
+}
+METHODS |= REPARAMETERIZED
 
 # The gradient of a key's bias is zero by symmetry; at AdamW's default eps its rounding errors would become steps.
 OPTIMIZERS: dict[str, dict[str, Any]] = {

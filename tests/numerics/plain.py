@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .plain_added import ADDED
-
-MIXERS = ("attn", "xca", "token_mixer", "factoratt_crpe", "conv_dw")
-"""Names of the layers before the MLP in the blocks of timm's families."""
+from .plain_reparameterized import MIXERS, REPARAMETERIZED
 
 
 @dataclass
@@ -40,25 +38,6 @@ class Plain:
 
     def values(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
-
-
-class PlainLora(nn.Module):
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
-        super().__init__()
-        self.linear = linear
-        self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
-        self.scale = alpha / rank
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The merged weight, which some attentions read in place of calling the layer. It knows no dropout."""
-        assert not self.dropout.p
-        return self.linear.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
 
 
 class PlainAdapter(nn.Module):
@@ -117,9 +96,9 @@ def make_plain(model: nn.Module, method: Mapping[str, Any], heads: Sequence[str]
         "norm": _norm,
         "prompt": _prompt,
         "adapter": _adapter,
-        "lora": _lora,
         "partial": _partial,
         **ADDED,
+        **REPARAMETERIZED,
     }[settings.pop("name")](model, **settings)
     trainable = {**own, **head}
     for parameter in trainable.values():
@@ -162,20 +141,6 @@ def _adapter(model: nn.Module, bottleneck: int, shared: bool) -> tuple[nn.Module
         adapter = model.adapter if shared else mlp.adapter
         mlp.register_forward_hook(lambda _, __, y, adapter=adapter: adapter(y))
     return model, {name: p for name, p in model.named_parameters() if "adapter" in name.split(".")}
-
-
-def _lora(
-    model: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float
-) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    for target in targets:
-        places = MIXERS if target in ("qkv", "proj") else ("mlp",)
-        blocks = [m for m in model.modules() if any(hasattr(m, name) for name in MIXERS)]
-        parents = [getattr(block, place) for block in blocks for place in places if hasattr(block, place)]
-        parents = [parent for parent in parents if isinstance(getattr(parent, target, None), nn.Linear)]
-        assert parents
-        for parent in parents:
-            setattr(parent, target, PlainLora(getattr(parent, target), rank, alpha, dropout))
-    return model, {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 def _partial(model: nn.Module, blocks: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:

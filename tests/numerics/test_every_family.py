@@ -2,7 +2,8 @@
 
 CI runs one part of the families, less than a minute of them, and another part each day. Of the families that are not in
 LONG_FAMILIES it takes those whose number in the alphabet leaves the remainder `day % PARTS`, where day counts from year
-1. FEDPEFT_FAMILIES names others ("swin_transformer,levit"), and --slow runs all.
+1. FEDPEFT_FAMILIES names others ("swin_transformer,levit"), and --slow runs all. The methods of
+test_reparameterized_families.py, which has families of its own, run with --slow only.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .cases import (
     CPU,
     METHODS,
     OPTIMIZERS,
+    REPARAMETERIZED,
     assert_same_delta,
     client_config,
     make_images,
@@ -57,12 +59,12 @@ def is_in_this_part(family: str) -> bool:
     return family in SHORT_FAMILIES[date.today().toordinal() % PARTS :: PARTS]
 
 
-def family_marks(family: str) -> list[pytest.MarkDecorator]:
-    return [] if is_in_this_part(family) else [pytest.mark.slow]
+def cell_marks(family: str, method: str) -> list[pytest.MarkDecorator]:
+    return [] if is_in_this_part(family) and method not in REPARAMETERIZED else [pytest.mark.slow]
 
 
 CELLS = [
-    pytest.param(family, method, id=f"{family}-{method}", marks=family_marks(family))
+    pytest.param(family, method, id=f"{family}-{method}", marks=cell_marks(family, method))
     for family in FAMILIES
     for method in METHODS
 ]

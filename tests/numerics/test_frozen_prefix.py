@@ -29,6 +29,7 @@ METHODS = {
     "adapter": {"name": "adapter", "bottleneck": 7, "blocks": 2},
     "bias-last": {"name": "bias", "blocks": [-1]},
     "norm-last": {"name": "norm", "blocks": [2]},
+    "ssf-last": {"name": "ssf", "blocks": 1},
     "prompt-deep": {"name": "prompt", "tokens": 3, "dropout": 0.2, "blocks": 1},
     "prompt-shallow": {"name": "prompt", "tokens": 3, "depth": "shallow", "blocks": [1, 2]},
 }

@@ -174,6 +174,8 @@ METHOD_CONFIGS = [
     schema.DiffitConfig(name="diffit"),
     schema.ConvpassConfig(name="convpass"),
     schema.PrefixConfig(name="prefix"),
+    schema.SsfConfig(name="ssf"),
+    schema.Ia3Config(name="ia3"),
 ]
 
 

@@ -14,6 +14,7 @@ from tests.tiny import VIT_ARGS, VIT_NAME
 
 METHODS = ("bias", "norm", "adapter", "lora", "prompt", "partial")
 METHODS += ("adaptformer", "houlsby", "repadapter", "diffit", "convpass", "prefix")
+METHODS += ("ssf", "ia3")
 HEAD = {"head.weight", "head.bias"}
 
 
@@ -40,10 +41,10 @@ def test_only_the_chosen_blocks_are_trained(method):
     assert all(name.startswith("blocks.1.") for name in names - HEAD)
 
 
-@pytest.mark.parametrize("method", ["bias", "norm", "partial"])
+@pytest.mark.parametrize("method", ["bias", "norm", "partial", "ssf"])
 def test_the_final_norm_belongs_to_the_last_block(method):
     names = trained({"name": method, "blocks": 1})
-    assert "norm.bias" in names
+    assert ("norm.ssf_shift" if method == "ssf" else "norm.bias") in names
     assert all(name.startswith(("blocks.2.", "norm.")) for name in names - HEAD)
 
 
@@ -100,7 +101,7 @@ def test_refuses_blocks_in_one_line(method, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["bias", "norm", "adapter", "lora", "partial"])
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"prompt"}))
 def test_refuses_models_without_a_sequence_of_blocks(method):
     model = make_model("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)})
     with pytest.raises(ConfigError, match=r"method\.blocks: 1 needs a backbone with a sequence of blocks, ResNet has"):

@@ -25,6 +25,8 @@ PARAMETERS = {
     "prompt_shallow": {"cifar100": 84_580, "resisc45": 42_285, "pcam": 9_218},
     "lora": {"cifar100": 371_812, "resisc45": 329_517, "pcam": 296_450},
     "norm": {"cifar100": 115_300, "resisc45": 73_005, "pcam": 39_938},
+    "ssf": {"cifar100": 282_724, "resisc45": 240_429, "pcam": 207_362},
+    "ia3": {"cifar100": 132_196, "resisc45": 89_901, "pcam": 56_834},
 }
 # As printed: MiB one way on CIFAR-100, of a client and of a cohort of 8.
 PRINTED_MIB = {
@@ -70,7 +72,7 @@ def test_every_figure_of_the_paper(method: str, data: str, parameters: int) -> N
     assert cost.uplink_bytes_per_round == 4 * parameters * COHORT
     assert cost.uplink_bytes_total == 4 * parameters * COHORT * ROUNDS
     assert cost.share_of_full == parameters / full
-    if data == "cifar100":
+    if data == "cifar100" and method in PRINTED_MIB:
         sizes = cost.uplink_bytes_per_client, cost.uplink_bytes_per_round
         for size, printed in zip(sizes, PRINTED_MIB[method]):
             decimals = len(printed.partition(".")[2])

@@ -125,9 +125,10 @@ def test_a_new_method_that_does_not_merge_is_refused_for_timm_in_one_line(
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=[kind.__name__ for kind in METHODS.values()])
 def test_a_method_says_itself_whether_it_merges(kind: type[Method]) -> None:
-    merges = {"Full", "Head", "Bias", "Norm", "Lora", "Partial", "Repadapter", "Diffit"}
+    peft = {"Lora", "Ia3"}
+    merges = {"Full", "Head", "Bias", "Norm", "Partial", "Ssf", "Repadapter", "Diffit"} | peft
     assert (kind.merge is not None) == (kind.__name__ in merges)
-    assert (kind.to_peft is not None) == (kind.__name__ == "Lora")
+    assert (kind.to_peft is not None) == (kind.__name__ in peft)
 
 
 class DotsConfig(DataSection):

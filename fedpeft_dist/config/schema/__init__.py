@@ -12,5 +12,6 @@ from fedpeft_dist.config.schema.data import *
 from fedpeft_dist.config.schema.federation import *
 from fedpeft_dist.config.schema.method import *
 from fedpeft_dist.config.schema.privacy import *
+from fedpeft_dist.config.schema.reparameterized import *
 from fedpeft_dist.config.schema.run import *
 from fedpeft_dist.config.schema.types import *

@@ -1,4 +1,7 @@
-"""The `backbone` section: the timm model and its weights. The `method` section: which parameters are trained."""
+"""The `backbone` section: the timm model and its weights. The `method` section: which parameters are trained.
+
+Methods that change or re-parameterise the frozen layers have their sections in `reparameterized.py`.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +16,8 @@ from fedpeft_dist.config.schema.added_modules import (
     PrefixConfig,
     RepadapterConfig,
 )
-from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, Positive, Section
+from fedpeft_dist.config.schema.reparameterized import Ia3Config, LoraConfig, SsfConfig
+from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, Section
 
 
 class BackboneConfig(Section):
@@ -97,20 +101,6 @@ class AdapterConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class LoraConfig(Section):
-    """Low-rank updates of linear layers (Hu et al. 2021, arXiv 2106.09685)."""
-
-    name: Literal["lora"]
-    rank: Count = 8
-    alpha: Positive = 16.0
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    targets: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = Field(("qkv",), strict=False, min_length=1)
-    """Linear layers of a block: qkv and proj belong to the attention, fc1 and fc2 to the MLP."""
-    blocks: Blocks | None = None
-    """Which blocks are adapted: the last k, or a list of indices; null: all."""
-
-
 class PartialConfig(Section):
     """The last blocks and the final norm in full."""
 
@@ -133,6 +123,8 @@ MethodConfig = Annotated[
     | RepadapterConfig
     | DiffitConfig
     | ConvpassConfig
-    | PrefixConfig,
+    | PrefixConfig
+    | SsfConfig
+    | Ia3Config,
     Field(discriminator="name"),
 ]
