@@ -89,8 +89,7 @@ def spread(runtime: "Runtime", config: ShardingConfig) -> Iterator["Runtime"]:
     check_library(config)
     is_alone = not dist.is_initialized()  # a process that no launcher started
     if is_alone:
-        backend = "nccl" if runtime.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield replace(runtime, mesh=_make_mesh(runtime, config))
     finally:
