@@ -115,6 +115,7 @@ def test_ragged_ranks_stay_in_step_by_empty_passes(runs):
     case = "bias:fp32:2:split:none"
     assert all(0 < round_["padded_passes"] < round_["passes"] for round_ in runs.rounds(2, case))
     assert all("padded_passes" not in round_ for round_ in runs.rounds(1, whole(case)))
+    assert {round_["padded_batches"] for round_ in runs.rounds(2, case)} == {1}, "5 batches on 2 ranks"
     together = runs.rounds(2, "bias:fp32:2:shared:none")
     assert {round_["padded_passes"] for round_ in together} == {0}, "ranks with the same lanes have the same passes"
 
