@@ -4,6 +4,7 @@ Available is the kernel's figure, or less if a control group has less left. Slur
 their processes by Linux's control groups, which the kernel's figure does not include.
 """
 
+import ctypes
 import os
 import resource
 import sys
@@ -12,6 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+_MMAP_THRESHOLD = -3
+"""glibc's number of the option, M_MMAP_THRESHOLD."""
 
 
 def available_host_memory(root: Path = Path("/")) -> int:
@@ -69,6 +73,15 @@ def forget_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # no Linux, or a container that forbids it
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_large_blocks() -> None:
+    """Has glibc give the memory of every freed tensor of a MiB or more back to the system at once, from now on.
+
+    It would keep gathered weights' memory in gaps between longer-lived tensors, and take more for the next ones.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def _own_memory(field: str) -> int:
