@@ -68,8 +68,9 @@ class DeferringMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
-        device = torch.device(keywords.get("device") or "cpu")
-        if function is _EMPTY and len(arguments[0]) >= 2 and device.type == "cpu" and not keywords.get("pin_memory"):
+        is_float = (keywords.get("dtype") or torch.get_default_dtype()).is_floating_point
+        on_cpu = torch.device(keywords.get("device") or "cpu").type == "cpu"
+        if function is _EMPTY and len(arguments[0]) >= 2 and is_float and on_cpu:
             outline = function(*arguments, **{**keywords, "device": torch.device("meta")})
             self.deferred[_memory(outline)] = Deferred(outline)
             return outline

@@ -76,7 +76,13 @@ def build_backbone(
         model, weights = _create(config, num_classes, image_size, device, deferred)
     blocks = repeated_blocks(model)
     if mode is not None:
-        mode.settle(model, blocks)
+        try:
+            mode.settle(model, blocks)
+        except NotImplementedError as error:  # values that follow from a deferred tensor's
+            raise ConfigError(
+                f"runtime.sharding: backbone.name: {config.name} cannot be made block by block ({one_line(error)}); "
+                "give another model, or sharding: {size: 1, offload: none}"
+            ) from error
     first_conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = getattr(model, "in_chans", None) or first_conv.in_channels
     images = normalization_of(config, model.pretrained_cfg, channels)
@@ -103,9 +109,19 @@ def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and compute_dtype != torch.float32:
             for parameter in module.parameters(recurse=False):
+<<<<<<< HEAD
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(compute_dtype)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+=======
+                parameter.data = parameter.data.to(compute_dtype)
+    move(model, device)
+
+
+def move(model: nn.Module, device: torch.device) -> nn.Module:
+    """Moves a model's tensors to a device, but for deferred ones, which have no values yet; returns the model."""
+    return model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+>>>>>>> s15a
 
 
 def model_arguments(config: BackboneConfig, image_size: int) -> dict[str, Any]:

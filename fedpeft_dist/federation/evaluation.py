@@ -52,6 +52,12 @@ class Evaluator:
         total, world = -(-len(self.samples) // self.batch_size), self.runtime.world_size
         return -(-total // world) - len(own_batches(len(self.samples), self.batch_size, self.runtime))
 
+    @property
+    def all_padded(self) -> int:
+        """The same over all ranks."""
+        total = -(-len(self.samples) // self.batch_size)
+        return 0 if self.runtime.mesh is None else -total % self.runtime.world_size
+
     def correct(self, vector: torch.Tensor, is_dropped: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """Whether the model with this vector [P] is right on each sample: int64 [S] of 0 and 1, on the CPU.
 

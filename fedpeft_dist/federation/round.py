@@ -67,7 +67,7 @@ def run_round(state: State, simulation: Simulation, watch: Watch) -> RoundResult
         evaluation=evaluation,
         participation={} if federation.participation.is_ideal else plan.figures(),
         spending=simulation.spending(state, after if is_evaluated else None),
-        padding={} if runtime.mesh is None else padding,
+        padding={} if runtime.mesh is None else padding | {"padded_batches": setup.padded_batches * is_evaluated},
     )
     # A rank that was asked during the evaluation begins no other round.
     is_last = stop or (is_evaluated and any_rank(watch.stop.received, runtime))

@@ -168,6 +168,12 @@ class Setup:
             metrics["accuracy"] = self.test_evaluator.accuracy(vector, is_dropped)
         return metrics
 
+    @property
+    def padded_batches(self) -> int:
+        """Batches of an evaluation that ranks compute for nothing, to stay in step."""
+        validation = self.validation_evaluator.all_padded if self._needs_validation else 0
+        return validation + (self.test_evaluator.all_padded if self.config.federation.evaluate_on == "test" else 0)
+
     def tasks(self, clients: Sequence[int], steps: Mapping[int, int] | None = None) -> list[ClientTask]:
         """The clients' work in a round; steps are the local steps of each, None means all of their own."""
         sizes = {client: self.partition.size(client) for client in clients}

@@ -14,8 +14,13 @@ from pathlib import Path
 
 import torch
 
+<<<<<<< HEAD
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's malloc.h, for `mallopt`."""
+=======
+_MMAP_THRESHOLD = -3
+"""glibc's number of the option, M_MMAP_THRESHOLD."""
+>>>>>>> s15a
 
 
 def available_host_memory(root: Path = Path("/")) -> int:
@@ -87,6 +92,15 @@ def forget_peak_memory(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps of an earlier run
     with suppress(OSError):  # no Linux, or a container that forbids it
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_large_blocks() -> None:
+    """Has glibc give the memory of every freed tensor of a MiB or more back to the system at once, from now on.
+
+    It would keep gathered weights' memory in gaps between longer-lived tensors, and take more for the next ones.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def _own_memory(field: str) -> int:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import ShardingConfig
+from fedpeft_dist.runtime.memory import return_large_blocks
 from fedpeft_dist.runtime.peers import Peers
 
 if TYPE_CHECKING:
@@ -87,10 +88,10 @@ def spread(runtime: "Runtime", config: ShardingConfig) -> Iterator["Runtime"]:
     from fedpeft_dist.runtime.sharding import check_library
 
     check_library(config)
+    return_large_blocks()
     is_alone = not dist.is_initialized()  # a process that no launcher started
     if is_alone:
-        backend = "nccl" if runtime.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield replace(runtime, mesh=_make_mesh(runtime, config))
     finally:

@@ -103,7 +103,7 @@ class ShardedBlocks:
         """What autograd keeps of a tensor: of a gathered one, or of a view of it, where it lies."""
         own = self.storages.get(tensor.untyped_storage().data_ptr())
         if own is None:
-            return tensor
+            return tensor.detach()  # the tensor itself may be the output of what saves it, and would live for ever
         self.first_saved = min(self.first_saved, self.numbers[id(own)])
         return own, tensor.size(), tensor.stride(), tensor.storage_offset()
 

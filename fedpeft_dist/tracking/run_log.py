@@ -48,7 +48,8 @@ class RoundRecord:
     spending: Mapping[str, float | None] = field(default_factory=dict)
     """The epsilon of all rounds so far, and this round's clipping norm if it moves. Empty without accounting."""
     padding: Mapping[str, int] = field(default_factory=dict)
-    """Passes of all ranks, and how many of them were empty, to keep ranks in step. Empty without sharding."""
+    """Passes of all ranks, and how many of them were empty, to keep ranks in step; batches that the evaluation computed
+    for nothing. Empty without sharding."""
 
     def row(self) -> dict[str, Any]:
         """The round's line in metrics.jsonl, without the memory that it took."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedpeft_dist.backbones.timm_backbone import move
 from fedpeft_dist.backbones.weight_files import one_line
 from fedpeft_dist.config.errors import ConfigError, MachineFaultError
 from fedpeft_dist.config.schema import RunConfig
@@ -186,7 +187,7 @@ def _step(model: LaneModel, clients: Sequence[_Client], runtime: Runtime, with_k
 
 def _plain_step(model: LaneModel, client: _Client, runtime: Runtime) -> _Step:
     """The same pass of one client in plain PyTorch, without dropout."""
-    plain, layout = model.backbone.plain.to(runtime.device), model.layout
+    plain, layout = move(model.backbone.plain, runtime.device), model.layout
     values = {name: value.requires_grad_() for name, value in layout.split(layout.unpad(client.row)).items()}
     with runtime.autocast():
         scores = torch.func.functional_call(plain, values, (client.images,))

@@ -106,7 +106,7 @@ class Trainer:
             self.num_passes += 1
             if current is None:
                 self.num_padded += 1
-                self._pass(self.schedule.empty_pass())
+                self._local_step(self.schedule.empty_pass(), None, row, start)
                 continue
             for client in current.starting:
                 self._load(client, row, start)
@@ -146,9 +146,24 @@ class Trainer:
 
     def _local_step(self, current: Pass, upcoming: Pass | None, row: torch.Tensor, start: RoundStart) -> None:
         """One pass forward and backward, then an optimizer step of every lane whose batch is complete."""
-        device, theta = self.runtime.device, self.rule.theta
-        if current.mask.any() or self.runtime.mesh is not None:  # a batch that is drawn at random may be empty
-            self._pass(current, upcoming)
+        device, theta, is_empty = self.runtime.device, self.rule.theta, not current.mask.any()
+        if not is_empty or self.runtime.mesh is not None:  # a batch that is drawn at random may be empty
+            own = self._own_part(current)
+            keys = send(fold_in(own.row_keys.unsqueeze(1), own.indices), device) if self.needs_keys else None
+            self.rule.prepare(current)
+            inputs, labels = self.store.batch(own.indices, keys)
+            if upcoming is not None:
+                self.store.prefetch(self._own_part(upcoming).indices)
+            with self.runtime.autocast():
+                logits = self.logits(inputs, keys)
+            losses = row_losses(logits, labels, send(own.mask, device), send(current.sizes.clamp(min=1), device))
+            # The sum over rows keeps them apart: each row's parameters see their own loss only.
+            self.rule.scaled(losses).sum().backward()
+            if is_empty:
+                self.rule.rows.drop_grad()
+            else:
+                losses = losses.detach() if own is current else self._sum_over_group(losses.detach())
+                self.rule.add(current, losses, send(current.mask, device))
         if not current.stepping:
             return
         grad, active = self.rule.gradient(current, start.number)
@@ -160,27 +175,6 @@ class Trainer:
             noise_keys = send(fold_in(current.row_keys, _NOISE), device)
             grad.add_(keyed_normal(noise_keys, grad.shape[1]).to(grad.dtype), alpha=self.gradient_noise)
         self.optimizer.step(theta, grad, active, self.config.optimizer.lr * start.lr_factor)
-
-    def _pass(self, current: Pass, upcoming: Pass | None = None) -> None:
-        """Forward and backward. The gradients of a pass without samples are thrown away."""
-        device, own = self.runtime.device, self._own_part(current)
-        keys = send(fold_in(own.row_keys.unsqueeze(1), own.indices), device) if self.needs_keys else None
-        self.rule.prepare(current)
-        inputs, labels = self.store.batch(own.indices, keys)
-        if upcoming is not None:
-            self.store.prefetch(self._own_part(upcoming).indices)
-        with self.runtime.autocast():
-            logits = self.logits(inputs, keys)
-        losses = row_losses(logits, labels, send(own.mask, device), send(current.sizes.clamp(min=1), device))
-        # The sum over rows keeps them apart: each row's parameters see their own loss only.
-        self.rule.scaled(losses).sum().backward()
-        if not current.mask.any():
-            self.rule.rows.drop_grad()
-            return
-        losses = losses.detach()
-        if own is not current:
-            losses = self._sum_over_group(losses)
-        self.rule.add(current, losses, send(current.mask, device))
 
     def _own_part(self, current: Pass) -> Pass:
         """The columns of a pass that this rank computes: all, unless a group shares its lanes."""

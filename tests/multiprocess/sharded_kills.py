@@ -14,10 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.multiprocess.random_kills import ROUNDS
 from tests.real_runs import complete, differences, rounds_logged, run_of, start_warm, write_config
 
-RANKS, SIZE = 4, 2
+RANKS, SIZE, ROUNDS = 4, 2, 30
 OTHERS = [(1, 1), (2, 1), (2, 2), (4, 4)]
 """Ranks, and ranks of a group, that a run goes on with."""
 LONGEST = 60

@@ -17,11 +17,11 @@ from fedpeft_dist.runtime import process
 from tests.multiprocess.exactness_worker import ALGORITHMS, METHODS, make_config
 
 SMALL = {
-    "data": {"num_train": 200, "max_train": 150, "num_test": 60, "clients": 8},
+    "data": {"num_train": 200, "max_train": 150, "num_test": 70, "clients": 8},
     "federation": {"cohort": 5},
     "runtime": {"evaluate_batch": 16},
 }
-"""Keys that make a run shorter: 5 ragged clients, and 4 batches of evaluation."""
+"""Keys that make a run shorter: 5 ragged clients, and 5 batches of evaluation."""
 
 SECTIONS = {
     "scaffold": ALGORITHMS["scaffold"],

@@ -88,7 +88,7 @@ def check(runs: Runs, num_ranks: int, case: str) -> None:
         assert runs.sha256(num_ranks, case) == runs.sha256(1, whole(case))
         return
     # In bf16, each rank rounds its own part of a gradient to 8 bits before the parts are added.
-    tolerance = 1e-6 if ":fp32:" in case else 1e-3
+    tolerance = 1e-6 if ":fp32:" in case else 2.0**-7
     for name, expected in runs.weights(1, whole(case)).items():
         difference = (runs.weights(num_ranks, case)[name] - expected).norm()
         assert difference <= tolerance * expected.norm(), name
@@ -115,6 +115,7 @@ def test_ragged_ranks_stay_in_step_by_empty_passes(runs):
     case = "bias:fp32:2:split:none"
     assert all(0 < round_["padded_passes"] < round_["passes"] for round_ in runs.rounds(2, case))
     assert all("padded_passes" not in round_ for round_ in runs.rounds(1, whole(case)))
+    assert {round_["padded_batches"] for round_ in runs.rounds(2, case)} == {1}, "5 batches on 2 ranks"
     together = runs.rounds(2, "bias:fp32:2:shared:none")
     assert {round_["padded_passes"] for round_ in together} == {0}, "ranks with the same lanes have the same passes"
 

@@ -173,8 +173,8 @@ def test_a_refused_run_leaves_no_file(case, tmp_path: Path, monkeypatch: pytest.
     method, break_model, message = BROKEN[case]
     config = make_config(method, output={"root": str(tmp_path / "runs"), "name": "run"})
 
-    def broken(*arguments: object) -> LaneModel:
-        model = build_lane_model(*arguments)
+    def broken(*arguments: object, **keywords: object) -> LaneModel:
+        model = build_lane_model(*arguments, **keywords)
         break_model(model)
         return model
 

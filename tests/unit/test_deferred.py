@@ -24,7 +24,7 @@ FAMILIES = {
     "eva": {"name": "eva02_tiny_patch14_224", "model_args": {"embed_dim": 48, "depth": 2, "num_heads": 2}},
     "beit": {"name": "beit_base_patch16_224", "model_args": {"embed_dim": 48, "depth": 2, "num_heads": 2}},
     "convnext": {"name": "test_convnext"},
-    "mixer": {"name": "mixer_s32_224", "model_args": {"embed_dim": 32, "num_blocks": 2}},
+    "swin": {"name": "swin_tiny_patch4_window7_224", "model_args": {"embed_dim": 24, "depths": (2, 2)}},
     "relpos": {"name": "test_vit_relpos"},
 }
 
