@@ -1,6 +1,7 @@
 """How evenly a run's work is spread over ranks, from its partition and its plans of rounds. Nothing is trained.
 
-Passes have fixed shapes, so all take the same time. A round lasts as long as the rank with the most passes.
+Passes have fixed shapes, so all take the same time. A round lasts as long as the rank with the most passes. Where
+`privacy.slots` is below L times the batch, a step takes several passes; they are counted as one.
 
 Shapes: L lanes, M cohort.
 """

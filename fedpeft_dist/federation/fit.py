@@ -127,11 +127,13 @@ class Plan:
         weights -= blocks.forward - (0 if is_offloaded else -(-blocks.forward // size))
         per_pass = (blocks.forward + blocks.backward) * (size - 1) // size
         one = self.footprint(1)
-        free = self.memory - weights - gathered - one.server - self.images
-        room = MEMORY_SHARE * free  # as `runtime.lanes: auto` has it
-        per_lane = self.footprint(2).step - one.step
-        lanes = 0 if one.step > room or one.evaluation > free else 1 + int((room - one.step) // per_lane)
+        room = self.room(weights + gathered)
+        lanes = 0 if one.step > room else 1 + int((room - one.step) // (self.footprint(2).step - one.step))
         return Option(size, quantize, weights, gathered, per_pass, min(lanes, self.needed_lanes(size)))
+
+    def room(self, weights: int) -> float:
+        """What is left for lanes, or for the evaluation: the share that `runtime.lanes: auto` takes, too."""
+        return MEMORY_SHARE * (self.memory - weights - self.few.server - self.images)
 
     def options(self) -> list[Option]:
         """All groups of 2, 4, 8, ... ranks that the ranks make, with whole and with 8-bit weights.
@@ -148,24 +150,28 @@ class Plan:
     def propose(self, options: list[Option]) -> dict[str, int | str]:
         """The smallest group in which a lane fits, with the config's own weights if that is possible.
 
-        Without room for one lane's batch, the largest batch that fits beside the smallest weights.
+        Without room for one lane's batch, the largest batch that fits beside the smallest weights. The evaluation's
+        batch is smaller than the config's where that would not fit.
         """
-        own = self.sharding.quantize
+        one, own, batch_size = self.footprint(1), self.sharding.quantize, self.config.client.batch_size
         fitting = [option for option in options if option.lanes]
         if fitting:
             best = min(fitting, key=lambda option: (option.quantize != own, option.size))
-            batch_size = self.config.client.batch_size
         else:
-            best, one = min(options, key=lambda option: option.weights + option.gathered), self.footprint(1)
-            free = self.memory - best.weights - best.gathered - one.server - self.images
-            batch_size = int(self.batch_size * (MEMORY_SHARE * free - one.lanes) / one.activations)
-        if batch_size < 1:
+            best = min(options, key=lambda option: option.weights + option.gathered)
+        room, evaluated = self.room(best.weights + best.gathered), self.config.runtime.evaluate_batch
+        if not fitting:
+            batch_size = int(self.batch_size * (room - one.lanes) / one.activations)
+        if one.evaluation > room:
+            evaluated = int(evaluated * room / one.evaluation)
+        if batch_size < 1 or evaluated < 1:
             return {}
         return {
             "runtime.sharding.size": best.size,
             "runtime.sharding.quantize": best.quantize,
             "runtime.lanes": max(1, best.lanes),
             "client.batch_size": batch_size,
+            "runtime.evaluate_batch": evaluated,
         }
 
 

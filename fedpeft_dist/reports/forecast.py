@@ -83,6 +83,9 @@ def fit_lines(config: RunConfig, fit: Fit) -> list[str]:
         lines.append(
             f"note: sharding pays from about a billion parameters; this backbone has {fit.backbone_parameters:,}"
         )
+    if not any(option.lanes for option in fit.options):
+        remedy = "runtime.sharding.lanes: shared divides each batch among the ranks of a group"
+        lines.append(f"note: no lane of {fit.batch_size} samples fits; {remedy}")
     if not fit.proposal:
         return [*lines, "proposal: none; not even a batch of one sample fits: take more ranks, or GPUs of more memory"]
     return [*lines, "proposal: " + " ".join(f"{key}={value}" for key, value in fit.proposal.items())]

@@ -19,7 +19,8 @@ def test_prints_a_table_or_one_line_on_a_mistake(fedpeft: Fedpeft, monkeypatch: 
     for words in ("head on glyph_vit: memory of each of 2 rank(s), cuda in bf16", "of 1.0 GiB", "own partition"):
         assert words in out
     assert out.splitlines()[-1] == (
-        "proposal: runtime.sharding.size=1 runtime.sharding.quantize=none runtime.lanes=2 client.batch_size=16"
+        "proposal: runtime.sharding.size=1 runtime.sharding.quantize=none runtime.lanes=2 client.batch_size=16 "
+        "runtime.evaluate_batch=256"
     )
     code, _, err = fedpeft("fit", config, "runtime.sharding.size=2", "--ranks", "3")
     assert code == 2

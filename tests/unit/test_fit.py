@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def test_the_proposal_shards_only_where_it_must() -> None:
         "runtime.sharding.quantize": "none",
         "runtime.lanes": 2,
         "client.batch_size": config.client.batch_size,
+        "runtime.evaluate_batch": 16,
     }
     one = plan.footprint(1)
     plan.memory = plan.option(2, "none").weights + plan.option(2, "none").gathered + one.server + plan.images
@@ -124,6 +125,9 @@ def test_the_proposal_shards_only_where_it_must() -> None:
     assert 1 <= plan.propose(plan.options())["client.batch_size"] < config.client.batch_size
     plan.memory = plan.option(4, "int8").weights
     assert plan.propose(plan.options()) == {}
+    plan.memory = plan.option(1, "none").weights + one.server + plan.images + int(one.evaluation / 0.7) - 1
+    plan.few, plan.more = (replace(plan.few, activations=0, gradients=0, optimizer=0, parameters=p) for p in (2, 3))
+    assert plan.propose([plan.option(1, "none")])["runtime.evaluate_batch"] == 15
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 5])
