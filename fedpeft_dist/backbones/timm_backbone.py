@@ -109,19 +109,14 @@ def freeze(model: nn.Module, compute_dtype: torch.dtype, device: torch.device) -
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and compute_dtype != torch.float32:
             for parameter in module.parameters(recurse=False):
-<<<<<<< HEAD
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(compute_dtype)
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-=======
-                parameter.data = parameter.data.to(compute_dtype)
     move(model, device)
 
 
 def move(model: nn.Module, device: torch.device) -> nn.Module:
     """Moves a model's tensors to a device, but for deferred ones, which have no values yet; returns the model."""
     return model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
->>>>>>> s15a
 
 
 def model_arguments(config: BackboneConfig, image_size: int) -> dict[str, Any]:

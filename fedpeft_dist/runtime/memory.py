@@ -14,13 +14,8 @@ from pathlib import Path
 
 import torch
 
-<<<<<<< HEAD
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's malloc.h, for `mallopt`."""
-=======
-_MMAP_THRESHOLD = -3
-"""glibc's number of the option, M_MMAP_THRESHOLD."""
->>>>>>> s15a
 
 
 def available_host_memory(root: Path = Path("/")) -> int:
@@ -64,7 +59,7 @@ def keep_freed_memory() -> None:
     """
     with suppress(AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(MM_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -100,7 +95,7 @@ def return_large_blocks() -> None:
     It would keep gathered weights' memory in gaps between longer-lived tensors, and take more for the next ones.
     """
     with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _own_memory(field: str) -> int:
