@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
     """
     with suppress(AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(MM_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
