@@ -9,6 +9,8 @@ from fedpeft_dist.config.schema import MethodConfig, RunConfig, Section
 from fedpeft_dist.config.schema import method as sections
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods.adapter import Adapter
+from fedpeft_dist.methods.dora import Dora
+from fedpeft_dist.methods.fact import Fact
 from fedpeft_dist.methods.ia3 import Ia3
 from fedpeft_dist.methods.in_place import Bias, Full, Head, Norm
 from fedpeft_dist.methods.lane_model import LaneModel
@@ -18,6 +20,7 @@ from fedpeft_dist.methods.partial import Partial
 from fedpeft_dist.methods.prompt import Prompt
 from fedpeft_dist.methods.ssf import Ssf
 from fedpeft_dist.methods.structure import check_backbone, check_structure, copy_model, find_shared_layers
+from fedpeft_dist.methods.vera import Vera
 
 METHODS: dict[type[Section], type[Method]] = {
     sections.FullConfig: Full,
@@ -30,6 +33,10 @@ METHODS: dict[type[Section], type[Method]] = {
     sections.PartialConfig: Partial,
     sections.SsfConfig: Ssf,
     sections.Ia3Config: Ia3,
+    sections.DoraConfig: Dora,
+    sections.VeraConfig: Vera,
+    sections.FactTtConfig: Fact,
+    sections.FactTkConfig: Fact,
 }
 
 

@@ -24,7 +24,7 @@ SWEEPS = [path for path in ALL_PATHS if path.startswith("configs/sweeps/")]
 PATHS = [path for path in ALL_PATHS if path not in SWEEPS]
 PAPER_DATA = ("cifar100", "resisc45", "pcam")
 
-# The clients' learning rates; prompt_shallow and adapter_per_block take those of their like, lora and norm are ours.
+# The clients' learning rates. Those of prompt_shallow and adapter_per_block are their like's; the last eight are ours.
 RATES = {
     "full": (1e-3, 1e-3, 1e-3),
     "head": (5e-3, 5e-3, 5e-3),
@@ -36,6 +36,12 @@ RATES = {
     "lora": (5e-3, 5e-3, 5e-3),
     "norm": (1e-2, 5e-3, 1e-2),
     "scratch": (1e-2, 1e-2, 1e-2),
+    "ssf": (1e-2, 5e-3, 1e-2),
+    "ia3": (1e-2, 5e-3, 1e-2),
+    "dora": (5e-3, 5e-3, 5e-3),
+    "vera": (1e-2, 5e-3, 1e-2),
+    "fact_tt": (5e-3, 5e-3, 5e-3),
+    "fact_tk": (5e-3, 5e-3, 5e-3),
 }
 
 RATES_UNDER_NOISE = {"full": 5e-4, "head": 1e-3, "bias": 5e-3, "adapter": 1e-3, "prompt": 5e-3}

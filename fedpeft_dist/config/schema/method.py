@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedpeft_dist.config.paths import UserPath
-from fedpeft_dist.config.schema.reparameterized import Ia3Config, LoraConfig, SsfConfig
+from fedpeft_dist.config.schema.reparameterized import (
+    DoraConfig,
+    FactTkConfig,
+    FactTtConfig,
+    Ia3Config,
+    LoraConfig,
+    SsfConfig,
+    VeraConfig,
+)
 from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, Section
 
 
@@ -111,6 +119,10 @@ MethodConfig = Annotated[
     | LoraConfig
     | PartialConfig
     | SsfConfig
-    | Ia3Config,
+    | Ia3Config
+    | DoraConfig
+    | VeraConfig
+    | FactTtConfig
+    | FactTkConfig,
     Field(discriminator="name"),
 ]
