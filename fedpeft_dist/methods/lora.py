@@ -7,7 +7,7 @@ alpha / sqrt(rank). The queries, keys and values of a fused layer may have matri
 own. They share one dropout, because they share their input.
 
 Parameters of a layer: r * (D + E); of a part of a fused layer: r * (D + E / 3). ViT-B/16 with rank 8: qkv 294,912; q
-and v 294,912; all four layers 1,327,104.
+and v 294,912; all four layers 1,179,648.
 
 Shapes: R rows, T tokens, D inputs, E outputs, r rank.
 """

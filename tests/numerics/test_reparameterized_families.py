@@ -84,11 +84,3 @@ def test_parts_of_an_attention_that_orders_its_outputs_by_heads_are_refused() ->
         make_lane_model(make_model("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)}), METHODS["ia3"], 224)
     told = "does not fit TinyVit, whose stages.1.blocks.0.attn.qkv orders its outputs by heads"
     assert str(caught.value) == f"method.targets: 'k' {told}"
-
-
-@pytest.mark.parametrize("method", ["dora", "vera"])
-def test_the_mlps_of_convnext_alone(method: str) -> None:
-    name, arguments, image_size = FAMILIES["convnext"]
-    settings = {**METHODS[method], "targets": ["fc1", "fc2"]}
-    names = make_lane_model(make_model(name, arguments), settings, image_size).layout.shapes
-    assert {name.split(".mlp.")[1].split(".")[0] for name in names if ".mlp." in name} == {"fc1", "fc2"}

@@ -68,7 +68,7 @@ def test_the_formulas_of_the_docstrings_hold(method: str, data: str) -> None:
     [
         ("method.targets=[q,v]", DEPTH * 2 * 8 * 2 * WIDTH),
         ("method.targets=[q,k,v]", DEPTH * 3 * 8 * 2 * WIDTH),
-        ("method.targets=[qkv,proj,fc1,fc2]", DEPTH * 8 * 18 * WIDTH),
+        ("method.targets=[qkv,proj,fc1,fc2]", DEPTH * 8 * 16 * WIDTH),
         ("method.rslora=true", DEPTH * 8 * 4 * WIDTH),
         ("method.ranks={qkv: 3}", DEPTH * 3 * 4 * WIDTH),
         ("method.blocks=2", 2 * 8 * 4 * WIDTH),
