@@ -86,7 +86,8 @@ class PeftFormat(Format):
             "inference_mode": True,
             "modules_to_save": [name for name in classifier_names(run.backbone.model) if f"{name}.weight" in tensors],
         }
-        tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+        own = {name: name if name.startswith("base_model.") else f"base_model.model.{name}" for name in tensors}
+        tensors = {own[name]: tensor for name, tensor in tensors.items()}
         _write_tensors(folder / "adapter_model.safetensors", tensors, run.recipe.metadata())
         _write_json(folder / "adapter_config.json", adapter)
         if not run.timm_has_weights:

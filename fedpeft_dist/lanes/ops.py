@@ -76,11 +76,11 @@ class _Affine(torch.autograd.Function):
         return torch.addcmul(bias.unsqueeze(1), by_lane(x, len(scale)), scale.unsqueeze(1)).view(x.shape)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         x, scale = ctx.saved_tensors
         own = by_lane(grad, len(scale))
         to_scale = sum_rows(own * by_lane(x, len(scale)))
-        return (own * scale.unsqueeze(1)).view(grad.shape), to_scale, sum_rows(own)
+        return (own * scale.unsqueeze(1)).view(grad.shape), to_scale, sum_rows(own) if ctx.needs_input_grad[2] else None
 
 
 def by_lane(x: torch.Tensor, num_lanes: int) -> torch.Tensor:

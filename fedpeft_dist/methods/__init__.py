@@ -12,6 +12,8 @@ from fedpeft_dist.methods.adapter import Adapter
 from fedpeft_dist.methods.adaptformer import Adaptformer
 from fedpeft_dist.methods.convpass import Convpass
 from fedpeft_dist.methods.diffit import Diffit
+from fedpeft_dist.methods.dora import Dora
+from fedpeft_dist.methods.fact import Fact
 from fedpeft_dist.methods.houlsby import Houlsby
 from fedpeft_dist.methods.ia3 import Ia3
 from fedpeft_dist.methods.in_place import Bias, Full, Head, Norm
@@ -24,6 +26,7 @@ from fedpeft_dist.methods.prompt import Prompt
 from fedpeft_dist.methods.repadapter import Repadapter
 from fedpeft_dist.methods.ssf import Ssf
 from fedpeft_dist.methods.structure import check_backbone, check_structure, copy_model, find_shared_layers
+from fedpeft_dist.methods.vera import Vera
 
 METHODS: dict[type[Section], type[Method]] = {
     sections.FullConfig: Full,
@@ -42,6 +45,10 @@ METHODS: dict[type[Section], type[Method]] = {
     sections.PrefixConfig: Prefix,
     sections.SsfConfig: Ssf,
     sections.Ia3Config: Ia3,
+    sections.DoraConfig: Dora,
+    sections.VeraConfig: Vera,
+    sections.FactTtConfig: Fact,
+    sections.FactTkConfig: Fact,
 }
 
 

@@ -7,7 +7,7 @@ alpha / sqrt(rank). The queries, keys and values of a fused layer may have matri
 own. They share one dropout, because they share their input.
 
 Parameters of a layer: r * (D + E); of a part of a fused layer: r * (D + E / 3). ViT-B/16 with rank 8: qkv 294,912; q
-and v 294,912; all four layers 1,327,104.
+and v 294,912; all four layers 1,179,648.
 
 Shapes: R rows, T tokens, D inputs, E outputs, r rank.
 """
@@ -89,6 +89,7 @@ class LanePartsLora(LaneModule):
 
 class Lora(Method):
     config: LoraConfig
+    layer_class = LaneLora
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config = backbone.model, self.config
@@ -97,7 +98,7 @@ class Lora(Method):
             if parts:
                 replace_layer(model, name, LanePartsLora(name, linear, config, parts))
             else:
-                replace_layer(model, name, LaneLora(name, linear, config, *targets))
+                replace_layer(model, name, self.layer_class(name, linear, config, *targets))
         return train_head(backbone)
 
     def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:
@@ -109,7 +110,7 @@ class Lora(Method):
                 layer, part = _layer_and_part(place)
                 weight, product = merged[f"{layer}.weight"], trained[place + B].double() @ tensor.double()
                 own = weight.to(torch.float64, copy=True)
-                own[rows_of(part, len(own)) if part else slice(None)] += self._scale(place) * product
+                own[rows_of(part, len(own)) if part else slice(None)] += self.scale(place) * product
                 merged[f"{layer}.weight"] = own.to(weight.dtype)
             elif not name.endswith(B):
                 merged[name] = tensor
@@ -131,7 +132,7 @@ class Lora(Method):
         for layer, own in places.items():
             a, b = torch.cat([trained[place + A] for place in own]), trained[own[0] + B]
             if own != [layer]:
-                scaled = {_layer_and_part(place)[1]: trained[place + B] * self._scale(place) for place in own}
+                scaled = {_layer_and_part(place)[1]: trained[place + B] * self.scale(place) for place in own}
                 b = torch.cat([pad_part(tensor, part) for part, tensor in scaled.items()], dim=1)
                 alphas[layer] = math.sqrt(len(a)) if config.rslora else len(a)  # a scale of 1
             if len(a) != config.rank:
@@ -151,7 +152,7 @@ class Lora(Method):
             "use_rslora": config.rslora,
         }, tensors
 
-    def _scale(self, place: str) -> float:
+    def scale(self, place: str) -> float:
         """The factor of the update of a linear layer, or of a part of one."""
         layer, part = _layer_and_part(place)
         return self.config.scale_of(part or next(t for t in self.config.targets if is_place(layer, t)))

@@ -29,7 +29,8 @@ class Method(ABC):
     """Whether `merge` puts trained tensors in place of the backbone's, and computes nothing."""
     to_peft: Callable[[nn.Module, Tensors], tuple[dict[str, Any], Tensors]] | None = None
     """Turns (the backbone's model, the trained parameters) into the method's keys of peft's adapter_config.json and the
-    tensors by peft's names, without peft's prefix. None: Hugging Face peft does not know the method."""
+    tensors by peft's names, without peft's prefix of a layer, `base_model.model.`. None: Hugging Face peft does not
+    know the method."""
 
     def __init__(self, config: MethodConfig):
         self.config = config

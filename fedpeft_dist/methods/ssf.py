@@ -1,6 +1,6 @@
 """SSF (Lian et al. 2022, arXiv 2210.08823): a scale and a shift after each linear, convolution and norm layer.
 
-    y = gamma * layer(x) + beta                                                                        (equation 3)
+    y = gamma * layer(x) + beta                                                                       (section 3.2)
 
 gamma starts at 1 and beta at 0, so round 0 is the backbone. The paper's code draws them around these values, with a
 standard deviation of 0.02. A layer without a bias gets gamma alone, because plain timm has no place for beta: EVA's

@@ -54,6 +54,8 @@ SWIN = {
 LORA = {"name": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1}
 ALL_TARGETS = {**LORA, "targets": ["qkv", "proj", "fc1", "fc2"]}
 PARTS = {**LORA, "targets": ["q", "v", "fc1"], "ranks": {"v": 2, "fc1": 4}, "rslora": True}
+DORA = {**LORA, "name": "dora", "targets": ["qkv", "fc2"], "ranks": {"fc2": 2}}
+VERA = {"name": "vera", "rank": 6, "projection_seed": 5}
 
 DIGITS = {"name": "digits"}
 
@@ -186,6 +188,10 @@ METHODS = [
     PARTS,
     {"name": "ssf"},
     {"name": "ia3"},
+    DORA,
+    VERA,
+    {"name": "fact_tt", "rank": 3},
+    {"name": "fact_tk", "rank": 3},
 ]
 
 
@@ -445,8 +451,11 @@ def test_exports_a_run_without_a_recipe_of_its_images(
         (SWIN, ALL_TARGETS, 32),
         (VIT, PARTS, 8),
         (VIT, {"name": "ia3"}, 8),
+        (VIT, DORA, 8),
+        (VIT, VERA, 8),
+        (SWIN, VERA, 32),
     ],
-    ids=["qkv", "all targets", "swin", "parts", "ia3"],
+    ids=["qkv", "all targets", "swin", "parts", "ia3", "dora", "vera", "vera swin"],
 )
 def test_plain_peft_computes_the_same_as_the_run(
     train: Train, command: Any, backbone: dict[str, Any], method: dict[str, Any], side: int

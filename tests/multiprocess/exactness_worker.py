@@ -39,6 +39,10 @@ METHODS = {
     "lora-parts": {"name": "lora", "rank": 3, "targets": ["q", "v"], "ranks": {"v": 2}, "dropout": 0.1},
     "ssf": {"name": "ssf"},
     "ia3": {"name": "ia3"},
+    "dora": {"name": "dora", "rank": 3, "targets": ["qkv", "fc2"], "dropout": 0.1},
+    "vera": {"name": "vera", "rank": 9, "dropout": 0.1},
+    "fact_tt": {"name": "fact_tt", "rank": 3, "dropout": 0.1},
+    "fact_tk": {"name": "fact_tk", "rank": 5},
 }
 # Position MLPs on a table of coordinates, with dropout of their own; activations that round by place, convolutions.
 RELPOS = {"name": "test_vit_relpos", "pretrained": False, "model_args": {"depth": 2, "drop_path_rate": 0.1}}

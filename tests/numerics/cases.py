@@ -70,6 +70,10 @@ REPARAMETERIZED: dict[str, dict[str, Any]] = {
     },
     "ssf": {"name": "ssf"},
     "ia3": {"name": "ia3"},
+    "dora": {"name": "dora", "rank": 3, "alpha": 4.0, "targets": ["qkv", "fc2"]},
+    "vera": {"name": "vera", "rank": 7, "targets": ["qkv", "fc1", "fc2"], "initial": 0.3, "projection_seed": 4},
+    "fact-tt": {"name": "fact_tt", "rank": 3, "scale": 2.0},
+    "fact-tk": {"name": "fact_tk", "rank": 5, "scale": 0.5},
 }
 METHODS |= REPARAMETERIZED
 

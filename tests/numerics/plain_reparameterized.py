@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D width, E outputs, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -123,6 +124,68 @@ class PlainIa3Mlp(nn.Module):
         return self.linear(self.ia3_fc2 * x)
 
 
+class PlainDora(nn.Module):
+    def __init__(self, linear: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        self.lora_magnitude_vector = nn.Parameter(linear.weight.norm(dim=1))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """m * V / ||V||, with a norm that has no gradient."""
+        changed = self.linear.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
+        return (self.lora_magnitude_vector / changed.norm(dim=1).detach())[:, None] * changed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.linear.bias)
+
+
+class PlainVera(nn.Module):
+    def __init__(self, linear: nn.Linear, a: torch.Tensor, b: torch.Tensor, initial: float):
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("a", a[:, : linear.in_features])
+        self.register_buffer("b", b[: linear.out_features])
+        self.vera_lambda_b = nn.Parameter(torch.zeros(linear.out_features))
+        self.vera_lambda_d = nn.Parameter(torch.full((len(a),), initial))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.linear.weight + self.vera_lambda_b.diag() @ self.b @ self.vera_lambda_d.diag() @ self.a
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.linear.bias)
+
+
+class PlainFact(nn.Module):
+    """A layer whose weight gets one update for each of its pieces of D x D."""
+
+    def __init__(self, linear: nn.Linear, fact: nn.Module, size: tuple[int, ...], scale: float):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.fact = [fact]  # no child of this module
+        self.fact_pieces = nn.Parameter(torch.zeros(linear.weight.numel() // len(fact.v) ** 2, *size))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        fact, (outputs, inputs) = self.fact[0], self.linear.weight.shape
+        pieces = iter(self.fact_pieces)
+        rows = []
+        for _ in range(outputs // len(fact.v)):
+            row = []
+            for _ in range(inputs // len(fact.v)):
+                own = next(pieces)
+                middle = sum(p * c for p, c in zip(own, fact.core)) if hasattr(fact, "core") else own
+                row.append(fact.v @ middle @ fact.u)
+            rows.append(torch.cat(row, dim=1))
+        return self.linear.weight + self.scale * torch.cat(rows)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.linear.bias)
+
+
 def lora(
     model: nn.Module,
     rank: int,
@@ -168,6 +231,39 @@ def ia3(model: nn.Module, targets: Sequence[str] = ("k", "v", "fc2")) -> Built:
     return model, named(model, "ia3_")
 
 
+def dora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> Built:
+    for target in targets:
+        replace(model, target, lambda linear: PlainDora(linear, rank, alpha / rank))
+    return model, named(model, "lora_")
+
+
+def vera(model: nn.Module, rank: int, targets: Sequence[str], initial: float, projection_seed: int) -> Built:
+    """A and B are drawn uniformly with Kaiming's bound, A first, as large as the largest layer needs."""
+    layers = []
+    for target in targets:
+        replace(model, target, lambda linear: layers.append(linear) or linear)
+    generator = torch.Generator().manual_seed(projection_seed)
+    sizes = max(layer.in_features for layer in layers), max(layer.out_features for layer in layers)
+    a, b = (torch.empty(shape) for shape in ((rank, sizes[0]), (sizes[1], rank)))
+    for matrix in (a, b):
+        bound = (6 / matrix.shape[1]) ** 0.5
+        matrix.uniform_(-bound, bound, generator=generator)
+    for target in targets:
+        replace(model, target, lambda linear: PlainVera(linear, a, b, initial))
+    return model, named(model, "vera_")
+
+
+def fact(model: nn.Module, rank: int, scale: float, core: bool) -> Built:
+    model.fact = nn.Module()
+    model.fact.u = nn.Parameter(torch.zeros(rank, model.embed_dim))
+    model.fact.v = nn.Parameter(torch.zeros(model.embed_dim, rank))
+    if core:
+        model.fact.core = nn.Parameter(torch.zeros(rank, rank, rank))
+    for target in ("qkv", "proj", "fc1", "fc2"):
+        replace(model, target, lambda linear: PlainFact(linear, model.fact, (rank,) * (1 if core else 2), scale))
+    return model, named(model, "fact")
+
+
 def replace(model: nn.Module, target: str, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Puts another layer in the target's place, in every block."""
     places = MIXERS if target in ("qkv", "proj") else ("mlp",)
@@ -183,4 +279,12 @@ def named(model: nn.Module, mark: str) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if mark in name}
 
 
-REPARAMETERIZED: dict[str, Callable[..., Built]] = {"lora": lora, "ssf": ssf, "ia3": ia3}
+REPARAMETERIZED: dict[str, Callable[..., Built]] = {
+    "lora": lora,
+    "ssf": ssf,
+    "ia3": ia3,
+    "dora": dora,
+    "vera": vera,
+    "fact_tt": partial(fact, core=False),
+    "fact_tk": partial(fact, core=True),
+}

@@ -30,6 +30,7 @@ METHODS = {
     "bias-last": {"name": "bias", "blocks": [-1]},
     "norm-last": {"name": "norm", "blocks": [2]},
     "ssf-last": {"name": "ssf", "blocks": 1},
+    "fact": {"name": "fact_tk", "rank": 3, "blocks": [1, -1], "dropout": 0.1},
     "prompt-deep": {"name": "prompt", "tokens": 3, "dropout": 0.2, "blocks": 1},
     "prompt-shallow": {"name": "prompt", "tokens": 3, "depth": "shallow", "blocks": [1, 2]},
 }

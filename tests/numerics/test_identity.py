@@ -13,7 +13,7 @@ LANES, BATCH = 3, 4
 IDENTITIES = [name for name in METHODS if not name.startswith(("prompt", "prefix"))]
 SILENT = {"adapter-shared": "up", "adapter-per-block": "up", "lora-qkv": "lora_B", "lora-all": "lora_B"}
 SILENT |= {"adaptformer": "up", "houlsby": "up", "repadapter": "up", "convpass": "up"}
-SILENT |= {"lora-parts": "lora_B"}
+SILENT |= {"lora-parts": "lora_B", "dora": "lora_B", "vera": "vera_lambda_b", "fact-tt": "v", "fact-tk": "v"}
 
 
 def lane_logits(lane_model, vector: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,10 @@ METHODS: list[dict[str, Any]] = [
     {"name": "lora", "targets": ["q", "v", "fc1"], "ranks": {"q": 3}, "rslora": True},
     {"name": "ssf"},
     {"name": "ia3"},
+    {"name": "dora", "targets": ["qkv", "fc2"]},
+    {"name": "vera", "rank": 9},
+    {"name": "fact_tt", "rank": 3},
+    {"name": "fact_tk", "rank": 4},
 ]
 EXACT = ("bias", "norm", "full")
 """The methods whose merged tensors are the trained ones, which are merged in 16 bits, too."""

@@ -134,7 +134,7 @@ def test_training_is_dp_sgd_written_out(method, optimizer):
     lane_model = make_lane_model(model, METHODS[method], dtype=torch.float64)
     vector, layout = start_vector(lane_model, torch.float64), lane_model.layout
     client = client_config(OPTIMIZERS[optimizer], BATCH)
-    clip_norm = {"full": 12.0, "head": 5.0, "ia3": 5.0, "prefix": 5.0}.get(method, 7.0)
+    clip_norm = {"full": 12.0, "head": 5.0, "ia3": 5.0, "prefix": 5.0, "vera": 5.0, "fact-tk": 5.0}.get(method, 7.0)
     trainer = make_private_trainer(lane_model, images, client, clip_norm)
     updates = {update.client: update for update in trainer.train(tasks, RoundStart(ROUND, vector))}
     plain = make_plain(model, METHODS[method], ("head",))

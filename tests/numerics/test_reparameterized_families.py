@@ -38,9 +38,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "dinov2": ("vit_small_patch14_reg4_dinov2", SMALL, 28),
     "eva": ("eva02_tiny_patch14_224", SMALL, 28),
 }
+NO_QKV = "method.targets: 'qkv' matches no linear layer (attn.qkv or token_mixer.qkv or xca.qkv) in ConvNeXt"
+NO_PART = "method.targets: {!r} matches no linear layer (attn.qkv or attn.{}_proj) in ConvNeXt"
+WIDTHS = "does not fit SwinTransformer: its blocks have the widths [16, 32]; one tensor needs one width"
+PIECES = "does not fit Eva: blocks.0.mlp.fc1 (32 x 170) cannot be cut into pieces of 32 x 32"
 REFUSALS = {
-    ("convnext", "lora-parts"): "method.targets: 'q' matches no linear layer (attn.qkv or attn.q_proj) in ConvNeXt",
-    ("convnext", "ia3"): "method.targets: 'k' matches no linear layer (attn.qkv or attn.k_proj) in ConvNeXt",
+    ("convnext", "lora-parts"): NO_PART.format("q", "q"),
+    ("convnext", "ia3"): NO_PART.format("k", "k"),
+    **{("convnext", method): NO_QKV for method in ("dora", "vera", "fact-tt", "fact-tk")},
+    ("swin", "fact-tt"): f"method.name: 'fact_tt' {WIDTHS}",
+    ("swin", "fact-tk"): f"method.name: 'fact_tk' {WIDTHS}",
+    ("eva", "fact-tt"): f"method.name: 'fact_tt' {PIECES}",
+    ("eva", "fact-tk"): f"method.name: 'fact_tk' {PIECES}",
 }
 CELLS = [(family, method) for family in FAMILIES for method in REPARAMETERIZED]
 
@@ -68,3 +77,10 @@ def test_a_misfit_is_refused_in_one_line(family: str, method: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_lane_model(make_model(name, arguments), METHODS[method], image_size)
     assert str(caught.value) == REFUSALS[family, method]
+
+
+def test_parts_of_an_attention_that_orders_its_outputs_by_heads_are_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_lane_model(make_model("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)}), METHODS["ia3"], 224)
+    told = "does not fit TinyVit, whose stages.1.blocks.0.attn.qkv orders its outputs by heads"
+    assert str(caught.value) == f"method.targets: 'k' {told}"

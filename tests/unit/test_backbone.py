@@ -176,6 +176,10 @@ METHOD_CONFIGS = [
     schema.PrefixConfig(name="prefix"),
     schema.SsfConfig(name="ssf"),
     schema.Ia3Config(name="ia3"),
+    schema.DoraConfig(name="dora", rank=2),
+    schema.VeraConfig(name="vera", rank=4),
+    schema.FactTtConfig(name="fact_tt", rank=2),
+    schema.FactTkConfig(name="fact_tk", rank=2),
 ]
 
 

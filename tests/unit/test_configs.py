@@ -43,6 +43,12 @@ RATES = {
     "diffit": (1e-2, 5e-3, 1e-2),
     "convpass": (5e-3, 5e-3, 5e-3),
     "prefix": (1e-2, 1e-2, 1e-2),
+    "ssf": (1e-2, 5e-3, 1e-2),
+    "ia3": (1e-2, 5e-3, 1e-2),
+    "dora": (5e-3, 5e-3, 5e-3),
+    "vera": (1e-2, 5e-3, 1e-2),
+    "fact_tt": (5e-3, 5e-3, 5e-3),
+    "fact_tk": (5e-3, 5e-3, 5e-3),
 }
 
 RATES_UNDER_NOISE = {"full": 5e-4, "head": 1e-3, "bias": 5e-3, "adapter": 1e-3, "prompt": 5e-3}

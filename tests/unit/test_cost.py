@@ -27,6 +27,10 @@ PARAMETERS = {
     "norm": {"cifar100": 115_300, "resisc45": 73_005, "pcam": 39_938},
     "ssf": {"cifar100": 282_724, "resisc45": 240_429, "pcam": 207_362},
     "ia3": {"cifar100": 132_196, "resisc45": 89_901, "pcam": 56_834},
+    "dora": {"cifar100": 399_460, "resisc45": 357_165, "pcam": 324_098},
+    "vera": {"cifar100": 172_132, "resisc45": 129_837, "pcam": 96_770},
+    "fact_tt": {"cifar100": 138_340, "resisc45": 96_045, "pcam": 62_978},
+    "fact_tk": {"cifar100": 163_428, "resisc45": 121_133, "pcam": 88_066},
 }
 # As printed: MiB one way on CIFAR-100, of a client and of a cohort of 8.
 PRINTED_MIB = {
@@ -52,6 +56,38 @@ ADDED = {
     "prefix": 2 * L * 10 * D,
 }
 """Trained parameters beside the head, by the formulas of the methods' docstrings."""
+WIDTH, DEPTH = 768, 12
+FORMULAS = {
+    "ssf": 2 * WIDTH * (11 * DEPTH + 2),
+    "ia3": 6 * WIDTH * DEPTH,
+    "dora": DEPTH * (8 * (WIDTH + 3 * WIDTH) + 3 * WIDTH),
+    "vera": DEPTH * (9 * WIDTH + 4 * 256),
+    "fact_tt": 2 * WIDTH * 16 + 12 * DEPTH * 16**2,
+    "fact_tk": 2 * WIDTH * 32 + 12 * DEPTH * 32 + 32**3,
+}
+"""Trained parameters beside the head, as each method's docstring gives them."""
+
+
+@pytest.mark.parametrize("method", FORMULAS)
+@pytest.mark.parametrize("data", ["cifar100", "resisc45", "pcam"])
+def test_the_formulas_of_the_docstrings_hold(method: str, data: str) -> None:
+    assert PARAMETERS[method][data] == FORMULAS[method] + PARAMETERS["head"][data]
+
+
+@pytest.mark.parametrize(
+    ("override", "parameters"),
+    [
+        ("method.targets=[q,v]", DEPTH * 2 * 8 * 2 * WIDTH),
+        ("method.targets=[q,k,v]", DEPTH * 3 * 8 * 2 * WIDTH),
+        ("method.targets=[qkv,proj,fc1,fc2]", DEPTH * 8 * 16 * WIDTH),
+        ("method.rslora=true", DEPTH * 8 * 4 * WIDTH),
+        ("method.ranks={qkv: 3}", DEPTH * 3 * 4 * WIDTH),
+        ("method.blocks=2", 2 * 8 * 4 * WIDTH),
+    ],
+)
+def test_loras_options_cost_what_its_formula_says(override: str, parameters: int) -> None:
+    cost = compute_cost(load_config(PAPER / "cifar100" / "lora.yaml", [override]))
+    assert cost.trainable_parameters == parameters + PARAMETERS["head"]["cifar100"]
 
 
 @cache

@@ -125,8 +125,8 @@ def test_a_new_method_that_does_not_merge_is_refused_for_timm_in_one_line(
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=[kind.__name__ for kind in METHODS.values()])
 def test_a_method_says_itself_whether_it_merges(kind: type[Method]) -> None:
-    peft = {"Lora", "Ia3"}
-    merges = {"Full", "Head", "Bias", "Norm", "Partial", "Ssf", "Repadapter", "Diffit"} | peft
+    peft = {"Lora", "Ia3", "Dora", "Vera"}
+    merges = {"Full", "Head", "Bias", "Norm", "Partial", "Ssf", "Fact", "Repadapter", "Diffit"} | peft
     assert (kind.merge is not None) == (kind.__name__ in merges)
     assert (kind.to_peft is not None) == (kind.__name__ in peft)
 

@@ -16,7 +16,15 @@ from fedpeft_dist.config.schema.added_modules import (
     PrefixConfig,
     RepadapterConfig,
 )
-from fedpeft_dist.config.schema.reparameterized import Ia3Config, LoraConfig, SsfConfig
+from fedpeft_dist.config.schema.reparameterized import (
+    DoraConfig,
+    FactTkConfig,
+    FactTtConfig,
+    Ia3Config,
+    LoraConfig,
+    SsfConfig,
+    VeraConfig,
+)
 from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, Section
 
 
@@ -125,6 +133,10 @@ MethodConfig = Annotated[
     | ConvpassConfig
     | PrefixConfig
     | SsfConfig
-    | Ia3Config,
+    | Ia3Config
+    | DoraConfig
+    | VeraConfig
+    | FactTtConfig
+    | FactTkConfig,
     Field(discriminator="name"),
 ]

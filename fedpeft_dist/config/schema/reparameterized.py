@@ -65,3 +65,51 @@ class Ia3Config(Section):
     """What is scaled: the keys, the values, and the input of the MLP's second layer."""
     blocks: Blocks | None = None
     """Which blocks are trained: the last k, or a list of indices; null: all."""
+
+
+class DoraConfig(LoraConfig):
+    """LoRA, with a magnitude for each output (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
+
+    name: Literal["dora"]
+    targets: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)] = ("qkv",)
+
+
+class VeraConfig(Section):
+    """Scales of a frozen random low-rank path that all layers share (VeRA, Kopiczko et al. 2023, arXiv 2310.11454)."""
+
+    name: Literal["vera"]
+    rank: Count = 256
+    initial: Positive = 0.1
+    """The scale of the inner `rank` values before the first round."""
+    dropout: Fraction = 0.0
+    projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The frozen matrices follow from this number, so nothing sends or stores them."""
+    targets: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)] = ("qkv", "proj", "fc1", "fc2")
+    """Linear layers of a block."""
+    blocks: Blocks | None = None
+    """Which blocks are adapted: the last k, or a list of indices; null: all."""
+
+
+class FactSection(Section):
+    rank: Count
+    scale: Positive = 1.0
+    """The factor of all updates."""
+    dropout: Fraction = 0.0
+    targets: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)] = ("qkv", "proj", "fc1", "fc2")
+    """Linear layers of a block."""
+    blocks: Blocks | None = None
+    """Which blocks are adapted: the last k, or a list of indices; null: all."""
+
+
+class FactTtConfig(FactSection):
+    """One factorised tensor for all updates, as a tensor train (FacT, Jie and Deng 2023, arXiv 2212.03145)."""
+
+    name: Literal["fact_tt"]
+    rank: Count = 16
+
+
+class FactTkConfig(FactSection):
+    """The same, in Tucker's form."""
+
+    name: Literal["fact_tk"]
+    rank: Count = 32
