@@ -99,14 +99,15 @@ def test_a_new_method_is_trained_priced_and_exported_as_one_timm_model(
     monkeypatch.setitem(METHODS, ScaleConfig, Scale)
     assert compute_cost(config).trainable_parameters == WIDTH
     trained, images, scores = train_a_step(config)
-    backbone = build_lane_model(config, CLASSES).backbone
+    model = build_lane_model(config, CLASSES)
+    backbone = model.backbone
     recipe = ImageRecipe.of(config.data, backbone.interpolation, backbone.mean, backbone.std, cropped=False)
-    run = TrainedRun(config, trained, {}, backbone, dict(backbone.plain.state_dict()), CLASSES, recipe)
+    run = TrainedRun(config, trained, {}, model, dict(backbone.plain.state_dict()), CLASSES, recipe)
     TimmFormat().write(run, tmp_path)
-    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    reloaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(images), scores, rtol=1e-5, atol=1e-5)
-    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+        torch.testing.assert_close(reloaded(images), scores, rtol=1e-5, atol=1e-5)
+    assert load_file(tmp_path / "model.safetensors").keys() == reloaded.state_dict().keys()
 
 
 def test_a_new_method_that_does_not_merge_is_refused_for_timm_in_one_line(
@@ -119,7 +120,7 @@ def test_a_new_method_that_does_not_merge_is_refused_for_timm_in_one_line(
             export_run(config, SimpleNamespace(path=tmp_path), name)
         message = str(caught.value)
         assert message.startswith(f"--format {name}: does not fit method 'scale', ")
-        assert message.endswith("give --format safetensors")
+        assert message.endswith("give --format safetensors or torch or onnx")
         assert "\n" not in message
 
 
@@ -127,7 +128,7 @@ def test_a_new_method_that_does_not_merge_is_refused_for_timm_in_one_line(
 def test_a_method_says_itself_whether_it_merges(kind: type[Method]) -> None:
     merges = {"Full", "Head", "Bias", "Norm", "Lora", "Partial"}
     assert (kind.merge is not None) == (kind.__name__ in merges)
-    assert (kind.to_peft is not None) == (kind.__name__ == "Lora")
+    assert (kind.to_peft is not None) == (kind.__name__ in {"Lora", "Norm"})
 
 
 class DotsConfig(DataSection):
