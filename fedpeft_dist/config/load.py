@@ -112,8 +112,8 @@ def result_keys(config: RunConfig) -> dict[str, Any]:
         neutral.remove("data.root")
     if config.algorithm.name == "fedavg":  # it was once the only algorithm, and the digests of those runs stay valid
         neutral.add("algorithm.name")
-    if getattr(config.method, "blocks", None) is None:  # a key that methods once lacked, likewise
-        neutral.add("method.blocks")
+    lately = ("blocks", "init")  # keys that methods once lacked, likewise
+    neutral.update(f"method.{key}" for key in lately if not getattr(config.method, key, None))
     leaves = flatten_keys(_as_tree(config)).items()
     return {key: value for key, value in leaves if not f"{key}.".startswith(tuple(f"{part}." for part in neutral))}
 

@@ -84,6 +84,8 @@ def _log(opened: OpenRun, runtime: Runtime) -> Iterator[RunLog]:
             log.write_setting(counts, setup.partition.num_clients, setup.dataset.class_names)
             if note := simulation.participation.describe():
                 log.note(note)
+            if setup.start.note and state.round == 0:
+                log.note(setup.start.note)
             for note in setup.cache_notes:
                 log.note(note)
             if simulation.compile_seconds is not None:

@@ -21,6 +21,7 @@ from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.data.store import DeviceStore, choose_resident
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies, own_batches
 from fedpeft_dist.federation.prefix_cache import Feed, PrefixCache
+from fedpeft_dist.federation.start import find_start
 from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
 from fedpeft_dist.lanes.random import derive_seed
@@ -39,7 +40,8 @@ LANE_BY_LANE = 500_000
 class Setup:
     """
     Raises:
-        ConfigError: the data cannot be read, the partition is impossible, or the method does not fit the backbone.
+        ConfigError: the data cannot be read, the partition is impossible, or the method does not fit the backbone or
+            the folder of `method.init`.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime):
@@ -58,7 +60,8 @@ class Setup:
         """B, the samples of a lane in a step. No batch has more than the population's largest client, so the bound is
         the same on every rank, in every round and on resume."""
         self.model = build_lane_model(config, self.dataset.num_classes)
-        self.initial_vector = self.model.initial_vector().to(runtime.device)
+        self.start = find_start(config, self.model)
+        self.initial_vector = self.start.vector.to(runtime.device)
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
         self.products = choose_products(config.runtime.products, runtime)
         """What `runtime.products` stands for."""
@@ -189,6 +192,7 @@ def evaluate_run(config: RunConfig, directory: RunDirectory, runtime: Runtime) -
         ConfigError: the parameters cannot be read, or belong to another method or backbone.
     """
     tensors, metadata = directory.read_trainable()
+    config = with_values(config, "method", init=None)  # what the run has trained replaces it
     setup = Setup(with_values(config, "runtime", cache="none"), runtime)  # each image is looked at once
     check_same(metadata["backbone_sha256"], setup.model.backbone.sha256, directory.trainable_file, "backbone")
     try:

@@ -15,7 +15,7 @@ from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import DataSection, RunConfig
-from fedpeft_dist.config.schema.types import Section
+from fedpeft_dist.config.schema.types import MethodSection
 from fedpeft_dist.data import DATASETS, count_classes, load_dataset, prefetch_data
 from fedpeft_dist.data.datasets import Contents, Dataset, ImageSet, Part
 from fedpeft_dist.data.partition import make_partition
@@ -35,7 +35,7 @@ from tests.data_fixtures import data_config, run_tree
 CLASSES, WIDTH = 10, 32
 
 
-class ScaleConfig(Section):
+class ScaleConfig(MethodSection):
     name: Literal["scale"]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedpeft_dist.config.paths import UserPath
-from fedpeft_dist.config.schema.types import Channels, Count, Fraction, Positive, Section
+from fedpeft_dist.config.schema.types import Channels, Count, Fraction, MethodSection, Positive, Section
 
 
 class BackboneConfig(Section):
@@ -37,19 +37,19 @@ Blocks = Count | Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 """Blocks of a backbone: a number k means the last k, a list holds indices as in Python, negative ones from the end."""
 
 
-class FullConfig(Section):
+class FullConfig(MethodSection):
     """Full fine-tuning: every parameter."""
 
     name: Literal["full"]
 
 
-class HeadConfig(Section):
+class HeadConfig(MethodSection):
     """The classifier alone. All other methods train it too."""
 
     name: Literal["head"]
 
 
-class BiasConfig(Section):
+class BiasConfig(MethodSection):
     """Every bias (BitFit, Zaken et al. 2022, arXiv 2106.10199)."""
 
     name: Literal["bias"]
@@ -58,7 +58,7 @@ class BiasConfig(Section):
     block, such as the final norm, belongs to the last block."""
 
 
-class NormConfig(Section):
+class NormConfig(MethodSection):
     """The scale and bias of every normalisation layer."""
 
     name: Literal["norm"]
@@ -67,7 +67,7 @@ class NormConfig(Section):
     block, such as the final norm, belongs to the last block."""
 
 
-class PromptConfig(Section):
+class PromptConfig(MethodSection):
     """Learned tokens beside the image's own (VPT, Jia et al. 2022, arXiv 2203.12119)."""
 
     name: Literal["prompt"]
@@ -81,7 +81,7 @@ class PromptConfig(Section):
     leave after the last, so these blocks must follow each other."""
 
 
-class AdapterConfig(Section):
+class AdapterConfig(MethodSection):
     """Small residual modules on the output of each block's MLP (Houlsby et al. 2019, arXiv 1902.00751)."""
 
     name: Literal["adapter"]
@@ -93,7 +93,7 @@ class AdapterConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class LoraConfig(Section):
+class LoraConfig(MethodSection):
     """Low-rank updates of linear layers (Hu et al. 2021, arXiv 2106.09685)."""
 
     name: Literal["lora"]
@@ -107,7 +107,7 @@ class LoraConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class PartialConfig(Section):
+class PartialConfig(MethodSection):
     """The last blocks and the final norm in full."""
 
     name: Literal["partial"]
