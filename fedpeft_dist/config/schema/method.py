@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedpeft_dist.config.paths import UserPath
-from fedpeft_dist.config.schema.types import Channels, Count, Fraction, MethodSection, Positive, Section
+from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, MethodSection, Positive, Section
 
 
 class BackboneConfig(Section):
@@ -31,10 +31,6 @@ class BackboneConfig(Section):
             f"std: {std} without mean; give both, or neither": bool(std and not mean),
             f"std: {std} holds 0; give values above 0 and up to 1": 0.0 in (std or ()),
         }
-
-
-Blocks = Count | Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
-"""Blocks of a backbone: a number k means the last k, a list holds indices as in Python, negative ones from the end."""
 
 
 class FullConfig(MethodSection):

@@ -15,6 +15,8 @@ Count = Annotated[int, Field(ge=1)]
 Channels = Annotated[tuple[Probability, ...], Field(strict=False, min_length=1)]
 Concentration = Annotated[float, Field(ge=1e-9, le=1e9)]
 """The alpha of a Dirichlet distribution, in the range in which float64 can draw from it."""
+Blocks = Count | Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
+"""Blocks of a backbone: a number k means the last k, a list holds indices as in Python, negative ones from the end."""
 
 
 class Section(BaseModel):
