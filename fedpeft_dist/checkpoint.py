@@ -43,12 +43,15 @@ class Origin:
     """SHA-256 of the training data (`Dataset.fingerprint`)."""
     traces_sha256: str = ""
     """SHA-256 of the traces of participation; the empty text if there are none."""
+    start_sha256: str = ""
+    """SHA-256 of the parameters that `method.init` has given; the empty text without it."""
     versions: dict[str, str] = field(default_factory=library_versions)
 
     @classmethod
-    def of(cls, config: RunConfig, backbone_sha256: str, data_sha256: str, traces_sha256: str = "") -> "Origin":
+    def of(cls, config: RunConfig, backbone: str, data: str, traces: str = "", start: str = "") -> "Origin":
+        """Takes the digests."""
         tree = json.loads(config.model_dump_json())
-        return cls(tree, config_digest(config), backbone_sha256, data_sha256, traces_sha256)
+        return cls(tree, config_digest(config), backbone, data, traces, start)
 
 
 @dataclass(frozen=True)

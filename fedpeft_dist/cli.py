@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,9 +18,6 @@ from fedpeft_dist import __version__
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import load_config, load_run_config
 from fedpeft_dist.runtime.command import leave_interrupted, run_app, stoppable, user_path
-
-if TYPE_CHECKING:
-    from fedpeft_dist.tracking.run_directory import RunDirectory
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 sweep_app = typer.Typer(help="Work through many runs that one file describes.", no_args_is_help=True)
@@ -155,8 +152,9 @@ def evaluate(run: RunPath, overrides: Overrides = None, as_json: AsJson = False)
     """Evaluate what a run has trained, on the data its config evaluates on, wherever it was trained."""
     from fedpeft_dist.federation.setup import evaluate_run
     from fedpeft_dist.runtime import process
+    from fedpeft_dist.tracking.run_directory import RunDirectory
 
-    directory = run_directory(run)
+    directory = RunDirectory.existing(run)
     here = process.fit_to_machine(load_config(directory.config_file).runtime)
     own = [f"runtime.device={here.device}", f"runtime.precision={here.precision}"]
     config = load_config(directory.config_file, [*own, *(overrides or ())])
@@ -171,28 +169,20 @@ def export(
     run: RunPath,
     overrides: Overrides = None,
     export_format: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="timm, peft or safetensors.", show_default=False)
+        str,
+        typer.Option("--format", metavar="FORMAT", help="timm, peft, safetensors, torch or onnx.", show_default=False),
     ] = ...,
     output: Annotated[Path | None, path_option("DIR", "The export's folder; RUN/export/FORMAT without it.")] = None,
 ) -> None:
-    """Write what a run has trained for use elsewhere: in timm, in Hugging Face peft, or as named tensors."""
+    """Write what a run has trained for use elsewhere: a model, a program, a peft adapter, or named tensors."""
     from fedpeft_dist.export import export_run
+    from fedpeft_dist.tracking.run_directory import RunDirectory
 
-    directory = run_directory(run)
+    directory = RunDirectory.existing(run)
     config = load_config(directory.config_file, overrides or ())
     folder, expression = export_run(config, directory, export_format, output)
     print(f"written: {folder}")
     print(f"reload:  {expression}")
-
-
-def run_directory(path: Path) -> "RunDirectory":
-    """Raises ConfigError if no run was begun there."""
-    from fedpeft_dist.tracking.run_directory import RunDirectory
-
-    directory = RunDirectory(path)
-    if not directory.config_file.exists():
-        raise ConfigError(f"{path}: no run's directory, it has no config.yaml")
-    return directory
 
 
 @app.command()

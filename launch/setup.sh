@@ -20,7 +20,7 @@ PYTHON=$venv/bin/python
 # An environment that has all imports of this package and its tests is used as it is, with this repository's package.
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 needed="import fedpeft_dist.cli, fedpeft_dist.federation.run, fedpeft_dist.reports.report, sklearn, submitit, tensorboard, h5py"
-[ "$extras" = test ] && needed="$needed, pytest, pytest_timeout, xdist, hypothesis, importlinter, ruff, datasets, peft, selenium"
+[ "$extras" = test ] && needed="$needed, pytest, pytest_timeout, xdist, hypothesis, importlinter, ruff, datasets, peft, selenium, onnx, onnxscript, onnxruntime"
 [ -n "$extras" ] && needed="$needed; from importlib.metadata import version; version('deepspeed')"
 if ! (cd / && "$PYTHON" -c "$needed") 2>/dev/null; then
     echo "installing fedpeft_dist into $venv (a few minutes the first time: PyTorch is large)"

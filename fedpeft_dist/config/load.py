@@ -116,7 +116,7 @@ def result_keys(config: RunConfig) -> dict[str, Any]:
         neutral.remove("data.root")
     if config.algorithm.name == "fedavg":  # it was once the only algorithm, and the digests of those runs stay valid
         neutral.add("algorithm.name")
-    lately = ("blocks", "rslora", "ranks")  # keys that methods once lacked, likewise
+    lately = ("blocks", "init", "rslora", "ranks")  # keys that methods once lacked, likewise
     neutral.update(f"method.{key}" for key in lately if not getattr(config.method, key, None))
     if config.runtime.sharding.quantize == "none":  # likewise
         neutral.add("runtime.sharding.quantize")

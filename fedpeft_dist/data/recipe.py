@@ -6,10 +6,16 @@ timm describes such steps by the arguments of `timm.data.create_transform`.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import ImageOps
+from PIL.Image import Image
 
 from fedpeft_dist.config.schema import DataConfig
 from fedpeft_dist.data.augment import choose_interpolation
+
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose
 
 SQUASH, CENTER = "squash", "center"
 """timm's names for images resized whole, and for images resized on the shorter side and cropped."""
@@ -58,6 +64,18 @@ class ImageRecipe:
         """The arguments of `timm.data.create_transform`."""
         size, fit = (self.channels, self.size, self.size), {"crop_pct": 1.0, "crop_mode": self.crop_mode}
         return {"input_size": size, "interpolation": self.interpolation, **fit, "mean": self.mean, "std": self.std}
+
+    def transform(self) -> "Compose":
+        """From a PIL picture of any size to the backbone's input, float32 [C, H, W]."""
+        from timm.data import create_transform  # it takes a second
+        from torchvision.transforms import Compose
+
+        return Compose([self._ready, *create_transform(**self.timm_arguments()).transforms])
+
+    def _ready(self, picture: Image) -> Image:
+        """A picture upright, if the run has turned pictures, and in the backbone's channels."""
+        picture = ImageOps.exif_transpose(picture) if self.upright else picture
+        return picture.convert({1: "L", 3: "RGB"}.get(self.channels, picture.mode))
 
     def describe(self) -> str:
         """The recipe in sentences, for a README."""

@@ -1,4 +1,4 @@
-"""Hands a finished run's parameters to other programs: a whole timm model, a peft adapter, or the tensors alone.
+"""Hands a finished run's parameters to other programs: a whole model, a peft adapter, or the tensors alone.
 
 An export is a folder with the weights, the files that rebuild a model around them, and a README.md. FORMATS maps each
 format's name to its writer:
@@ -6,6 +6,8 @@ format's name to its writer:
     timm         the backbone with the trained parameters merged in; plain timm loads it
     peft         an adapter of Hugging Face peft, over the plain timm model
     safetensors  the trained parameters by name, described by the file's metadata; any method
+    torch        the whole model as a program of torch.export; any method
+    onnx         the whole model for ONNX's runtimes; any method
 
 Which formats a method fits, the method itself says (`methods/method.py`). Everything is float32. A run that computed in
 half precision rounds differently, so its accuracy may differ by a sample or two.
@@ -14,6 +16,7 @@ half precision rounds differently, so its accuracy may differ by a sample or two
 import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,13 +24,21 @@ from safetensors import SafetensorError
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import RunConfig
 from fedpeft_dist.export.formats import README, SIGNATURE, Format, PeftFormat, SafetensorsFormat, TimmFormat
+from fedpeft_dist.export.programs import OnnxFormat, TorchFormat
 from fedpeft_dist.export.trained_run import load_run
 from fedpeft_dist.methods import make_method
 from fedpeft_dist.runtime.files import give_usual_mode
 from fedpeft_dist.tracking.run_directory import RunDirectory
 
-FORMATS: dict[str, Format] = {"timm": TimmFormat(), "peft": PeftFormat(), "safetensors": SafetensorsFormat()}
+FORMATS: dict[str, Format] = {
+    "timm": TimmFormat(),
+    "peft": PeftFormat(),
+    "safetensors": SafetensorsFormat(),
+    "torch": TorchFormat(),
+    "onnx": OnnxFormat(),
+}
 WEIGHTS = {"model.safetensors", "adapter_model.safetensors", "trainable.safetensors"}
+WEIGHTS |= {"model.pt2", "model.onnx", "model.onnx.data"}
 FILES = {README, "adapter_config.json", "base", "config.json"} | WEIGHTS
 
 
@@ -42,8 +53,9 @@ def export_run(config: RunConfig, directory: RunDirectory, name: str, output: Pa
         The folder, and the Python expression that loads it.
 
     Raises:
-        ConfigError: the format is unknown or does not fit the method; the run has not finished, or its parameters or
-            backbone cannot be read; the folder cannot be written or holds other things.
+        ConfigError: the format is unknown, does not fit the method or lacks a library; the run has not finished, or its
+            parameters or backbone cannot be read; the folder cannot be written or holds other things.
+        MachineFaultError: a written program computes something else than the model.
     """
     if name not in FORMATS:
         raise ConfigError(f"--format: {name!r} is none of {', '.join(FORMATS)}")
@@ -53,6 +65,12 @@ def export_run(config: RunConfig, directory: RunDirectory, name: str, output: Pa
         raise ConfigError(
             f"--format {name}: does not fit method {config.method.name!r}, {FORMATS[name].limits}; "
             f"give --format {' or '.join(fitting)}"
+        )
+    missing = [library for library in FORMATS[name].libraries if find_spec(library) is None]
+    if missing:
+        raise ConfigError(
+            f"--format {name}: needs the libraries {', '.join(missing)}; install them with "
+            f"pip install 'fedpeft_dist[{name}]'"
         )
     output = output or directory.path / "export" / name
     _check_output(output)

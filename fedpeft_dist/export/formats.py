@@ -30,6 +30,8 @@ class Format(ABC):
     """The attribute of a method that is None if the format does not fit the method; None if the format fits all."""
     limits = ""
     """The reason why a method may not fit, after "does not fit method 'prompt', "."""
+    libraries: tuple[str, ...] = ()
+    """The libraries that the format needs beside this package's own. The extra of the format's name has them."""
 
     def fits(self, method: Method) -> bool:
         return self.needs is None or getattr(method, self.needs) is not None
@@ -96,7 +98,7 @@ class PeftFormat(Format):
         return f"An adapter ({keys['peft_type']}) with the trained classifier, for Hugging Face peft:", [
             "from peft import PeftModel",
             f"model = {self.expression(run, HERE)}",
-            _transform_line(run),
+            transform_line(run),
         ]
 
     def expression(self, run: TrainedRun, folder: str) -> str:
@@ -125,7 +127,7 @@ class SafetensorsFormat(Format):
             f'with safe_open("{HERE}/trainable.safetensors", framework="pt") as file:',
             "    metadata = file.metadata()  # backbone, method, classes, image_size, crop_mode, mean, std, ...",
             "    tensors = {name: file.get_tensor(name) for name in file.keys()}",
-            _transform_line(run),
+            transform_line(run),
         ]
 
     def expression(self, run: TrainedRun, folder: str) -> str:
@@ -168,7 +170,7 @@ def _timm_model(folder: str) -> str:
     return f"timm.create_model({'local-dir:' + folder!r}, pretrained=True)"
 
 
-def _transform_line(run: TrainedRun) -> str:
+def transform_line(run: TrainedRun) -> str:
     """Python that prepares a picture as the run did."""
     return f"transform = timm.data.create_transform({_arguments(run.recipe.timm_arguments())})"
 

@@ -17,6 +17,7 @@ from fedpeft_dist.data import count_classes
 from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import attach_method, make_method
+from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.methods.method import Method
 from fedpeft_dist.tracking.run_directory import COMPLETE, RunDirectory
 from fedpeft_dist.tracking.same_run import check_same
@@ -32,12 +33,17 @@ class TrainedRun:
     config: RunConfig
     trained: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str]
-    backbone: Backbone
+    model: LaneModel
+    """The backbone with its method. Its own parameters are those before the first round."""
     frozen: Mapping[str, torch.Tensor]
     """The backbone's tensors before training, buffers included, by timm's names."""
     num_classes: int
     recipe: ImageRecipe
     """The way in which the run has prepared its images."""
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.model.backbone
 
     @property
     def method(self) -> Method:
@@ -83,11 +89,12 @@ def load_run(config: RunConfig, directory: RunDirectory) -> TrainedRun:
     check_same(metadata["backbone_sha256"], backbone.sha256, file, "backbone")
     frozen = dict(backbone.model.state_dict())  # the method takes modules apart, but changes no tensor
     try:
-        attach_method(backbone, config.method, seed=0).layout.join(trained)
+        model = attach_method(backbone, config.method, derive_seed(config.seed, "method"))
+        model.layout.join(trained)
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
     recipe = ImageRecipe.from_metadata(metadata) or _likely_recipe(config, backbone, file)
-    return TrainedRun(config, trained, metadata, backbone, frozen, num_classes, recipe)
+    return TrainedRun(config, trained, metadata, model, frozen, num_classes, recipe)
 
 
 def _likely_recipe(config: RunConfig, backbone: Backbone, file: Path) -> ImageRecipe:

@@ -52,7 +52,8 @@ class OpenRun:
         if self.watch.lock is not None and self.saved_round != state.round:
             simulation = self.simulation
             setup, traces = simulation.setup, simulation.participation.sha256
-            origin = Origin.of(simulation.config, setup.model.backbone.sha256, setup.data_sha256, traces)
+            digests = (setup.model.backbone.sha256, setup.data_sha256, traces, setup.start.sha256)
+            origin = Origin.of(simulation.config, *digests)
             save_checkpoint(self.directory.checkpoints, Checkpoint(state, origin, simulation.noise))
         self.saved_round = state.round
 
@@ -209,6 +210,7 @@ def _prepare(found: _Found, runtime: Runtime) -> Preparation:
         check_same_run(parse_config(origin.config, f"{found.directory.checkpoints}"), config, path)
     check_same(origin.backbone_sha256, setup.model.backbone.sha256, path, "backbone")
     check_same(origin.data_sha256, setup.data_sha256, path, "data")
+    check_same(origin.start_sha256, setup.start.sha256, path, "start")
     preparation = prepare(setup, checkpoint.noise)
     check_same(origin.traces_sha256, preparation.participation.sha256, path, "traces")
     plan, budget = preparation.privacy_plan, getattr(config.privacy, "stop_at_epsilon", None)

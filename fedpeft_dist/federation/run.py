@@ -86,6 +86,8 @@ def _log(opened: OpenRun, runtime: Runtime) -> Iterator[RunLog]:
             log.write_setting(counts, setup.partition.num_clients, setup.dataset.class_names)
             if note := simulation.participation.describe():
                 log.note(note)
+            if setup.start.note and state.round == 0:
+                log.note(setup.start.note)
             if setup.quantized_weights:
                 whole = setup.model.backbone.num_parameters
                 log.note(f"{setup.quantized_weights:,} of {whole:,} parameters are frozen and kept in 8 bits")

@@ -21,6 +21,7 @@ from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.data.store import DeviceStore, choose_resident
 from fedpeft_dist.federation.evaluation import Evaluator, client_accuracies, own_batches
 from fedpeft_dist.federation.prefix_cache import Feed, PrefixCache
+from fedpeft_dist.federation.start import find_start
 from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
 from fedpeft_dist.lanes.quantized import quantize_frozen
@@ -47,7 +48,8 @@ LANE_BY_LANE = 500_000
 class Setup:
     """
     Raises:
-        ConfigError: the data cannot be read, the partition is impossible, or the method does not fit the backbone.
+        ConfigError: the data cannot be read, the partition is impossible, or the method does not fit the backbone or
+            the folder of `method.init`.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime):
@@ -67,7 +69,8 @@ class Setup:
         the same on every rank, in every round and on resume."""
         forget_peak_memory(HOST)
         self.model = build_lane_model(config, self.dataset.num_classes, deferred=runtime.mesh is not None)
-        self.initial_vector = self.model.initial_vector().to(runtime.device)
+        self.start = find_start(config, self.model)
+        self.initial_vector = self.start.vector.to(runtime.device)
         self.quantized_weights = self._quantize()
         """The number of frozen weights that are kept as 8-bit integers."""
         freeze(self.model.backbone.model, runtime.compute_dtype, runtime.device)
@@ -265,6 +268,7 @@ def evaluate_run(config: RunConfig, directory: RunDirectory, runtime: Runtime) -
         ConfigError: the parameters cannot be read, or belong to another method or backbone.
     """
     tensors, metadata = directory.read_trainable()
+    config = with_values(config, "method", init=None)  # what the run has trained replaces it
     sharding = config.runtime.sharding
     if runtime.world_size % sharding.size:  # a run of many ranks may be evaluated by one
         sharding = ShardingConfig()

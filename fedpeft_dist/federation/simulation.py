@@ -220,6 +220,7 @@ class Simulation:
             seed = draw_noise_seed(self.runtime)
         else:
             digests = (setup.data_sha256, setup.model.backbone.sha256, self.participation.sha256)
+            digests += (setup.start.sha256,) if setup.start.sha256 else ()
             seed = derive_noise_seed(config, digests, setup.dataset.train, plan.noise_multipliers, self.runtime)
         if config.privacy.name == "user":
             self.participation.draw_cohorts_from(derive_seed(seed, "cohorts"))

@@ -117,7 +117,8 @@ def lane_aligned(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
     Elementwise kernels may round differently in their vectorised body and their tail (see lanes/parameters.py).
     """
     size = x.numel() // num_lanes
-    padding = -size % ALIGNMENT
+    is_exported = isinstance(size, torch.SymInt)  # the batch size is open, and a program has no lanes to align
+    padding = 0 if is_exported else -size % ALIGNMENT
     if padding == 0:
         return function(x)
     lanes = nn.functional.pad(x.reshape(num_lanes, size), (0, padding))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedpeft_dist.backbones.deferred import device_of, made
 from fedpeft_dist.config.schema import DoraConfig
 from fedpeft_dist.lanes.dropout import make_dropout
 from fedpeft_dist.lanes.ops import lane_affine, lane_linear, lane_scale
@@ -38,8 +39,8 @@ class LaneDora(LaneModule):
 
     def __init__(self, name: str, linear: nn.Linear, config: DoraConfig, target: str):
         super().__init__()
-        rank, device = config.rank_of(target), linear.weight.device
-        squares = linear.weight.detach().double().square().sum(dim=1)
+        rank, device = config.rank_of(target), device_of(linear.weight)
+        squares = made(linear.weight).detach().double().square().sum(dim=1)
         self.declare("a", name + A, initial_a(rank, linear))
         self.declare("b", name + B, torch.zeros(linear.out_features, rank, device=device))
         self.declare("magnitude", name + MAGNITUDE, squares.sqrt().float(), cast=False)

@@ -20,6 +20,7 @@ import math
 import torch
 from torch import nn
 
+from fedpeft_dist.backbones.deferred import device_of
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import FactTkConfig, FactTtConfig
@@ -81,10 +82,10 @@ class Fact(Method):
         model, config = backbone.model, self.config
         linears = {name: model.get_submodule(name) for name in find_targets(backbone, config.targets, config.blocks)}
         width = self._width(linears, type(model).__name__)
-        factors = Factors(config, width, next(iter(linears.values())).weight.device)
+        factors = Factors(config, width, device_of(next(iter(linears.values())).weight))
         counts = {name: linear.weight.numel() // width**2 for name, linear in linears.items()}
         for name, linear in linears.items():
-            initial = self._initial_pieces(counts[name], sum(counts.values()), linear.weight.device)
+            initial = self._initial_pieces(counts[name], sum(counts.values()), device_of(linear.weight))
             replace_layer(model, name, LaneFact(name, linear, factors, initial, config))
         return train_head(backbone)
 

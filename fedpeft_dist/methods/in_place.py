@@ -11,6 +11,7 @@ A layer that ends with the addition of its bias becomes the layer without a bias
 The large product stays one product over all lanes.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from fedpeft_dist.methods.method import Method, Tensors
 # The dimension of the channels in a norm layer's output. Only exact types: a subclass may do more after the addition.
 NORM_CHANNEL_DIM = {nn.LayerNorm: -1, LayerNorm: -1, LayerNorm2d: 1, nn.BatchNorm2d: 1, nn.GroupNorm: 1}
 CHANNEL_DIM = {nn.Linear: -1, nn.Conv2d: 1, **NORM_CHANNEL_DIM}
+PEFT_NORM = "ln_tuning_layers"  # peft's name for its copy of a layer, in the layer's place
 
 
 class LaneLinear(LaneModule):
@@ -126,6 +128,19 @@ class Norm(InPlaceMethod):
             known, kind = "LayerNorm, BatchNorm2d, GroupNorm", type(model).__name__
             raise ConfigError(f"method.name: 'norm' finds no {known} with scale and bias in {kind}")
         return train_head(backbone)
+
+    def to_peft(self, model: nn.Module, trained: Tensors) -> tuple[dict[str, Any], Tensors]:
+        """peft copies each layer, so the statistics of batch norm go along."""
+        tensors = {}
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LaneNorm)}
+        for name, tensor in trained.items():
+            layer, _, attribute = name.rpartition(".")
+            tensors[f"{layer}.{PEFT_NORM}.{attribute}" if layer in layers else name] = tensor
+        for name, layer in layers.items():
+            tensors |= {f"{name}.{PEFT_NORM}.{key}": buffer for key, buffer in layer.layer.named_buffers()}
+        # A list would match every module whose name ends so, and timm has several called `norm`.
+        names = "|".join(re.escape(name) for name in layers)
+        return {"peft_type": "LN_TUNING", "target_modules": names}, tensors
 
 
 def train_biases(model: nn.Module, scope: Scope, method: str) -> bool:

@@ -52,6 +52,12 @@ class LaneModule(nn.Module):
         for attribute, (name, _) in self.declared.items():
             setattr(self, attribute, views[name])
 
+    def register(self) -> None:
+        """Makes the bound tensors parameters of this module, with memory of their own; not to be bound again."""
+        for attribute in self.declared:
+            # Not by setattr, which refuses an attribute that the module passes on to its frozen layer.
+            self._parameters[attribute] = nn.Parameter(self.__dict__.pop(attribute).detach().clone())
+
 
 class LaneModel:
     """A backbone with a method, as the trainer and the evaluation use it.

@@ -48,7 +48,7 @@ class LanePrefix(LaneModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         own = self.qkv(x[:, self.tokens :])
         learned = torch.cat([torch.zeros_like(self.keys), self.keys, self.values], dim=-1)
-        return torch.cat([lane_tokens(learned, len(x)).to(own.dtype), own], dim=1)
+        return torch.cat([lane_tokens(learned, x.shape[0]).to(own.dtype), own], dim=1)
 
 
 class PrefixedAttention(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedpeft_dist.backbones.deferred import device_of
 from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.schema import VeraConfig
 from fedpeft_dist.lanes.dropout import make_dropout
@@ -57,7 +58,7 @@ class Projections:
 
     def _layer(self, side: str, size: int, like: nn.Linear) -> nn.Linear:
         if (side, size) not in self.parameters:
-            matrix = getattr(self, side)(size).to(like.weight.device).contiguous()
+            matrix = getattr(self, side)(size).to(device_of(like.weight)).contiguous()
             self.parameters[side, size] = nn.Parameter(matrix, requires_grad=False)
         weight = self.parameters[side, size]
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -70,7 +71,7 @@ class LaneVera(LaneModule):
 
     def __init__(self, name: str, linear: nn.Linear, config: VeraConfig, projections: Projections):
         super().__init__()
-        device = linear.weight.device
+        device = device_of(linear.weight)
         self.declare("outer", name + OUTER, torch.zeros(linear.out_features, device=device))
         self.declare("inner", name + INNER, torch.full((config.rank,), config.initial, device=device))
         self.linear = linear

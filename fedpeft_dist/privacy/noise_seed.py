@@ -1,9 +1,9 @@
 """The seed of a private run's noise and, where cohorts are secret, of these.
 
 Two releases must never have the same noise, or their difference would have none. So the noise follows from the config's
-seed and from all that makes a run's releases: its config, noise multipliers, traces and backbone, every image of its
-training split, and the machinery that computes them. A run keeps its noise seed in its checkpoints, which are as secret
-as the config's seed.
+seed and from all that makes a run's releases: its config, noise multipliers, traces, backbone and first parameters,
+every image of its training split, and the machinery that computes them. A run keeps its noise seed in its checkpoints,
+which are as secret as the config's seed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def derive_noise_seed(
 
     Args:
         config: with the values that `auto` stood for.
-        digests: of the data set, the backbone and the traces.
+        digests: of the data set, the backbone, the traces, and the parameters of `method.init`.
         train: the clients' training images. Rank 0 reads all of them.
         noise_multipliers: float64, on the CPU.
     """

@@ -36,6 +36,17 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
 
+    @classmethod
+    def existing(cls, path: Path) -> "RunDirectory":
+        """
+        Raises:
+            ConfigError: no run was begun there.
+        """
+        directory = cls(path)
+        if not directory.config_file.exists():
+            raise ConfigError(f"{path}: no run's directory, it has no config.yaml")
+        return directory
+
     def lock(self, owner: Owner | None = None, stop: StopRequest | None = None) -> RunLock:
         """Makes this process the run's only writer, and removes files that killed writers have left half-written.
 

@@ -14,7 +14,7 @@ from fedpeft_dist.tracking.run_directory import COMPLETE
 
 
 def check_same(expected: str, actual: str, path: Path, what: str) -> None:
-    """Refuses to go on with another backbone, other data or other traces than a run began with.
+    """Refuses to go on with another backbone, other data, traces or first parameters than a run began with.
 
     Args:
         expected: the digest that the run has stored.
@@ -37,6 +37,7 @@ _THINGS = {
     "backbone": ("was trained on a backbone of other weights", "weights"),
     "data": ("was begun on other data", "files below data.root"),
     "traces": ("was begun with other traces", "files of federation.participation"),
+    "start": ("was begun from other parameters", "files of method.init"),
 }
 
 

@@ -14,23 +14,26 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import onnxruntime
 import pytest
 import safetensors.torch
 import timm
 import torch
 import yaml
 from peft import PeftModel, get_peft_model_state_dict
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
+import fedpeft_dist
 from fedpeft_dist import cli, export
 from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.load import load_config
 from fedpeft_dist.data import load_dataset
 from fedpeft_dist.data.augment import make_transform
+from fedpeft_dist.data.recipe import ImageRecipe
 from fedpeft_dist.data.store import DeviceStore
 from fedpeft_dist.export import formats
 from fedpeft_dist.export.trained_run import load_run
@@ -220,31 +223,30 @@ def test_timm_knows_how_the_images_are_prepared(train: Train, command: Any) -> N
     assert model.num_classes == CLASSES
 
 
-@pytest.mark.parametrize("export_format", ["timm", "peft"])
-def test_the_embedded_backbone_is_rebuilt_without_this_package(
-    train: Train, command: Any, tmp_path: Path, export_format: str
-) -> None:
+def test_the_embedded_backbone_is_rebuilt_without_this_package(train: Train, command: Any, tmp_path: Path) -> None:
     """In a process of its own, which never imports it."""
     run = train(ALL_TARGETS, {"name": "glyph_vit", "pretrained": True}, 32)
-    lines = command("export", run, "--format", export_format, "--output", tmp_path / "exported")
+    lines = {name: command("export", run, "--format", name, "--output", tmp_path / name) for name in ("timm", "peft")}
     torch.save(random_images(1, 32), tmp_path / "images.pt")
     script = f"""
 import sys, timm, torch
-{"from peft import PeftModel" if export_format == "peft" else ""}
-model = {lines[-1].removeprefix("reload:").strip()}
+images = torch.load("images.pt")
 with torch.no_grad():
-    torch.save(model(torch.load("images.pt")), "logits.pt")
+    timm_logits = {lines["timm"][-1].removeprefix("reload:").strip()}(images)
+    from peft import PeftModel
+    peft_logits = {lines["peft"][-1].removeprefix("reload:").strip()}(images)
+torch.save([timm_logits, peft_logits], "logits.pt")
 assert "fedpeft_dist" not in sys.modules
 """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=300)
     expected = logits_of_run(run, random_images(1, 32))
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
-    model = reload(lines)
-    source = tmp_path / "exported" / ("base" if export_format == "peft" else "") / "config.json"
-    config = json.loads(source.read_text())["pretrained_cfg"]
-    assert config["interpolation"] == "bilinear"
-    assert accuracy(model, config, 1, 32) == final_accuracy(run)
+    for logits in torch.load(tmp_path / "logits.pt"):
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for name, source in (("timm", "timm/config.json"), ("peft", "peft/base/config.json")):
+        config = json.loads((tmp_path / source).read_text())["pretrained_cfg"]
+        assert config["interpolation"] == "bilinear"
+        assert accuracy(reload(lines[name]), config, 1, 32) == final_accuracy(run)
 
 
 @pytest.fixture(scope="module")
@@ -454,8 +456,23 @@ def test_exports_a_run_without_a_recipe_of_its_images(
         (VIT, DORA, 8),
         (VIT, VERA, 8),
         (SWIN, VERA, 32),
+        (VIT, {"name": "norm"}, 8),
+        (CONVNEXT, {"name": "norm"}, 32),
+        (RESNET, {"name": "norm"}, 32),
     ],
-    ids=["qkv", "all targets", "swin", "parts", "ia3", "dora", "vera", "vera swin"],
+    ids=[
+        "qkv",
+        "all targets",
+        "swin",
+        "parts",
+        "ia3",
+        "dora",
+        "vera",
+        "vera swin",
+        "norm",
+        "norm of stages",
+        "batch norm",
+    ],
 )
 def test_plain_peft_computes_the_same_as_the_run(
     train: Train, command: Any, backbone: dict[str, Any], method: dict[str, Any], side: int
@@ -472,6 +489,7 @@ def test_plain_peft_computes_the_same_as_the_run(
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # peft warns of what it does not find
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # it says so of every norm
         model = reload(lines)
         own = get_peft_model_state_dict(model)
     assert_same_function(model, run, side=side)
@@ -552,6 +570,53 @@ def test_the_files_metadata_describes_the_tensors(train: Train, command: Any, me
     assert (json.loads(told["image_size"]), told["interpolation"]) == (8, "bicubic")
 
 
+# --- load_model and programs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*METHODS, PROMPT, ADAPTER], ids=lambda method: f"{method['name']}{len(method)}")
+def test_load_model_computes_the_same_as_the_run(train: Train, method: dict[str, Any]) -> None:
+    run = train(method)
+    model = fedpeft_dist.load_model(str(run))
+    assert_same_function(model, run)
+    again = fedpeft_dist.load_model(run)
+    with torch.no_grad():
+        for tensor in again.state_dict().values():
+            tensor.zero_()
+    again.load_state_dict(model.state_dict())
+    assert_same_function(again, run)
+    pictures = [Image.fromarray(digit.astype("uint8") * 15) for digit in load_digits().images[:3]]
+    images = torch.stack([model.transform(picture) for picture in pictures])
+    assert images.shape == (3, 3, 8, 8)
+    assert model(images).shape == (3, CLASSES)
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_picture_is_turned_and_prepared_as_the_run_did(upright: bool) -> None:
+    transform = ImageRecipe(32, 1, "bilinear", "squash", (0.5,), (0.5,), upright).transform()
+    pixels = torch.arange(6 * 32, dtype=torch.uint8).view(6, 32).numpy()
+    picture = Image.fromarray(pixels).convert("RGB")
+    picture.getexif()[ExifTags.Base.Orientation] = 3  # upside down
+    prepared = transform(picture)
+    assert prepared.shape == (1, 32, 32)
+    assert (prepared[0, 0, 0] > prepared[0, -1, -1]) == upright
+    assert prepared.abs().max() == 1
+
+
+def test_programs_are_written_and_loaded_by_the_printed_line(train: Train, command: Any) -> None:
+    run = train(PROMPT)
+    command("export", run, "--format", "torch")
+    lines = command("export", run, "--format", "torch")  # it takes the older one's place
+    assert files(run / "export" / "torch") == {"model.pt2", "README.md"}
+    program = eval(lines[-1].removeprefix("reload:").strip(), {"torch": torch})
+    expected = logits_of_run(run, random_images())
+    torch.testing.assert_close(program(random_images()), expected, rtol=1e-5, atol=1e-5)
+    lines = command("export", run, "--format", "onnx")
+    assert files(run / "export" / "onnx") == {"model.onnx", "README.md"}
+    session = eval(lines[-1].removeprefix("reload:").strip(), {"onnxruntime": onnxruntime})
+    (scores,) = session.run(None, {"images": random_images().numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), expected, rtol=1e-5, atol=1e-5)
+
+
 # --- mistakes ----------------------------------------------------------------------------------------------------
 
 
@@ -560,11 +625,12 @@ def test_formats_that_do_not_fit_are_refused_by_the_methods_name(train: Train, r
         line = refused("export", train(method), "--format", "timm")
         assert "--format timm" in line
         assert f"'{method['name']}'" in line
-        assert line.endswith("give --format safetensors")
+        assert line.endswith("give --format safetensors or torch or onnx")
     line = refused("export", train({"name": "bias"}), "--format", "peft")
     assert "'bias'" in line
-    assert line.endswith("give --format timm or safetensors")
-    assert refused("export", train(LORA), "--format", "onnx").endswith("'onnx' is none of timm, peft, safetensors")
+    assert line.endswith("give --format timm or safetensors or torch or onnx")
+    line = refused("export", train(LORA), "--format", "tflite")
+    assert line.endswith("'tflite' is none of timm, peft, safetensors, torch, onnx")
     assert "--format" in refused("export", train(LORA))
 
 
@@ -649,4 +715,4 @@ def test_an_older_export_is_replaced_only_by_a_whole_one(
 
 
 def test_every_format_has_a_name_of_its_own() -> None:
-    assert list(export.FORMATS) == ["timm", "peft", "safetensors"]
+    assert list(export.FORMATS) == ["timm", "peft", "safetensors", "torch", "onnx"]

@@ -42,8 +42,15 @@ ARGUMENTS = {
     "participation.py": ["20", "200"],
     "partition_ends.py": ["--seeds", "1"],
 }
-STARTS_PROCESSES = {"round_overhead.py", "population.py", "sharding.py", "fit_memory.py", "peers/race.py"}
-"""They start whole commands, which takes seconds each."""
+STARTS_PROCESSES = {
+    "round_overhead.py",
+    "population.py",
+    "sharding.py",
+    "fit_memory.py",
+    "export_error.py",
+    "peers/race.py",
+}
+"""They start whole processes, which takes seconds each. tests/cli/test_exported_programs.py uses export_error.py."""
 TRAINS_LONG = {
     *("checkpoint_cost.py", "loader.py", "privacy_audit.py", "privacy_cost.py", "robust_mean.py", "tune_quickstart.py"),
 }

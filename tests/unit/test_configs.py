@@ -118,6 +118,7 @@ EXPERIMENT_CELLS = {
     "pretraining": 5 * 2 * 3,
     "privacy": (5 * 2 + 5) * 3,
     "dropout": 4 * 4 * 3,
+    "methods": len(METHODS) * 3 * 3,
 }
 
 
@@ -162,6 +163,17 @@ def test_the_scale_sweeps_subsample_and_top_up() -> None:
         assert all(cell.config.data.partition.top_up for cell in cells)
         assert {cell.config.data.partition.min_samples for cell in cells} == {1}
         assert {cell.config.data.partition.alpha for cell in cells} == {0.5 if data == "pcam" else 0.1}
+
+
+@pytest.mark.parametrize("data", [*PAPER_DATA, "offline/digits", "offline/glyphs100"])
+def test_the_methods_sweeps_give_every_method_the_same_rates_and_seeds(data: str) -> None:
+    cells = load_sweep(REPOSITORY / "configs" / "sweeps" / data / "methods.yaml")
+    tried = [(type(c.config.method), c.config.client.optimizer.lr, c.config.seed) for c in cells]
+    rates = {rate for _, rate, _ in tried}
+    assert set(tried) == {(kind, rate, seed) for kind in METHODS for rate in rates for seed in (1, 42, 3407)}
+    assert len(rates) == 3
+    assert all(c.config.data.validation and c.config.federation.evaluate_clients for c in cells)
+    assert {c.config.federation.evaluate_on for c in cells} == {"test"}
 
 
 @pytest.mark.parametrize("data", PAPER_DATA)

@@ -15,7 +15,7 @@ from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import result_keys
 from fedpeft_dist.config.schema import DataSection, RunConfig
-from fedpeft_dist.config.schema.types import Section
+from fedpeft_dist.config.schema.types import MethodSection
 from fedpeft_dist.data import DATASETS, count_classes, load_dataset, prefetch_data
 from fedpeft_dist.data.datasets import Contents, Dataset, ImageSet, Part
 from fedpeft_dist.data.partition import make_partition
@@ -35,7 +35,7 @@ from tests.data_fixtures import data_config, run_tree
 CLASSES, WIDTH = 10, 32
 
 
-class ScaleConfig(Section):
+class ScaleConfig(MethodSection):
     name: Literal["scale"]
 
 
@@ -99,14 +99,15 @@ def test_a_new_method_is_trained_priced_and_exported_as_one_timm_model(
     monkeypatch.setitem(METHODS, ScaleConfig, Scale)
     assert compute_cost(config).trainable_parameters == WIDTH
     trained, images, scores = train_a_step(config)
-    backbone = build_lane_model(config, CLASSES).backbone
+    model = build_lane_model(config, CLASSES)
+    backbone = model.backbone
     recipe = ImageRecipe.of(config.data, backbone.interpolation, backbone.mean, backbone.std, cropped=False)
-    run = TrainedRun(config, trained, {}, backbone, dict(backbone.plain.state_dict()), CLASSES, recipe)
+    run = TrainedRun(config, trained, {}, model, dict(backbone.plain.state_dict()), CLASSES, recipe)
     TimmFormat().write(run, tmp_path)
-    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    reloaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(images), scores, rtol=1e-5, atol=1e-5)
-    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+        torch.testing.assert_close(reloaded(images), scores, rtol=1e-5, atol=1e-5)
+    assert load_file(tmp_path / "model.safetensors").keys() == reloaded.state_dict().keys()
 
 
 def test_a_new_method_that_does_not_merge_is_refused_for_timm_in_one_line(
@@ -119,7 +120,7 @@ def test_a_new_method_that_does_not_merge_is_refused_for_timm_in_one_line(
             export_run(config, SimpleNamespace(path=tmp_path), name)
         message = str(caught.value)
         assert message.startswith(f"--format {name}: does not fit method 'scale', ")
-        assert message.endswith("give --format safetensors")
+        assert message.endswith("give --format safetensors or torch or onnx")
         assert "\n" not in message
 
 
@@ -128,7 +129,7 @@ def test_a_method_says_itself_whether_it_merges(kind: type[Method]) -> None:
     peft = {"Lora", "Ia3", "Dora", "Vera"}
     merges = {"Full", "Head", "Bias", "Norm", "Partial", "Ssf", "Fact", "Repadapter", "Diffit"} | peft
     assert (kind.merge is not None) == (kind.__name__ in merges)
-    assert (kind.to_peft is not None) == (kind.__name__ in peft)
+    assert (kind.to_peft is not None) == (kind.__name__ in peft | {"Norm"})
 
 
 class DotsConfig(DataSection):

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from fedpeft_dist.config.schema.types import Blocks, Count, Positive, Section
+from fedpeft_dist.config.schema.types import Blocks, Count, MethodSection, Positive
 
 
-class AdaptformerConfig(Section):
+class AdaptformerConfig(MethodSection):
     """A scaled bottleneck beside each block's MLP (AdaptFormer, Chen et al. 2022, arXiv 2205.13535)."""
 
     name: Literal["adaptformer"]
@@ -17,7 +17,7 @@ class AdaptformerConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class HoulsbyConfig(Section):
+class HoulsbyConfig(MethodSection):
     """Two adapters a block, after the attention and after the MLP (Houlsby et al. 2019, arXiv 1902.00751)."""
 
     name: Literal["houlsby"]
@@ -27,7 +27,7 @@ class HoulsbyConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class RepadapterConfig(Section):
+class RepadapterConfig(MethodSection):
     """A linear adapter in front of attention and MLP, which merges (RepAdapter, Luo et al. 2023, arXiv 2302.08106)."""
 
     name: Literal["repadapter"]
@@ -45,7 +45,7 @@ class RepadapterConfig(Section):
         return {told: self.bottleneck % self.groups != 0}
 
 
-class DiffitConfig(Section):
+class DiffitConfig(MethodSection):
     """Every bias and norm, and a scale for each residual branch (DiffFit, Xie et al. 2023, arXiv 2304.06648)."""
 
     name: Literal["diffit"]
@@ -54,7 +54,7 @@ class DiffitConfig(Section):
     block, such as the final norm, belongs to the last block."""
 
 
-class ConvpassConfig(Section):
+class ConvpassConfig(MethodSection):
     """A convolutional bypass beside attention and MLP (Convpass, Jie & Deng 2022, arXiv 2207.07039)."""
 
     name: Literal["convpass"]
@@ -66,7 +66,7 @@ class ConvpassConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class PrefixConfig(Section):
+class PrefixConfig(MethodSection):
     """Learned keys and values in each block's attention (prefix tuning, Li & Liang 2021, arXiv 2101.00190)."""
 
     name: Literal["prefix"]

@@ -25,7 +25,7 @@ from fedpeft_dist.config.schema.reparameterized import (
     SsfConfig,
     VeraConfig,
 )
-from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, Section
+from fedpeft_dist.config.schema.types import Blocks, Channels, Count, Fraction, MethodSection, Section
 
 
 class BackboneConfig(Section):
@@ -53,19 +53,19 @@ class BackboneConfig(Section):
         }
 
 
-class FullConfig(Section):
+class FullConfig(MethodSection):
     """Full fine-tuning: every parameter."""
 
     name: Literal["full"]
 
 
-class HeadConfig(Section):
+class HeadConfig(MethodSection):
     """The classifier alone. All other methods train it too."""
 
     name: Literal["head"]
 
 
-class BiasConfig(Section):
+class BiasConfig(MethodSection):
     """Every bias (BitFit, Zaken et al. 2022, arXiv 2106.10199)."""
 
     name: Literal["bias"]
@@ -74,7 +74,7 @@ class BiasConfig(Section):
     block, such as the final norm, belongs to the last block."""
 
 
-class NormConfig(Section):
+class NormConfig(MethodSection):
     """The scale and bias of every normalisation layer."""
 
     name: Literal["norm"]
@@ -83,7 +83,7 @@ class NormConfig(Section):
     block, such as the final norm, belongs to the last block."""
 
 
-class PromptConfig(Section):
+class PromptConfig(MethodSection):
     """Learned tokens beside the image's own (VPT, Jia et al. 2022, arXiv 2203.12119)."""
 
     name: Literal["prompt"]
@@ -97,7 +97,7 @@ class PromptConfig(Section):
     leave after the last, so these blocks must follow each other."""
 
 
-class AdapterConfig(Section):
+class AdapterConfig(MethodSection):
     """Small residual modules on the output of each block's MLP (Houlsby et al. 2019, arXiv 1902.00751)."""
 
     name: Literal["adapter"]
@@ -109,7 +109,7 @@ class AdapterConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class PartialConfig(Section):
+class PartialConfig(MethodSection):
     """The last blocks and the final norm in full."""
 
     name: Literal["partial"]

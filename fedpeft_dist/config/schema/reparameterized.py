@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedpeft_dist.config.schema.types import Blocks, Count, Fraction, Positive, Section
+from fedpeft_dist.config.schema.types import Blocks, Count, Fraction, MethodSection, Positive
 
 Layer = Literal["qkv", "proj", "fc1", "fc2"]
 """A linear layer of a block: qkv and proj belong to the attention, fc1 and fc2 to the MLP."""
@@ -13,7 +13,7 @@ Target = Literal["qkv", "q", "k", "v", "proj", "fc1", "fc2"]
 """The same, or the queries', keys' or values' part of qkv."""
 
 
-class LoraConfig(Section):
+class LoraConfig(MethodSection):
     """Low-rank updates of linear layers (Hu et al. 2021, arXiv 2106.09685)."""
 
     name: Literal["lora"]
@@ -48,7 +48,7 @@ class LoraConfig(Section):
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-class SsfConfig(Section):
+class SsfConfig(MethodSection):
     """A scale and a shift after every layer (SSF, Lian et al. 2022, arXiv 2210.08823)."""
 
     name: Literal["ssf"]
@@ -57,7 +57,7 @@ class SsfConfig(Section):
     block, such as the final norm, belongs to the last block."""
 
 
-class Ia3Config(Section):
+class Ia3Config(MethodSection):
     """A scale for keys, values and the MLP's inner activations ((IA)^3, Liu et al. 2022, arXiv 2205.05638)."""
 
     name: Literal["ia3"]
@@ -74,7 +74,7 @@ class DoraConfig(LoraConfig):
     targets: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)] = ("qkv",)
 
 
-class VeraConfig(Section):
+class VeraConfig(MethodSection):
     """Scales of a frozen random low-rank path that all layers share (VeRA, Kopiczko et al. 2023, arXiv 2310.11454)."""
 
     name: Literal["vera"]
@@ -90,7 +90,7 @@ class VeraConfig(Section):
     """Which blocks are adapted: the last k, or a list of indices; null: all."""
 
 
-class FactSection(Section):
+class FactSection(MethodSection):
     rank: Count
     scale: Positive = 1.0
     """The factor of all updates."""

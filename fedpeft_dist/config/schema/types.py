@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedpeft_dist.config.paths import UserPath
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -29,3 +31,12 @@ class Section(BaseModel):
     def problems(self) -> dict[str, bool]:
         """Each way in which valid fields may disagree, as a message, and whether they do. The first one is told."""
         return {}
+
+
+class MethodSection(Section):
+    """The keys of every method."""
+
+    name: str
+    init: UserPath | None = None
+    """A folder whose parameters the first round starts with: an earlier run's directory, a safetensors export, or an
+    adapter of Hugging Face peft, of the same method and backbone. null: the method's own initial values."""
