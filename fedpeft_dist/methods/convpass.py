@@ -79,10 +79,11 @@ class Convpass(Method):
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, config, kind = backbone.model, self.config, type(backbone.model).__name__
+        scope = Scope(model, config.blocks)
         if not isinstance(model, GRID_MODELS):
             known = ", ".join(own.__name__ for own in GRID_MODELS)
             raise ConfigError(f"method.name: 'convpass' needs a grid of patch tokens ({known}), {kind} has none")
-        branches, device = find_branches(model, Scope(model, config.blocks)), next(model.parameters()).device
+        branches, device = find_branches(model, scope), next(model.parameters()).device
         if not branches:
             raise ConfigError(f"method.name: 'convpass' needs attn and mlp in every block, {kind} has other blocks")
         grid = model.patch_embed.dynamic_feat_size((backbone.image_size, backbone.image_size))

@@ -50,7 +50,8 @@ def total_of(aggregation: Aggregation, round_number: int = 0) -> RoundTotal:
 def total_on_rank(rank: int, aggregation: Aggregation, round_number: int) -> RoundTotal:
     """What a rank brings to the round's total, as the round's all-reduce takes it."""
     runtime = Runtime(Launch(rank=rank, world_size=2), torch.device("cpu"), "fp32", threads=1)
-    total, _, _ = sum_over_ranks(aggregation, round_number, Watch(StopRequest()), SimpleNamespace(runtime=runtime))
+    simulation = SimpleNamespace(runtime=runtime, trainer=SimpleNamespace(num_passes=0, num_padded=0))
+    total, *_ = sum_over_ranks(aggregation, round_number, Watch(StopRequest()), simulation)
     return total
 
 
