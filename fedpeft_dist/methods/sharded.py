@@ -5,6 +5,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedpeft_dist.backbones.deferred import made, replace
 from fedpeft_dist.backbones.repeated import repeated_blocks
+from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.methods.lane_model import LaneModel
 from fedpeft_dist.runtime.process import Runtime
@@ -22,16 +23,20 @@ def check_sharding(model: LaneModel, name: str) -> None:
             f"runtime.sharding: backbone.name: {name} has BatchNorm layers, as small convolutional networks have; give "
             "a transformer, or sharding: {size: 1, offload: none}"
         )
-    if not any(large_tensors(block) for block in model.backbone.blocks):
+    if not any(large_tensors(model.backbone)):
         raise ConfigError(
             f"runtime.sharding: backbone.name: {name} with this method has no repeated blocks of frozen weights; give "
             "sharding: {size: 1, offload: none}"
         )
 
 
-def large_tensors(block: nn.Module) -> list[nn.Parameter]:
-    """The frozen tensors of a block that are spread. Vectors, such as biases and norms, stay on every rank."""
-    return [parameter for parameter in block.parameters() if parameter.dim() >= 2]
+def large_tensors(backbone: Backbone) -> list[list[nn.Parameter]]:
+    """The backbone's own frozen matrices, block by block.
+
+    Vectors, such as biases and norms, stay on every rank. So does what a method adds, which several blocks may share.
+    """
+    own = {id(parameter) for parameter in backbone.plain.parameters() if parameter.dim() >= 2}
+    return [[tensor for tensor in block.parameters() if id(tensor) in own] for block in backbone.blocks]
 
 
 def shard_model(model: LaneModel, runtime: Runtime) -> ShardedBlocks:
@@ -40,7 +45,7 @@ def shard_model(model: LaneModel, runtime: Runtime) -> ShardedBlocks:
     The model and the plain one beside it gather a block when it is needed.
     """
     backbone = model.backbone
-    sharded = ShardedBlocks([large_tensors(block) for block in backbone.blocks], runtime.mesh, runtime.device)
+    sharded = ShardedBlocks(large_tensors(backbone), runtime.mesh, runtime.device)
     for number, tensors in enumerate(sharded.blocks):
         for tensor in tensors:
             replace(tensor, made(tensor).detach().to(runtime.device))

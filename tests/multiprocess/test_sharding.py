@@ -18,7 +18,7 @@ from tests.multiprocess.sharded_kills import run_trials
 from tests.multiprocess.sharding_worker import name_of
 from tests.warm_process import WarmRanks
 
-WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16"]
+WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16", "vera:fp32"]
 REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"]
 """Run by --slow alone."""
 SHARDED = {
@@ -27,6 +27,7 @@ SHARDED = {
         "adapter:bf16:2:split:cpu",
         "bias:fp32:2:shared:none",
         "bias:fp32:2:split:none:first",
+        "vera:fp32:2:split:none",  # its blocks share frozen matrices
     ],
     4: [
         "lora:fp32:2:split:none",
