@@ -23,11 +23,11 @@ from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
 from fedpeft_dist.lanes.optimizers import LaneAdamW, LaneSgd, clip_rows, make_lane_optimizer
 from fedpeft_dist.lanes.parameters import LaneParameters
-from fedpeft_dist.lanes.quantized import quantize_frozen
 from fedpeft_dist.methods import build_lane_model, make_method
 from fedpeft_dist.methods.compiled import repeated_blocks
 from fedpeft_dist.methods.lane_model import LaneModel, LaneModule, VmapLaneModel
 from fedpeft_dist.methods.merged import MergedModel, can_merge
+from fedpeft_dist.methods.quantized import quantize_frozen
 from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.process import Runtime
 from fedpeft_dist.training.gradients import MeanGradient, row_losses

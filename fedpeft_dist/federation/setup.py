@@ -24,11 +24,11 @@ from fedpeft_dist.federation.prefix_cache import Feed, PrefixCache
 from fedpeft_dist.federation.start import find_start
 from fedpeft_dist.lanes.attention import use_plain_attention
 from fedpeft_dist.lanes.onednn import choose_products, use_onednn
-from fedpeft_dist.lanes.quantized import quantize_frozen
 from fedpeft_dist.lanes.random import derive_seed
 from fedpeft_dist.methods import build_lane_model, make_method
 from fedpeft_dist.methods.lane_model import LaneModel, VmapLaneModel
 from fedpeft_dist.methods.merged import MergedModel, can_merge
+from fedpeft_dist.methods.quantized import quantize_frozen
 from fedpeft_dist.methods.sharded import check_sharding, shard_model
 from fedpeft_dist.runtime.memory import forget_peak_memory, peak_memory
 from fedpeft_dist.runtime.mesh import spread

@@ -17,27 +17,6 @@ from fedpeft_dist.lanes.onednn import onednn_product
 LARGEST = 127
 
 
-def quantize_frozen(model: nn.Module, plain: nn.Module, compute_dtype: torch.dtype) -> int:
-    """Replaces the linear layers that a method leaves frozen. Trained layers are no `nn.Linear` and stay.
-
-    Args:
-        model: with its method.
-        plain: the same model before the method changed it, with the same tensors. It gets the same replacements.
-
-    Returns:
-        The number of weights that are 8-bit integers now.
-    """
-    layers = {m.weight: QuantizedLinear.of(m, compute_dtype) for m in model.modules() if type(m) is nn.Linear}
-    for changed in (model, plain):
-        for name, module in list(changed.named_modules(remove_duplicate=False)):
-            if type(module) is nn.Linear and module.weight in layers:
-                changed.set_submodule(name, layers[module.weight].with_bias(module.bias))
-                if hasattr(changed.get_submodule(name.rpartition(".")[0]), "qkv_bias_separate"):
-                    # BEiT, EVA and SwinV2 would read the weight by themselves, and autograd would keep it.
-                    changed.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = True
-    return sum(layer.values.numel() for layer in layers.values())
-
-
 class QuantizedLinear(nn.Linear):
     """A linear layer with a frozen 8-bit weight; [R, ..., D] to [R, ..., E].
 
@@ -73,9 +52,8 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.scale.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        rows = x.to(dtype).flatten(
-            0, -2
-        )  # a model may add to the result in place, which autograd forbids for more axes
+        # A model may add to the result in place, which autograd forbids where the product has more than two axes.
+        rows = x.to(dtype).flatten(0, -2)
         return QuantizedProduct.apply(rows, self.values, self.scale, bias, self.use_onednn).view(*x.shape[:-1], -1)
 
 

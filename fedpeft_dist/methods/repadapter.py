@@ -26,9 +26,10 @@ from fedpeft_dist.methods.blocks import Scope
 from fedpeft_dist.methods.in_place import train_head
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method, Tensors
+from fedpeft_dist.methods.targets import PLACES, is_place, replace_layer
 
-PLACES = {"attention": (".attn.qkv", ".token_mixer.qkv", ".xca.qkv"), "mlp": (".mlp.fc1",)}
-"""The linear layers that an adapter stands in front of, by the end of their names."""
+TARGETS = {"qkv": "attention", "fc1": "mlp"}
+"""The linear layers that an adapter stands in front of, and their part of a block."""
 DOWN, UP = ".adapter.down", ".adapter.up"
 """The endings of the trained matrices' names, after the name of the linear layer."""
 
@@ -61,21 +62,17 @@ class Repadapter(Method):
     def build(self, backbone: Backbone) -> FoldedLaneModel:
         model, scope = backbone.model, Scope(backbone.model, self.config.blocks)
         kind, groups = type(model).__name__, self.config.groups
-        linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name in scope]
-        layers = [(name, linear) for name, linear in linears if linear not in backbone.shared_layers]
-        for part, endings in PLACES.items():
-            if not any(f".{name}".endswith(endings) for name, _ in layers):
-                sought = " or ".join(ending[1:] for ending in endings)
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name in scope}
+        layers = [name for name, linear in linears.items() if linear not in backbone.shared_layers]
+        for target, part in TARGETS.items():
+            if not any(is_place(name, target) for name in layers):
+                sought = " or ".join(PLACES[target])
                 raise ConfigError(f"method.name: 'repadapter' finds no linear layer {sought} of an {part} in {kind}")
-        for name, linear in layers:
-            if not f".{name}".endswith(sum(PLACES.values(), ())):
-                continue
-            if linear.in_features % groups:
-                raise ConfigError(f"method.groups: {groups} does not divide the width {linear.in_features} of {kind}")
-            model.set_submodule(name, LaneRepAdapter(name, linear, self.config))
-            attention = model.get_submodule(name.rpartition(".")[0])
-            if hasattr(attention, "qkv_bias_separate"):
-                attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 would read only the frozen weight
+        for name in (name for name in layers if any(is_place(name, target) for target in TARGETS)):
+            if linears[name].in_features % groups:
+                width = linears[name].in_features
+                raise ConfigError(f"method.groups: {groups} does not divide the width {width} of {kind}")
+            replace_layer(model, name, LaneRepAdapter(name, linears[name], self.config))
         return train_head(backbone)
 
     def merge(self, backbone: Tensors, trained: Tensors) -> dict[str, torch.Tensor]:

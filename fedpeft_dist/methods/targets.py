@@ -84,7 +84,7 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     model.set_submodule(name, layer)
     attention = model.get_submodule(name.rpartition(".")[0])
     if name.endswith("qkv") and hasattr(attention, "qkv_bias_separate"):
-        attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 would read only the frozen weight
+        attention.qkv_bias_separate = True  # BEiT, EVA and SwinV2 would read the weight by themselves
 
 
 def check_layers_are_called(model: nn.Module, layers: Iterable[str]) -> None:

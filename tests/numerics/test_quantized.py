@@ -15,7 +15,8 @@ from torch.nn import functional
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import config_digest, parse_config
 from fedpeft_dist.federation.setup import Setup
-from fedpeft_dist.lanes.quantized import QuantizedLinear, quantize_frozen
+from fedpeft_dist.lanes.quantized import QuantizedLinear
+from fedpeft_dist.methods.quantized import quantize_frozen
 from fedpeft_dist.runtime import process
 from fedpeft_dist.training.lane_check import check_lanes, verify_lanes
 from tests.tiny import tiny_tree, tiny_vit

@@ -45,18 +45,16 @@ PRINTED_MIB = {
     "norm": ("0.440", "3.52"),
 }
 
-L, D = 12, 768
-"""Blocks and width of ViT-B/16."""
-ADDED = {
-    "adaptformer": L * (2 * D * 64 + 64 + D),
-    "houlsby": 2 * L * (2 * D * 64 + 64 + D),
-    "repadapter": 2 * L * (D * 8 + D * 8 // 2),
-    "diffit": D * (15 * L + 3),
-    "convpass": 2 * L * (2 * D * 8 + 9 * 8**2 + 2 * 8 + D),
-    "prefix": 2 * L * 10 * D,
-}
-"""Trained parameters beside the head, by the formulas of the methods' docstrings."""
 WIDTH, DEPTH = 768, 12
+"""Of ViT-B/16."""
+ADDED = {
+    "adaptformer": DEPTH * (2 * WIDTH * 64 + 64 + WIDTH),
+    "houlsby": 2 * DEPTH * (2 * WIDTH * 64 + 64 + WIDTH),
+    "repadapter": 2 * DEPTH * (WIDTH * 8 + WIDTH * 8 // 2),
+    "diffit": WIDTH * (15 * DEPTH + 3),
+    "convpass": 2 * DEPTH * (2 * WIDTH * 8 + 9 * 8**2 + 2 * 8 + WIDTH),
+    "prefix": 2 * DEPTH * 10 * WIDTH,
+}
 FORMULAS = {
     "ssf": 2 * WIDTH * (11 * DEPTH + 2),
     "ia3": 6 * WIDTH * DEPTH,
@@ -65,7 +63,7 @@ FORMULAS = {
     "fact_tt": 2 * WIDTH * 16 + 12 * DEPTH * 16**2,
     "fact_tk": 2 * WIDTH * 32 + 12 * DEPTH * 32 + 32**3,
 }
-"""Trained parameters beside the head, as each method's docstring gives them."""
+"""Trained parameters beside the head, as each method's docstring gives them; ADDED likewise."""
 
 
 @pytest.mark.parametrize("method", FORMULAS)
