@@ -55,8 +55,10 @@ def keep_freed_memory() -> None:
     """Lets malloc keep freed memory for later tensors, as PyTorch's allocator does on a GPU.
 
     Otherwise the kernel has to find and clear the pages of each large tensor of a local step again. Systems without
-    glibc stay as they are.
+    glibc stay as they are, and so does a process whose environment sets these thresholds itself.
     """
+    if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")):
+        return
     with suppress(AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)

@@ -87,7 +87,7 @@ def spread(runtime: "Runtime", config: ShardingConfig) -> Iterator["Runtime"]:
         )
     from fedpeft_dist.runtime.sharding import check_library
 
-    check_library(config)
+    check_library(config, runtime.device)
     return_large_blocks()
     is_alone = not dist.is_initialized()  # a process that no launcher started
     if is_alone:

@@ -142,7 +142,7 @@ class ShardedBlocks:
             handle.wait()
 
 
-def check_library(config: ShardingConfig) -> None:
+def check_library(config: ShardingConfig, device: torch.device) -> None:
     """
     Raises:
         ConfigError: DeepSpeed is missing or too old, or cannot do what the config asks for.
@@ -156,9 +156,11 @@ def check_library(config: ShardingConfig) -> None:
     if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < OLDEST:
         raise ConfigError(f"{key} needs deepspeed >= {needed}, found {found}; run {EXTRA}")
     if config.offload == "nvme":
-        from deepspeed.ops.op_builder import AsyncIOBuilder
+        with _environment({"DS_ACCELERATOR": device.type}):
+            from deepspeed.ops.op_builder import AsyncIOBuilder
 
-        if not AsyncIOBuilder().is_compatible(verbose=False):
+            has_libaio = AsyncIOBuilder().is_compatible(verbose=False)
+        if not has_libaio:
             raise ConfigError(
                 "runtime.sharding.offload: 'nvme' needs libaio with its headers (Debian: libaio-dev), not found here; "
                 "install it, or give cpu"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,24 @@ def test_the_peak_of_an_earlier_run_is_forgotten() -> None:
     forget_peak_memory(device)
     assert peak_memory(device) < before - 2**27
     assert used_memory(device) < used - 2**27
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+@pytest.mark.parametrize(("variables", "is_kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "65536"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(variables: dict[str, str], is_kept: bool) -> None:
+    code = """
+import ctypes
+import torch
+from fedpeft_dist.runtime.memory import keep_freed_memory, used_memory
+keep_freed_memory()
+libc, device = ctypes.CDLL(None), torch.device("cpu")
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+block = libc.malloc(2**28)
+ctypes.memset(block, 1, 2**28)
+before = used_memory(device)
+libc.free(block)
+print(before - used_memory(device) < 2**27)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(is_kept)
