@@ -92,10 +92,12 @@ from fedpeft_dist.runtime.memory import keep_freed_memory, used_memory
 keep_freed_memory()
 libc, device = ctypes.CDLL(None), torch.device("cpu")
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-block = libc.malloc(2**28)
-ctypes.memset(block, 1, 2**28)
+blocks = [libc.malloc(2**22) for _ in range(64)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**22)
 before = used_memory(device)
-libc.free(block)
+for block in blocks:
+    libc.free(block)
 print(before - used_memory(device) < 2**27)
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
