@@ -22,7 +22,7 @@ from fedpeft_dist.backbones.timm_backbone import Backbone
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.schema import DiffitConfig
 from fedpeft_dist.lanes.ops import lane_affine, lane_scale
-from fedpeft_dist.methods.blocks import MIXERS, Scope, find_attentions, find_mlps
+from fedpeft_dist.methods.blocks import ATTENTIONS, MIXERS, Scope, find_attentions, find_mlps
 from fedpeft_dist.methods.in_place import train_biases, train_head, train_norms
 from fedpeft_dist.methods.lane_model import FoldedLaneModel, LaneModule
 from fedpeft_dist.methods.method import Method, Tensors
@@ -54,12 +54,16 @@ class Diffit(Method):
     config: DiffitConfig
 
     def build(self, backbone: Backbone) -> FoldedLaneModel:
-        model, scope = backbone.model, Scope(backbone.model, self.config.blocks)
-        branches = {f"{name}.fc2": mlp.fc2 for name, mlp in find_mlps(model, scope).items()}
-        if not branches:
-            kind, mixers = type(model).__name__, " or ".join(MIXERS)
+        model, scope, kind = backbone.model, Scope(backbone.model, self.config.blocks), type(backbone.model).__name__
+        mlps, attentions = find_mlps(model, scope), find_attentions(model, scope)
+        if not mlps:
+            mixers = " or ".join(MIXERS)
             raise ConfigError(f"method.name: 'diffit' finds no blocks with {mixers} and an mlp in {kind}")
-        branches |= {f"{name}.proj": attention.proj for name, attention in find_attentions(model, scope).items()}
+        for name, _ in model.named_modules():
+            if name in scope and name.rpartition(".")[2] in ATTENTIONS and name not in attentions:
+                raise ConfigError(f"method.name: 'diffit' does not fit {kind}: {name} has no last linear layer `proj`")
+        branches = {f"{name}.fc2": mlp.fc2 for name, mlp in mlps.items()}
+        branches |= {f"{name}.proj": attention.proj for name, attention in attentions.items()}
         train_norms(model, scope, self.config.name)
         for name, linear in branches.items():
             model.set_submodule(name, LaneScaledLinear(name, linear))
