@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from fedpeft_dist.backbones.timm_backbone import classifier_names
+
 MIXERS = ("attn", "xca", "token_mixer", "factoratt_crpe", "conv_dw")
 """Names of the layers before the MLP in the blocks of timm's families."""
 PARTS = ("q", "k", "v")
@@ -89,6 +91,10 @@ class PlainSsf(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         return self.layer.weight * self.ssf_scale[:, None]
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.layer.kernel_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.layer(x) * self.ssf_scale.view(self.shape)
@@ -212,12 +218,16 @@ def lora(
     return model, named(model, "lora_")
 
 
+TABLES = ("cpb_mlp", "rel_pos.mlp", "meta_mlp", "token_projection")
+"""Parts of the names of layers that compute a table for all samples. They stay frozen."""
+
+
 def ssf(model: nn.Module) -> Built:
-    classifiers = model.get_classifier()
-    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    classifiers = classifier_names(model)
     for name, layer in list(model.named_modules()):
         is_layer = isinstance(layer, nn.Linear | nn.Conv2d) or "Norm" in type(layer).__name__
-        if is_layer and hasattr(layer, "weight") and layer not in classifiers:
+        is_frozen = name in classifiers or any(table in name for table in TABLES)
+        if is_layer and getattr(layer, "weight", None) is not None and not is_frozen:
             model.set_submodule(name, PlainSsf(layer))
     return model, named(model, "ssf_")
 
@@ -254,9 +264,11 @@ def vera(model: nn.Module, rank: int, targets: Sequence[str], initial: float, pr
 
 
 def fact(model: nn.Module, rank: int, scale: float, core: bool) -> Built:
+    widths = []
+    replace(model, "fc1", lambda linear: widths.append(linear.in_features) or linear)
     model.fact = nn.Module()
-    model.fact.u = nn.Parameter(torch.zeros(rank, model.embed_dim))
-    model.fact.v = nn.Parameter(torch.zeros(model.embed_dim, rank))
+    model.fact.u = nn.Parameter(torch.zeros(rank, widths[0]))
+    model.fact.v = nn.Parameter(torch.zeros(widths[0], rank))
     if core:
         model.fact.core = nn.Parameter(torch.zeros(rank, rank, rank))
     for target in ("qkv", "proj", "fc1", "fc2"):
