@@ -24,6 +24,7 @@ needed="import fedpeft_dist.cli, fedpeft_dist.federation.run, fedpeft_dist.repor
 [ -n "$extras" ] && needed="$needed; from importlib.metadata import version; version('deepspeed')"
 if ! (cd / && "$PYTHON" -c "$needed") 2>/dev/null; then
     echo "installing fedpeft_dist into $venv (a few minutes the first time: PyTorch is large)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$repository${extras:+[$extras]}"
+    # Python compiles a module when it is first imported. Compiling all of them here would take as long as the rest.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --editable "$repository${extras:+[$extras]}"
 fi
 export PYTHON
