@@ -270,6 +270,7 @@ def sweep_run(
     sweep: SweepPath,
     overrides: Overrides = None,
     index: Annotated[int | None, typer.Option(help="The one cell to run.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="Refuse a cell of another name.", show_default=False)] = None,
 ) -> None:
     """Run a sweep's cells in turn, or one of them. Cells that are complete, or in work elsewhere, are skipped."""
     from fedpeft_dist.sweeps.expansion import load_cells, pick_cell
@@ -277,7 +278,7 @@ def sweep_run(
 
     with stoppable() as stop:
         cells = load_cells(sweep, overrides or ())
-        outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep)], stop)
+        outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep, name)], stop)
     if outcome.interrupted:
         leave_interrupted()
     if outcome.failed:

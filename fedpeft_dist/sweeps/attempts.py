@@ -113,7 +113,8 @@ class Attempt:
         self.look()
         self.rounds_before = self.rounds_done
         self.started = time.monotonic()
-        arguments = ["sweep", "run", str(task.sweep), "--index", str(task.cell.index), *overrides]
+        cell = ["--index", str(task.cell.index), "--name", task.cell.name]  # the file may be edited meanwhile
+        arguments = ["sweep", "run", str(task.sweep), *cell, *overrides]
         task.log.parent.mkdir(parents=True, exist_ok=True)
         with open(task.log, "ab") as log:
             log.write(f"$ python -m fedpeft_dist {' '.join(arguments)}\n".encode())

@@ -136,10 +136,14 @@ def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     return [Cell(0, config.output.name, config)]
 
 
-def pick_cell(cells: Sequence[Cell], index: int, path: Path) -> Cell:
-    """The cell with an index; raises ConfigError if there is none."""
+def pick_cell(cells: Sequence[Cell], index: int, path: Path, name: str | None = None) -> Cell:
+    """The cell with an index; raises ConfigError if there is none, or if it does not have the name that is expected."""
     if not 0 <= index < len(cells):
         raise ConfigError(f"--index: {index} is no cell of {path}; give 0 to {len(cells) - 1}")
+    if name not in (None, cells[index].name):
+        raise ConfigError(
+            f"{path} has changed: cell {index} is called {cells[index].name} now, not {name}; start again"
+        )
     return cells[index]
 
 

@@ -186,6 +186,17 @@ def read_terminal(main: int, shown: list[bytes]) -> None:
         os.close(main)
 
 
+def test_a_sweep_that_is_edited_meanwhile_runs_no_cell_in_anothers_place(make_sweep: Callable, start: Callable) -> None:
+    sweep = make_sweep(one={"federation.rounds": ROUNDS}, two={})
+    runner = start(SCRIPT, sweep, "--workers", "1")
+    wait_until(run_of(sweep, "one").config_file.exists)
+    make_sweep(zero={}, one={"federation.rounds": ROUNDS}, two={})
+    output, _ = runner.communicate(timeout=120)
+    assert runner.returncode == 1, output
+    assert "has changed: cell 1 is called one-seed1 now, not two-seed1; start again" in output
+    assert [state_of(sweep, name) for name in ("zero", "one", "two")] == [None, COMPLETE, FAILED]
+
+
 def test_a_cell_in_work_elsewhere_is_left_alone_and_looked_at_again(make_sweep: Callable, start: Callable) -> None:
     sweep = make_sweep(endless={"federation.rounds": 100000}, quick={})
     other = WarmProcess(fedpeft, sweep.parent, ["sweep", "run", str(sweep), "--index", "0"])

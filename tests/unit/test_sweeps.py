@@ -260,6 +260,9 @@ def test_a_cell_is_picked_by_its_index(folder: Path) -> None:
     for index in (-1, 2):
         with pytest.raises(ConfigError, match=rf"--index: {index} is no cell of .*; give 0 to 1"):
             pick_cell(cells, index, folder)
+    assert pick_cell(cells, 1, folder, "b-seed1").name == "b-seed1"
+    with pytest.raises(ConfigError, match=r"has changed: cell 0 is called a-seed1 now, not b-seed1; start again"):
+        pick_cell(cells, 0, folder, "b-seed1")
 
 
 def test_cell_states_are_those_of_the_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
