@@ -18,7 +18,7 @@ from tests.multiprocess.sharded_kills import run_trials
 from tests.multiprocess.sharding_worker import name_of
 from tests.warm_process import WarmRanks
 
-WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16", "vera:fp32"]
+WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16", "vera:fp32", "bias:fp32-int8", "lora:bf16-int8"]
 REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"]
 """Run by --slow alone."""
 SHARDED = {
@@ -28,12 +28,15 @@ SHARDED = {
         "bias:fp32:2:shared:none",
         "bias:fp32:2:split:none:first",
         "vera:fp32:2:split:none",  # its blocks share frozen matrices
+        "bias:fp32-int8:2:split:none:first",
+        "lora:bf16-int8:2:split:cpu",
     ],
     4: [
         "lora:fp32:2:split:none",
         "prompt:bf16:2:split:none",
         "lora:fp32:2:shared:none",
         "bias:fp32:4:split:none:second",
+        "bias:fp32-int8:4:split:none:second",
     ],
 }
 """By ranks; a run begins on 2 ranks and goes on with groups of 4."""
@@ -89,7 +92,7 @@ def check(runs: Runs, num_ranks: int, case: str) -> None:
         assert runs.sha256(num_ranks, case) == runs.sha256(1, whole(case))
         return
     # In bf16, each rank rounds its own part of a gradient to 8 bits before the parts are added.
-    tolerance = 1e-6 if ":fp32:" in case else 2.0**-7
+    tolerance = 1e-6 if ":fp32" in case else 2.0**-7
     for name, expected in runs.weights(1, whole(case)).items():
         difference = (runs.weights(num_ranks, case)[name] - expected).norm()
         assert difference <= tolerance * expected.norm(), name

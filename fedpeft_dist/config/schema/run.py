@@ -141,9 +141,6 @@ class RunConfig(Section):
                 is_on and self.method.name == "full"
             ),
             f"{where} does not go with runtime.compile: true; give false": is_on and runtime.compile,
-            f"runtime.sharding.quantize: int8 does not go with {where} yet; give none": (
-                is_on and runtime.sharding.quantize == "int8"
-            ),
             "runtime.sharding.quantize: int8 does not go with method 'full', which has no frozen weights; give none": (
                 runtime.sharding.quantize == "int8" and self.method.name == "full"
             ),
