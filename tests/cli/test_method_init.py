@@ -30,9 +30,7 @@ from tests.tiny import VIT_ARGS, VIT_NAME, tiny_tree, tiny_vit
 CLASSES = export_error.CLASSES
 
 
-def start_of(
-    run: TrainedRun, folder: Path, classes: int = CLASSES, deferred: bool = False, **sections: Any
-) -> Start:
+def start_of(run: TrainedRun, folder: Path, classes: int = CLASSES, deferred: bool = False, **sections: Any) -> Start:
     """The start of a run like another one from a folder, with other keys in some sections.
 
     Args:
