@@ -54,10 +54,10 @@ class Runs:
         with WarmRanks(num_ranks, self.folder, str(self.folder), ",".join(cases), main=sharding_worker.main) as warm:
             assert [done.returncode for done in warm.finish(500)] == [0] * num_ranks, warm.output[-4000:]
 
-    def sha256(self, num_ranks: int, case: str) -> str:
+    def summary(self, num_ranks: int, case: str) -> dict:
         summary = json.loads((self.folder / name_of(case, num_ranks) / "summary.json").read_text())
         assert summary["world_size"] == num_ranks
-        return summary["weights_sha256"]
+        return summary
 
     def weights(self, num_ranks: int, case: str) -> dict:
         return load_file(self.folder / name_of(case, num_ranks) / "trainable.safetensors")
@@ -89,7 +89,8 @@ def whole(case: str) -> str:
 def check(runs: Runs, num_ranks: int, case: str) -> None:
     """split gives the bits of the run without sharding. shared adds in another order."""
     if ":split:" in case:
-        assert runs.sha256(num_ranks, case) == runs.sha256(1, whole(case))
+        keys = (num_ranks, case), (1, whole(case))
+        assert len({runs.summary(*key)["weights_sha256"] for key in keys}) == 1
         return
     # In bf16, each rank rounds its own part of a gradient to 8 bits before the parts are added.
     tolerance = 1e-6 if ":fp32" in case else 2.0**-7
@@ -122,6 +123,15 @@ def test_ragged_ranks_stay_in_step_by_empty_passes(runs):
     assert {round_["padded_batches"] for round_ in runs.rounds(2, case)} == {1}, "5 batches on 2 ranks"
     together = runs.rounds(2, "bias:fp32:2:shared:none")
     assert {round_["padded_passes"] for round_ in together} == {0}, "ranks with the same lanes have the same passes"
+
+
+def test_a_rank_keeps_its_part_of_the_8_bit_weights(runs):
+    """A quarter of the bytes of float32, which the ranks of a group share evenly."""
+    plain = runs.summary(2, "bias:fp32:2:split:none")["sharding"]
+    for ranks, case in ((2, "lora:bf16-int8:2:split:cpu"), (4, "bias:fp32-int8:4:split:none:second")):
+        figures = runs.summary(ranks, case)["sharding"]
+        assert figures["weight_bytes"] == plain["weight_bytes"] / 4 > 0
+        assert figures["rank_bytes"] == figures["weight_bytes"] / figures["size"]
 
 
 def test_evaluation_gives_the_same_accuracy(runs):
