@@ -19,7 +19,10 @@ from tests.multiprocess.sharding_worker import name_of
 from tests.warm_process import WarmRanks
 
 WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16", "vera:fp32", "bias:fp32-int8", "lora:bf16-int8"]
-REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"]
+REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"] + [
+    "adapter:fp32-int8",
+    "prompt:bf16-int8",
+]
 """Run by --slow alone."""
 SHARDED = {
     2: [
