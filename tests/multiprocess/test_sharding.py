@@ -9,19 +9,25 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fedpeft_dist.config.load import load_config
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import load_config, parse_config
+from fedpeft_dist.config.schema import RuntimeConfig, ShardingConfig
+from fedpeft_dist.config.trees import merge_trees
+from fedpeft_dist.federation.run import run
 from fedpeft_dist.federation.setup import evaluate_run
 from fedpeft_dist.runtime import process
+from fedpeft_dist.runtime.mesh import spread
 from fedpeft_dist.tracking.run_directory import RunDirectory
 from tests.multiprocess import sharding_worker
 from tests.multiprocess.sharded_kills import run_trials
-from tests.multiprocess.sharding_worker import name_of
+from tests.multiprocess.sharding_worker import SMALL, make_config, name_of
+from tests.tiny import tiny_vit
 from tests.warm_process import WarmRanks
 
 WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16", "vera:fp32", "bias:fp32-int8", "lora:bf16-int8"]
-REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"] + [
-    "adapter:fp32-int8",
-    "prompt:bf16-int8",
+REST = [
+    *("bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"),
+    *("adapter:fp32-int8", "prompt:bf16-int8"),
 ]
 """Run by --slow alone."""
 SHARDED = {
@@ -141,6 +147,35 @@ def test_evaluation_gives_the_same_accuracy(runs):
     for num_ranks, case in ((2, "bias:fp32:2:split:none"), (4, "prompt:bf16:2:split:none")):
         accuracies = [[r["accuracy"] for r in runs.rounds(*own)] for own in ((num_ranks, case), (1, whole(case)))]
         assert accuracies[0] == accuracies[1]
+
+
+def offload_to_files(folder: Path, quantize: str) -> dict:
+    """The summary of a run whose only rank keeps parts in files, after one whose rank has all weights."""
+    sharding, summaries = {"offload": "nvme", "nvme_path": str(folder / "parts")}, []
+    for name, own in (("whole", {}), ("files", sharding)):
+        tree = make_config({"name": "bias"}, folder, name, tiny_vit(depth=2, embed_dim=512))
+        tree = merge_trees(merge_trees(tree, SMALL), {"runtime": {"sharding": {**own, "quantize": quantize}}})
+        with process.start(RuntimeConfig(device="cpu")) as runtime:
+            run(parse_config(tree, "test"), runtime=runtime)
+        summaries.append(json.loads((folder / name / "summary.json").read_text()))
+    assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
+    return summaries[1]["sharding"]
+
+
+def test_parts_in_files_need_libaio(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
+    config = ShardingConfig(offload="nvme", nvme_path=str(tmp_path))
+    with process.start(RuntimeConfig(device="cpu")) as runtime:
+        with pytest.raises(ConfigError, match="'nvme' needs libaio with its headers"), spread(runtime, config):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/include/libaio.h").is_file(), reason="needs libaio with its headers")
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_parts_in_files(tmp_path, quantize):
+    """A matrix of less than 1 MiB would stay in memory. DeepSpeed's reader is compiled at the first use."""
+    assert offload_to_files(tmp_path, quantize)["weight_bytes"] == 2 * 12 * 512**2 * (4 if quantize == "none" else 1)
 
 
 @pytest.mark.slow
