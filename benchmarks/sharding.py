@@ -1,6 +1,6 @@
 """What sharding saves and costs: each rank's memory and the time of a step, for groups of 1, 2 and 4 ranks.
 
-    python benchmarks/sharding.py [--backbone vit_base_patch16_224] [--offload cpu] [--tiny]
+    python benchmarks/sharding.py [--backbone vit_base_patch16_224] [--offload cpu] [--quantize int8] [--tiny]
 
 The script prints one JSON object. Each setting runs in processes of its own, one thread a rank, on random images and
 weights. Memory is the most that a rank has had resident: while it loaded the weights, and in training. `before` is what
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="vit_base_patch16_224")
     parser.add_argument("--offload", choices=("none", "cpu"), default="none")
+    parser.add_argument("--quantize", choices=("none", "int8"), default="none")
     parser.add_argument("--tiny", action="store_true", help="a small model, two settings")
     parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
@@ -55,7 +56,8 @@ def main() -> None:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             subprocess.run([*launcher, __file__, *own], check=True, stdout=subprocess.DEVNULL)
             results[f"{ranks} ranks, size {size}"] = summary(Path(folder))
-    print(json.dumps({"backbone": options.backbone, "offload": options.offload, "settings": results}, indent=1))
+    given = {key: getattr(options, key) for key in ("backbone", "offload", "quantize")}
+    print(json.dumps({**given, "settings": results}, indent=1))
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -78,7 +80,11 @@ def make_tree(options: argparse.Namespace) -> dict[str, Any]:
             "device": "cpu",
             "lanes": 2,
             "products": "torch",
-            "sharding": {"size": options.rank_of, "offload": options.offload if is_on else "none"},
+            "sharding": {
+                "size": options.rank_of,
+                "offload": options.offload if is_on else "none",
+                "quantize": options.quantize,
+            },
         },
     }
 

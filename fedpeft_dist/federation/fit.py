@@ -121,9 +121,10 @@ class Plan:
         return -(-self.config.federation.cohort // trainers)
 
     def option(self, size: int, quantize: str) -> Option:
-        weights, blocks = self.outline.weights_as(quantize)
         is_offloaded = self.sharding.offload != "none"
-        gathered = 2 * blocks.largest if size > 1 or is_offloaded else 0
+        is_sharded = size > 1 or is_offloaded
+        weights, blocks = self.outline.weights_as(quantize, is_sharded)
+        gathered = 2 * blocks.largest if is_sharded else 0
         weights -= blocks.forward - (0 if is_offloaded else -(-blocks.forward // size))
         per_pass = (blocks.forward + blocks.backward) * (size - 1) // size
         one = self.footprint(1)

@@ -27,6 +27,7 @@ from fedpeft_dist.methods import build_lane_model, make_method
 from fedpeft_dist.methods.compiled import repeated_blocks
 from fedpeft_dist.methods.lane_model import LaneModel, LaneModule, VmapLaneModel
 from fedpeft_dist.methods.merged import MergedModel, can_merge
+from fedpeft_dist.methods.method import Method
 from fedpeft_dist.methods.quantized import quantize_frozen
 from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.process import Runtime
@@ -131,8 +132,12 @@ class Outline:
             evaluation=max(self._evaluation, SUMMING * 8 * layout.num_parameters),
         )
 
-    def weights_as(self, quantize: str) -> tuple[int, Blocks]:
-        """The bytes of all weights, and those of the blocks, if they were kept so. To be asked after `measure`."""
+    def weights_as(self, quantize: str, is_sharded: bool) -> tuple[int, Blocks]:
+        """The bytes of all weights, and those of the blocks, if they were kept so. To be asked after `measure`.
+
+        Args:
+            is_sharded: ranks gather weights, so that evaluation has no merged copies of them.
+        """
         model, itemsize = self.model.backbone.model, self.runtime.compute_dtype.itemsize
 
         def size(layer: nn.Module) -> int:
@@ -143,7 +148,8 @@ class Outline:
 
         sizes = {block: sum(map(size, block.modules())) for block in repeated_blocks(model)}
         backward = sum(own for block, own in sizes.items() if block in self.has_backward)
-        weights = self.weights
+        merges = quantize == "none" and not is_sharded
+        weights = self.weights + self.copies * (merges - isinstance(self.evaluated, MergedModel))
         for layer in filter(lambda module: isinstance(module, nn.Linear), model.modules()):
             scales = layer.out_features * itemsize if quantize == "int8" else 0
             now = {"weight", "values", "scale"} & layer._parameters.keys()
@@ -152,9 +158,11 @@ class Outline:
 
     def _prepare(self) -> LaneModel:
         """Readies the model as a run does; returns the one to evaluate with."""
-        config, backbone, method = self.config, self.model.backbone, make_method(self.config.method)
+        sharding, backbone, method = self.config.runtime.sharding, self.model.backbone, make_method(self.config.method)
         meta = Runtime(Launch(), torch.device("meta"), self.runtime.precision, threads=1)
-        if is_quantized := config.runtime.sharding.quantize != "none":
+        self.copies = self._merged_copies(method)
+        """Bytes of the weights that evaluation merges, where that takes plain ones."""
+        if is_quantized := sharding.quantize != "none":
             quantize_frozen(backbone.model, backbone.plain, meta.compute_dtype)
         freeze(backbone.model, meta.compute_dtype, meta.device)
         if not isinstance(self.model, VmapLaneModel):
@@ -162,9 +170,16 @@ class Outline:
         elif self.is_onednn and self.model.layout.num_parameters >= LANE_BY_LANE:
             self._fit_to_cpu(backbone.model, is_trained=True)
             self.model.lane_by_lane = True
-        if not can_merge(method, self.runtime, is_quantized):
+        if not can_merge(method, self.runtime, are_plain=not (is_quantized or sharding.is_on)):
             return self.model
         return MergedModel(self.model, method, meta, self._fit_to_cpu)
+
+    def _merged_copies(self, method: Method) -> int:
+        if method.merges_exactly or not can_merge(method, self.runtime):
+            return 0
+        own = dict(self.model.backbone.plain.named_parameters())
+        merged = method.merge(own, self.model.layout.split(self.model.initial_vector()))
+        return sum(tensor.nbytes for name, tensor in merged.items() if tensor is not own[name])
 
     def _fit_to_cpu(self, model: nn.Module, is_trained: bool = False) -> None:
         if not self.is_cuda:

@@ -235,9 +235,7 @@ class Setup:
     def _merged(self) -> LaneModel:
         """The model to evaluate with where the whole one runs: without lanes, if its method allows that."""
         method = make_method(self.config.method)
-        can = can_merge(method, self.runtime, is_quantized=self.quantized_weights > 0)
-        # Merging computes with whole weights, unless it only puts tensors in place of others.
-        if not can or (self.weights is not None and not method.merges_exactly):
+        if not can_merge(method, self.runtime, are_plain=self.weights is None and not self.quantized_weights):
             return self.model
         return MergedModel(self.model, method, self.runtime, self._fit_to_cpu)
 

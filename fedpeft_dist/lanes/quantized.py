@@ -33,11 +33,9 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, compute_dtype: torch.dtype) -> "QuantizedLinear":
-        """The layer with rounded weights. The scale is rounded first, so that the values make up for its rounding."""
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(dim=1) / LARGEST).to(compute_dtype)
-        scale = torch.where(scale > 0, scale, 1.0)
-        values = (weight / scale.float().unsqueeze(1)).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        """The layer with rounded weights."""
+        scale = scale_of(linear.weight, compute_dtype)
+        values = values_of(linear.weight, scale)
         return cls(nn.Parameter(values, False), nn.Parameter(scale, False), linear.bias)
 
     def with_bias(self, bias: nn.Parameter | None) -> "QuantizedLinear":
@@ -55,6 +53,19 @@ class QuantizedLinear(nn.Linear):
         # A model may add to the result in place, which autograd forbids where the product has more than two axes.
         rows = x.to(dtype).flatten(0, -2)
         return QuantizedProduct.apply(rows, self.values, self.scale, bias, self.use_onednn).view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def scale_of(weight: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    """The scale [E] of a weight [E, D], rounded to the type of the computation. A channel of zeros has scale 1."""
+    scale = (weight.float().abs().amax(dim=1) / LARGEST).to(compute_dtype)
+    return torch.where(scale > 0, scale, 1.0)
+
+
+@torch.no_grad()
+def values_of(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The int8 values [E, D] of a weight. They follow its rounded scale, and so make up for that rounding."""
+    return (weight.float() / scale.float().unsqueeze(1)).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
 
 
 class QuantizedProduct(torch.autograd.Function):

@@ -18,15 +18,19 @@ from fedpeft_dist.methods.structure import copy_model
 from fedpeft_dist.runtime.process import Runtime
 
 
-def can_merge(method: Method, runtime: Runtime, is_quantized: bool = False) -> bool:
+def can_merge(method: Method, runtime: Runtime, are_plain: bool = True) -> bool:
     """Whether to evaluate a merged model.
 
     In 16 bits, a product that is added to a weight may vanish. To an 8-bit weight, nothing can be added. A method that
     leaves the first blocks frozen is evaluated as it trains, so that scores have the same bits whether features of the
     frozen blocks are kept or not.
+
+    Args:
+        are_plain: each rank has all weights, and none of them in 8 bits. Otherwise a merge can only put trained tensors
+            in the place of others.
     """
     leaves_blocks = method.config.name == "head" or getattr(method.config, "blocks", None) is not None
-    exact = method.merges_exactly or (runtime.precision == "fp32" and not is_quantized)
+    exact = method.merges_exactly or (runtime.precision == "fp32" and are_plain)
     return method.merge is not None and exact and not leaves_blocks
 
 

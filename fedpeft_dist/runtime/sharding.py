@@ -11,11 +11,15 @@ must not keep a weight alive, so a saved weight is kept as its name and place, a
 import logging
 import os
 import re
+import shutil
 import sys
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +53,6 @@ class ShardedBlocks:
         """The numbers of the blocks that are whole, or on their way."""
         self.numbers = {id(tensor): number for number, own in enumerate(self.blocks) for tensor in own}
         """The block of each tensor, by the tensor's id."""
-        self.storages: dict[int, nn.Parameter] = {}
-        """The tensors of the block that computes, by the address of their memory."""
         self.current: tuple[int, int] | None = None
         """The block that computes, and the one after it."""
         self.first_saved = 0
@@ -62,7 +64,15 @@ class ShardedBlocks:
             if number:
                 self.blocks[0][0].convert_to_zero_parameters(param_list=self.blocks[number])
             else:
-                _begin(self.blocks, self.mesh, self.device)
+                _begin(self.blocks, self.mesh, self.device, self._make_folder())
+
+    def _make_folder(self) -> str | None:
+        """A folder for this rank's parts in files, if they are to be there. It goes with the process."""
+        if self.mesh.config.offload != "nvme":
+            return None
+        folder = tempfile.mkdtemp(prefix="fedpeft-", dir=self.mesh.config.nvme_path)
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     @property
     def own_bytes(self) -> int:
@@ -100,20 +110,22 @@ class ShardedBlocks:
         block.register_forward_hook(leave, always_call=True)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        """What autograd keeps of a tensor: of a gathered one, or of a view of it, where it lies."""
-        own = self.storages.get(tensor.untyped_storage().data_ptr())
-        if own is None:
-            return tensor.detach()  # the tensor itself may be the output of what saves it, and would live for ever
-        self.first_saved = min(self.first_saved, self.numbers[id(own)])
-        return own, tensor.size(), tensor.stride(), tensor.storage_offset()
+        """What autograd keeps of a tensor: of a gathered one, or of a view of it, its name and its place in it."""
+        for own in self.blocks[self.current[0]]:
+            offset = tensor.data_ptr() - own.data_ptr()
+            if 0 <= offset < own.nbytes:
+                self.first_saved = min(self.first_saved, self.numbers[id(own)])
+                return own, tensor.size(), tensor.stride(), offset // own.element_size()
+        return tensor.detach()  # the tensor itself may be the output of what saves it, and would live for ever
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        own, *place = packed
+        own, size, stride, offset = packed
         number = self.numbers[id(own)]
         self._use(number, number - 1 if number > self.first_saved else number)
-        return own.data.as_strided(*place)
+        # Parts that come from files lie in one buffer, and not always at the same place.
+        return own.data.as_strided(size, stride, own.data.storage_offset() + offset)
 
     def _use(self, number: int, upcoming: int) -> None:
         """Makes a block whole, begins to gather the one after it, and lets go of all others."""
@@ -130,7 +142,6 @@ class ShardedBlocks:
             if upcoming < len(self.blocks):
                 self._gather(upcoming)
         self.current = number, upcoming
-        self.storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in self.blocks[number]}
 
     def _gather(self, number: int) -> None:
         if number not in self.whole:
@@ -156,6 +167,7 @@ def check_library(config: ShardingConfig, device: torch.device) -> None:
     if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < OLDEST:
         raise ConfigError(f"{key} needs deepspeed >= {needed}, found {found}; run {EXTRA}")
     if config.offload == "nvme":
+        _check_folder(config.nvme_path)
         with _environment({"DS_ACCELERATOR": device.type}):
             from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -167,8 +179,27 @@ def check_library(config: ShardingConfig, device: torch.device) -> None:
             )
 
 
-def _begin(blocks: Sequence[Sequence[nn.Parameter]], mesh: Mesh, device: torch.device) -> None:
-    """Partitions the tensors of the first block. Each of them then knows how to take further ones."""
+def _check_folder(path: str) -> None:
+    """
+    Raises:
+        ConfigError: no file can be made there.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(
+            f"runtime.sharding.nvme_path: '{path}' cannot be written ({reason}); give another folder"
+        ) from None
+
+
+def _begin(blocks: Sequence[Sequence[nn.Parameter]], mesh: Mesh, device: torch.device, folder: str | None) -> None:
+    """Partitions the tensors of the first block. Each of them then knows how to take further ones.
+
+    Args:
+        folder: for parts in files.
+    """
     variables = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
     with _environment(variables), redirect_stdout(sys.stderr):
         import deepspeed
@@ -181,7 +212,7 @@ def _begin(blocks: Sequence[Sequence[nn.Parameter]], mesh: Mesh, device: torch.d
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not comm.is_initialized():
             comm.init_distributed(dist_init_required=False)
-        settings, swapper = _make_swapper(blocks, mesh.config) if mesh.config.offload == "nvme" else (None, None)
+        settings, swapper = (None, None) if folder is None else _make_swapper(blocks, mesh.size, folder)
         deepspeed.zero.Init(
             module=nn.ParameterList(blocks[0]),
             data_parallel_group=mesh.group,
@@ -194,7 +225,7 @@ def _begin(blocks: Sequence[Sequence[nn.Parameter]], mesh: Mesh, device: torch.d
         )
 
 
-def _make_swapper(blocks: Sequence[Sequence[nn.Parameter]], config: ShardingConfig) -> tuple[dict[str, Any], Any]:
+def _make_swapper(blocks: Sequence[Sequence[nn.Parameter]], size: int, folder: str) -> tuple[dict[str, Any], Any]:
     """DeepSpeed's settings for parts in files, and what reads and writes them; two blocks are in memory at a time.
 
     Raises:
@@ -205,15 +236,16 @@ def _make_swapper(blocks: Sequence[Sequence[nn.Parameter]], config: ShardingConf
 
     dtypes = {tensor.dtype for own in blocks for tensor in own}
     if len(dtypes) > 1:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        advice = "give cpu" if torch.int8 in dtypes else "give cpu, or runtime.precision: fp32"
         raise ConfigError(
-            "runtime.sharding.offload: 'nvme' needs weights of one type, and this backbone's tables stay in float32; "
-            "give cpu, or runtime.precision: fp32"
+            f"runtime.sharding.offload: 'nvme' needs weights of one type, and this backbone's are {names}; {advice}"
         )
     offload = {
         "device": "nvme",
-        "nvme_path": str(config.nvme_path),
+        "nvme_path": folder,
         "buffer_count": 3 * max(map(len, blocks)),
-        "buffer_size": max(-(-tensor.numel() // config.size) for own in blocks for tensor in own),
+        "buffer_size": max(-(-tensor.numel() // size) for own in blocks for tensor in own),
     }
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "offload_param": offload}}
     return settings, AsyncPartitionedParameterSwapper(DeepSpeedConfig(settings), blocks[0][0].dtype)

@@ -30,14 +30,20 @@ from tests.tiny import VIT_ARGS, VIT_NAME, tiny_tree, tiny_vit
 CLASSES = export_error.CLASSES
 
 
-def start_of(run: TrainedRun, folder: Path, classes: int = CLASSES, **sections: Any) -> Start:
-    """The start of a run like another one from a folder, with other keys in some sections."""
+def start_of(run: TrainedRun, folder: Path, classes: int = CLASSES, deferred: bool = False, **sections: Any) -> Start:
+    """The start of a run like another one from a folder, with other keys in some sections.
+
+    Args:
+        deferred: the frozen matrices of the repeated blocks have no memory yet, as under sharding.
+    """
     tree = json.loads(run.config.model_dump_json())
     tree["method"]["init"] = str(folder)
     for name, keys in sections.items():
         tree[name] |= keys
     config = parse_config(tree, "test")
-    return find_start(config, build_lane_model(config, classes))
+    model = build_lane_model(config, classes, deferred=deferred)
+    assert deferred == any(tensor.is_meta for tensor in model.backbone.model.parameters())
+    return find_start(config, model)
 
 
 def written(run: TrainedRun, name: str, folder: Path) -> Path:
@@ -68,6 +74,15 @@ def test_every_method_starts_from_its_own_exports(method: str, tmp_path: Path) -
         assert len(start.sha256) == 64
 
 
+@pytest.mark.parametrize("method", [name for name, kind in export_error.SECTIONS.items() if METHODS[kind].to_peft])
+def test_a_sharded_run_starts_from_a_peft_adapter(method: str, tmp_path: Path, monkeypatch) -> None:
+    two_blocks = export_error.TINY["backbone.model_args"] | {"depth": 2}
+    monkeypatch.setitem(export_error.TINY, "backbone.model_args", two_blocks)
+    run = export_error.trained_run(method, tiny=True)
+    start = start_of(run, written(run, "peft", tmp_path / "peft"), deferred=True)
+    assert torch.equal(start.vector, run.model.layout.join(run.trained))
+
+
 def test_an_adapter_that_peft_has_made_computes_the_same_here(tmp_path: Path) -> None:
     backbone = timm.create_model(VIT_NAME, img_size=16, num_classes=CLASSES, **VIT_ARGS).eval()
     save_file(backbone.state_dict(), tmp_path / "backbone.safetensors")
@@ -84,13 +99,15 @@ def test_an_adapter_that_peft_has_made_computes_the_same_here(tmp_path: Path) ->
         "test",
     )
     model = build_lane_model(config, CLASSES)
-    parameters = LaneParameters(model.layout, num_lanes=1, with_grad=False)
+    parameters = LaneParameters(model.layout, num_lanes=1, dtype=torch.float64, with_grad=False)
     parameters.load(0, model.layout.pad(find_start(config, model).vector))
+    for computing in (model.backbone.model, adapted, backbone):  # in float32, some random weights round by more
+        computing.double()
     model.bind(parameters)
-    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
         expected = adapted(images)
-        torch.testing.assert_close(model.logits(images.unsqueeze(0))[0], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.logits(images.unsqueeze(0))[0], expected, rtol=1e-9, atol=1e-9)
         assert (expected - backbone(images)).abs().max() == 0  # peft has put its layers into the model
     assert expected.std() > 0.1
 

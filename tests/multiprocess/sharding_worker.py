@@ -35,10 +35,11 @@ def main() -> None:
     with process.start(RuntimeConfig(device="cpu")) as runtime:
         for case in cases:
             method, precision, size, lanes, offload, *half = case.split(":")
+            precision, _, quantize = precision.partition("-")
             own = make_config(METHODS.get(method, METHODS["bias"]), output, name_of(case, runtime.world_size))
             tree = merge_trees(merge_trees(own, SMALL), SECTIONS.get(method, {}))
             tree["federation"]["rounds"] = 1 if half == ["first"] else 2
-            sharding = {"size": int(size), "lanes": lanes, "offload": offload}
+            sharding = {"size": int(size), "lanes": lanes, "offload": offload, "quantize": quantize or "none"}
             config = parse_config(merge_trees(tree, {"runtime": {"sharding": sharding}}), "test")
             run(config, runtime=replace(runtime, precision=precision))
 

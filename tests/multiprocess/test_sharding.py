@@ -9,17 +9,26 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fedpeft_dist.config.load import load_config
+from fedpeft_dist.config.errors import ConfigError
+from fedpeft_dist.config.load import load_config, parse_config
+from fedpeft_dist.config.schema import RuntimeConfig, ShardingConfig
+from fedpeft_dist.config.trees import merge_trees
+from fedpeft_dist.federation.run import run
 from fedpeft_dist.federation.setup import evaluate_run
 from fedpeft_dist.runtime import process
+from fedpeft_dist.runtime.mesh import spread
 from fedpeft_dist.tracking.run_directory import RunDirectory
 from tests.multiprocess import sharding_worker
 from tests.multiprocess.sharded_kills import run_trials
-from tests.multiprocess.sharding_worker import name_of
+from tests.multiprocess.sharding_worker import SMALL, make_config, name_of
+from tests.tiny import tiny_vit
 from tests.warm_process import WarmRanks
 
-WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16", "vera:fp32"]
-REST = ["bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"]
+WHOLE = ["bias:fp32", "lora:fp32", "adapter:bf16", "prompt:bf16", "vera:fp32", "bias:fp32-int8", "lora:bf16-int8"]
+REST = [
+    *("bias:bf16", "lora:bf16", "adapter:fp32", "prompt:fp32", "partial:fp32", "norm:bf16", "scaffold:fp32"),
+    *("adapter:fp32-int8", "prompt:bf16-int8"),
+]
 """Run by --slow alone."""
 SHARDED = {
     2: [
@@ -28,12 +37,15 @@ SHARDED = {
         "bias:fp32:2:shared:none",
         "bias:fp32:2:split:none:first",
         "vera:fp32:2:split:none",  # its blocks share frozen matrices
+        "bias:fp32-int8:2:split:none:first",
+        "lora:bf16-int8:2:split:cpu",
     ],
     4: [
         "lora:fp32:2:split:none",
         "prompt:bf16:2:split:none",
         "lora:fp32:2:shared:none",
         "bias:fp32:4:split:none:second",
+        "bias:fp32-int8:4:split:none:second",
     ],
 }
 """By ranks; a run begins on 2 ranks and goes on with groups of 4."""
@@ -51,10 +63,10 @@ class Runs:
         with WarmRanks(num_ranks, self.folder, str(self.folder), ",".join(cases), main=sharding_worker.main) as warm:
             assert [done.returncode for done in warm.finish(500)] == [0] * num_ranks, warm.output[-4000:]
 
-    def sha256(self, num_ranks: int, case: str) -> str:
+    def summary(self, num_ranks: int, case: str) -> dict:
         summary = json.loads((self.folder / name_of(case, num_ranks) / "summary.json").read_text())
         assert summary["world_size"] == num_ranks
-        return summary["weights_sha256"]
+        return summary
 
     def weights(self, num_ranks: int, case: str) -> dict:
         return load_file(self.folder / name_of(case, num_ranks) / "trainable.safetensors")
@@ -86,10 +98,11 @@ def whole(case: str) -> str:
 def check(runs: Runs, num_ranks: int, case: str) -> None:
     """split gives the bits of the run without sharding. shared adds in another order."""
     if ":split:" in case:
-        assert runs.sha256(num_ranks, case) == runs.sha256(1, whole(case))
+        keys = (num_ranks, case), (1, whole(case))
+        assert len({runs.summary(*key)["weights_sha256"] for key in keys}) == 1
         return
     # In bf16, each rank rounds its own part of a gradient to 8 bits before the parts are added.
-    tolerance = 1e-6 if ":fp32:" in case else 2.0**-7
+    tolerance = 1e-6 if ":fp32" in case else 2.0**-7
     for name, expected in runs.weights(1, whole(case)).items():
         difference = (runs.weights(num_ranks, case)[name] - expected).norm()
         assert difference <= tolerance * expected.norm(), name
@@ -121,10 +134,48 @@ def test_ragged_ranks_stay_in_step_by_empty_passes(runs):
     assert {round_["padded_passes"] for round_ in together} == {0}, "ranks with the same lanes have the same passes"
 
 
+def test_a_rank_keeps_its_part_of_the_8_bit_weights(runs):
+    """A quarter of the bytes of float32, which the ranks of a group share evenly."""
+    plain = runs.summary(2, "bias:fp32:2:split:none")["sharding"]
+    for ranks, case in ((2, "lora:bf16-int8:2:split:cpu"), (4, "bias:fp32-int8:4:split:none:second")):
+        figures = runs.summary(ranks, case)["sharding"]
+        assert figures["weight_bytes"] == plain["weight_bytes"] / 4 > 0
+        assert figures["rank_bytes"] == figures["weight_bytes"] / figures["size"]
+
+
 def test_evaluation_gives_the_same_accuracy(runs):
     for num_ranks, case in ((2, "bias:fp32:2:split:none"), (4, "prompt:bf16:2:split:none")):
         accuracies = [[r["accuracy"] for r in runs.rounds(*own)] for own in ((num_ranks, case), (1, whole(case)))]
         assert accuracies[0] == accuracies[1]
+
+
+def offload_to_files(folder: Path, quantize: str) -> dict:
+    """The summary of a run whose only rank keeps parts in files, after one whose rank has all weights."""
+    sharding, summaries = {"offload": "nvme", "nvme_path": str(folder / "parts")}, []
+    for name, own in (("whole", {}), ("files", sharding)):
+        tree = make_config({"name": "bias"}, folder, name, tiny_vit(depth=2, embed_dim=512))
+        tree = merge_trees(merge_trees(tree, SMALL), {"runtime": {"sharding": {**own, "quantize": quantize}}})
+        with process.start(RuntimeConfig(device="cpu")) as runtime:
+            run(parse_config(tree, "test"), runtime=runtime)
+        summaries.append(json.loads((folder / name / "summary.json").read_text()))
+    assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
+    return summaries[1]["sharding"]
+
+
+def test_parts_in_files_need_libaio(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
+    config = ShardingConfig(offload="nvme", nvme_path=str(tmp_path))
+    with process.start(RuntimeConfig(device="cpu")) as runtime:
+        with pytest.raises(ConfigError, match="'nvme' needs libaio with its headers"), spread(runtime, config):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/include/libaio.h").is_file(), reason="needs libaio with its headers")
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_parts_in_files(tmp_path, quantize):
+    """A matrix of less than 1 MiB would stay in memory. DeepSpeed's reader is compiled at the first use."""
+    assert offload_to_files(tmp_path, quantize)["weight_bytes"] == 2 * 12 * 512**2 * (4 if quantize == "none" else 1)
 
 
 @pytest.mark.slow

@@ -12,10 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedpeft_dist.backbones.deferred import made
+from fedpeft_dist.backbones.timm_backbone import freeze
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import config_digest, parse_config
 from fedpeft_dist.federation.setup import Setup
 from fedpeft_dist.lanes.quantized import QuantizedLinear
+from fedpeft_dist.methods import build_lane_model
 from fedpeft_dist.methods.quantized import quantize_frozen
 from fedpeft_dist.runtime import process
 from fedpeft_dist.training.lane_check import check_lanes, verify_lanes
@@ -106,6 +109,20 @@ def test_training_is_a_plain_loop_on_the_rounded_weights(method: str) -> None:
     for task in tasks:
         expected = train_plain(plain, start, plain_batches(images, task, 4, torch.float64), OPTIMIZERS["sgd"])
         assert_same_delta(lane_model.layout.split(updates[task.client].delta), expected.delta, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_made_later_has_the_integers_of_one_that_is_made_at_once(dtype: torch.dtype) -> None:
+    config, states = parse_config(tiny_tree(backbone=tiny_vit(depth=2), method={"name": "lora"}), "test"), []
+    for deferred in (True, False):
+        backbone = build_lane_model(config, 10, deferred=deferred).backbone
+        quantize_frozen(backbone.model, backbone.plain, dtype)
+        freeze(backbone.model, dtype, torch.device("cpu"))
+        states.append(backbone.model.state_dict(keep_vars=True))
+    later, whole = states
+    assert {tensor.dtype for tensor in later.values() if tensor.is_meta} == {torch.int8}
+    for name, tensor in later.items():
+        torch.testing.assert_close(made(tensor), whole[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backbone", ["vit", "eva"])

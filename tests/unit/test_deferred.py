@@ -16,6 +16,7 @@ from fedpeft_dist.backbones.deferred import made
 from fedpeft_dist.backbones.glyph_vit import GLYPH_VIT
 from fedpeft_dist.backbones.timm_backbone import Backbone, build_backbone
 from fedpeft_dist.config.schema import BackboneConfig
+from fedpeft_dist.methods.quantized import quantize_frozen
 from fedpeft_dist.runtime.memory import forget_peak_memory, peak_memory, return_large_blocks, used_memory
 from tests.tiny import VIT_ARGS, VIT_NAME
 from tests.warm_process import WarmProcess
@@ -92,21 +93,28 @@ def test_loading_takes_no_memory_for_the_whole_model(tmp_path: Path) -> None:
     path = write_files(tmp_path, "safetensors", build(False, **LARGER).model)
     done = WarmProcess(load_one_by_one, tmp_path, [str(path)]).finish()
     assert done.returncode == 0, done.stderr
-    whole, growth = json.loads(done.stdout)
+    whole, growth, quantized = json.loads(done.stdout)
     assert whole > 50 * 2**20
     assert growth < whole / 3
+    assert quantized < whole / 3
 
 
 def load_one_by_one() -> None:
-    """Prints the bytes of the model in a file, and by how much the process grows while it loads them."""
+    """Prints the bytes of the model in a file, and by how much the process grows while it loads them, whole and in 8
+    bits."""
     host = torch.device("cpu")
     return_large_blocks()  # as where a run's ranks form groups
     build(True, **FAMILIES["vit"])  # imports what building needs
-    forget_peak_memory(host)
-    before = used_memory(host)
-    backbone = build(True, Path(sys.argv[1]), **LARGER)
-    for block in backbone.blocks:
-        for parameter in block.parameters():
-            made(parameter)
-    whole = sum(tensor.nbytes for tensor in backbone.model.parameters())
-    print(json.dumps([whole, peak_memory(host) - before]))
+    figures = []
+    for quantize in (False, True):
+        forget_peak_memory(host)
+        before = used_memory(host)
+        backbone = build(True, Path(sys.argv[1]), **LARGER)
+        whole = sum(tensor.nbytes for tensor in backbone.model.parameters())
+        if quantize:
+            quantize_frozen(backbone.model, backbone.model, torch.float32)
+        for block in backbone.blocks:
+            for parameter in block.parameters():
+                made(parameter)
+        figures.append(peak_memory(host) - before)
+    print(json.dumps([whole, *figures]))

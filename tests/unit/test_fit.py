@@ -80,18 +80,24 @@ def test_memory_is_linear_in_the_lanes() -> None:
         assert getattr(plan.footprint(7), name) == pytest.approx(size, rel=0.01), name
 
 
+@pytest.mark.parametrize("method", ["bias", "lora"])
+def test_the_figures_of_other_ways_to_keep_the_weights_are_those_of_configs_that_keep_them_so(method: str) -> None:
+    """Among them are the copies that evaluation merges where ranks have plain weights. LoRA's are large."""
+    ways = {(1, "none"): {}, (2, "int8"): {"size": 2, "quantize": "int8"}}
+    plans = {way: Plan(make_config({"name": method}, {"sharding": own}), 4, 1) for way, own in ways.items()}
+    for way, other in (ways, reversed(ways)):
+        found, expected = plans[other].option(*way), plans[way].option(*way)
+        assert found.weights == pytest.approx(expected.weights, rel=0.001)
+        assert (found.gathered, found.gathered_per_pass) == (expected.gathered, expected.gathered_per_pass)
+
+
 def test_8_bit_weights_and_groups_are_counted_as_they_are() -> None:
-    """The figures of another way to keep the weights are those of a config that keeps them so."""
-    plans = {q: Plan(make_config({"name": "bias"}, {"sharding": {"quantize": q}}), 4, 1) for q in ("none", "int8")}
-    for there, other in (("none", "int8"), ("int8", "none")):
-        found, expected = plans[there].outline.weights_as(other), plans[other].outline.weights_as(other)
-        assert found[0] == pytest.approx(expected[0], rel=0.001)
-        assert found[1] == expected[1]
-    model = plans["int8"].outline.model.backbone.model
+    plan = Plan(make_config({"name": "bias"}, {"sharding": {"quantize": "int8"}}), 4, 1)
+    model = plan.outline.model.backbone.model
     linears = [m for block in model.blocks for m in block.modules() if isinstance(m, QuantizedLinear)]
-    whole, half = (plans["int8"].option(size, "int8") for size in (1, 2))
+    whole, half = (plan.option(size, "int8") for size in (1, 2))
     matrices = sum(m.values.numel() for m in linears)
-    assert plans["int8"].outline.weights_as("int8")[1].forward == matrices
+    assert plan.outline.weights_as("int8", is_sharded=True)[1].forward == matrices
     assert whole.weights - half.weights == matrices // 2
     assert half.gathered == 2 * matrices // 3
     assert half.gathered_per_pass == matrices  # half of them, forward and backward
@@ -100,7 +106,7 @@ def test_8_bit_weights_and_groups_are_counted_as_they_are() -> None:
 @pytest.mark.parametrize("blocks", [None, 1])
 def test_a_backward_pass_gathers_from_the_first_trained_block_on(blocks: int | None) -> None:
     plan = Plan(make_config({"name": "bias", "blocks": blocks}), 2, 1)
-    _, own = plan.outline.weights_as("none")
+    _, own = plan.outline.weights_as("none", is_sharded=True)
     assert own.backward == (own.forward if blocks is None else own.largest)
 
 

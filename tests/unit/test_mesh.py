@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fedpeft_dist.config.errors import ConfigError
 from fedpeft_dist.config.load import config_digest, parse_config
@@ -82,6 +84,31 @@ def test_refuses_an_old_deepspeed(runtime, monkeypatch):
     monkeypatch.setattr(sharding, "version", lambda name: "0.19.5")
     with pytest.raises(ConfigError, match=r"needs deepspeed >= 0.19.6, found 0.19.5"):
         spread_over(runtime, offload="cpu")
+
+
+def test_refuses_a_folder_for_weights_that_cannot_be_written(runtime, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"nvme_path: '.*file/below' cannot be written \(Not a directory\); give"):
+        spread_over(runtime, offload="nvme", nvme_path=str(tmp_path / "file" / "below"))
+
+
+def test_a_saved_view_is_found_again_where_its_tensor_has_gone():
+    """Two tensors share a buffer, as parts from files do, and have changed places when the view is asked for."""
+    buffer = torch.arange(24.0)
+    first, second = (nn.Parameter(buffer[start : start + 12].view(3, 4), False) for start in (0, 12))
+    blocks = sharding.ShardedBlocks([[first, second]], SimpleNamespace(), torch.device("cpu"))
+    blocks.current = (0, 0)
+    expected = [view.clone() for view in (first.t(), second[1:].t())]
+    packed = [blocks._pack(view) for view in (first.t(), second[1:].t())]
+    assert not any(isinstance(own, torch.Tensor) for own in packed)
+    values = first.clone(), second.clone()
+    first.data, second.data = second.data, first.data
+    for tensor, value in zip((first, second), values):
+        tensor.copy_(value)
+    for own, view in zip(packed, expected):
+        assert torch.equal(blocks._unpack(own), view)
+    elsewhere = torch.ones(3)
+    assert blocks._pack(elsewhere).data_ptr() == elsewhere.data_ptr()
 
 
 def test_refuses_batch_norm(runtime, tmp_path: Path):
