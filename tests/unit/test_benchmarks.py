@@ -16,13 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import bare
+import bare_methods
 import contest
 import evaluation
 import ours
 import pytest
 import torch
 from safetensors.torch import load_file
-from workloads import METHODS, WORKLOADS, Workload
+from workloads import WORKLOADS, Workload
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.runtime import process
@@ -105,7 +106,7 @@ def in_this_process(monkeypatch):
 
 def test_readme_lists_every_program():
     listed = set(re.findall(r"`([\w/]+\.py)`", (FOLDER / "README.md").read_text()))
-    helpers = {"contest.py", "workloads.py", "bare.py", "ours.py", "race.py"}
+    helpers = {"contest.py", "workloads.py", "bare.py", "bare_methods.py", "bare_modules.py", "ours.py", "race.py"}
     assert programs() == listed - helpers
     assert programs() == {*ARGUMENTS, *STARTS_PROCESSES, *TRAINS_LONG, *SEPARATELY}
 
@@ -139,13 +140,11 @@ def test_contestants_race_in_processes():
     assert contest.ratio(results, "one", "one") == 1.0
 
 
-@pytest.mark.parametrize("method", [*METHODS, "partial"])
+@pytest.mark.parametrize("method", bare_methods.METHODS)
 def test_the_bare_loop_ends_where_the_package_does(method, tmp_path):
     """All clients take part with one batch of all their samples, so that no order of samples can differ."""
-    if not ours.has_method(method):
-        pytest.skip(f"no method {method} yet")
-    tiny, section = WORKLOADS["glyph"].tiny(), METHODS.get(method, WORKLOADS["partial"].method)
-    workload = replace(tiny, method=section, clients=tiny.cohort, batch=tiny.samples, epochs=3)
+    tiny = WORKLOADS["glyph"].tiny()
+    workload = replace(tiny, method=ours.METHODS[method], clients=tiny.cohort, batch=tiny.samples, epochs=3)
     ours.federation_file(workload, str(tmp_path / "federation"))
     config = parse_config(workload.tree(), "benchmark")
     with process.start(config.runtime) as runtime:
