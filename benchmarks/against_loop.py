@@ -33,13 +33,7 @@ def main() -> None:
     parser.add_argument("--any", action="store_true", help="also the package in bf16 and compiled")
     parser.add_argument("--lanes", default="auto")
     options = parser.parse_args()
-    results = {}
-    for name in options.workloads:
-        workload = chosen(name, options)
-        if ours.has_method(workload.method["name"]):
-            results[name] = compare(workload, options)
-        else:
-            results[name] = f"this version has no method {workload.method['name']!r}"
+    results = {name: compare(chosen(name, options), options) for name in options.workloads}
     print(json.dumps({"machine": machine(), "turns": options.turns, "workloads": results}, indent=1))
 
 

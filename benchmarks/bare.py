@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import timm
 import torch
+from bare_methods import attach
 from contest import Contestant, claim_output, serve
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -116,94 +116,6 @@ class Loop:
 
     def shuffled(self, items: torch.Tensor) -> torch.Tensor:
         return items[torch.randperm(len(items), generator=self.generator)]
-
-
-def attach(model: nn.Module, method: Mapping[str, Any]) -> dict[str, nn.Parameter]:
-    """Puts a method into a plain ViT, in place, and returns the trained parameters by their names on the wire."""
-    model.requires_grad_(False)
-    names = {
-        "full": lambda name: True,
-        "head": lambda name: False,
-        "bias": lambda name: name.endswith(".bias"),
-        "norm": lambda name: "norm" in name,
-        "partial": lambda name: name.startswith(("norm.", *_last_blocks(model, method))),
-    }
-    added = {"lora": add_lora, "adapter": add_adapter, "prompt": add_prompts}
-    if method["name"] in added:
-        own = dict(added[method["name"]](model, method))
-    else:
-        own = {name: p for name, p in model.named_parameters() if names[method["name"]](name)}
-    own |= {f"head.{name}": p for name, p in model.head.named_parameters()}
-    return {name: parameter.requires_grad_() for name, parameter in own.items()}
-
-
-class Lora(nn.Module):
-    """A frozen linear layer with a low-rank update beside it."""
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
-        super().__init__()
-        self.linear, self.scale = linear, alpha / rank
-        self.a = nn.Parameter(torch.zeros(rank, linear.in_features))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + (x @ self.a.T * self.scale) @ self.b.T
-
-
-class AdaptedMlp(nn.Module):
-    """An MLP with a residual adapter on its output."""
-
-    def __init__(self, mlp: nn.Module, adapter: nn.ModuleDict):
-        super().__init__()
-        self.mlp, self.adapter = mlp, adapter
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.mlp(x)
-        return y + self.adapter["up"](nn.functional.gelu(self.adapter["down"](y)))
-
-
-class Prompted(nn.Module):
-    """A block with learned tokens after the class token."""
-
-    def __init__(self, block: nn.Module, tokens: int, width: int, dropout: float):
-        super().__init__()
-        self.block, self.dropout = block, dropout
-        self.tokens = nn.Parameter(torch.zeros(tokens, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = nn.functional.dropout(self.tokens.expand(len(x), -1, -1), self.dropout)
-        y = self.block(torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1))
-        return torch.cat([y[:, :1], y[:, 1 + tokens.shape[1] :]], dim=1)
-
-
-def add_lora(model: nn.Module, method: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    targets = tuple(method.get("targets", ["qkv"]))
-    for name, module in list(model.blocks.named_modules(prefix="blocks")):
-        if isinstance(module, nn.Linear) and name.endswith(targets):
-            lora = Lora(module, method.get("rank", 8), method.get("alpha", 16.0))
-            model.set_submodule(name, lora)
-            yield f"{name}.lora_A.weight", lora.a
-            yield f"{name}.lora_B.weight", lora.b
-
-
-def add_adapter(model: nn.Module, method: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    width, inner = model.embed_dim, method["bottleneck"]
-    adapter = nn.ModuleDict({"down": nn.Linear(width, inner), "up": nn.Linear(inner, width)})
-    for block in model.blocks:
-        block.mlp = AdaptedMlp(block.mlp, adapter)
-    yield from adapter.named_parameters(prefix="adapter")
-
-
-def add_prompts(model: nn.Module, method: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    dropout = method.get("dropout", 0.1)
-    blocks = [Prompted(block, method.get("tokens", 10), model.embed_dim, dropout) for block in model.blocks]
-    model.blocks = nn.Sequential(*blocks)
-    for index, block in enumerate(blocks):
-        yield f"blocks.{index}.prompt", block.tokens
-
-
-def _last_blocks(model: nn.Module, method: Mapping[str, Any]) -> list[str]:
-    return [f"blocks.{index}." for index in range(len(model.blocks) - method.get("blocks", 0), len(model.blocks))]
 
 
 def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

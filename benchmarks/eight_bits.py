@@ -17,7 +17,8 @@ from itertools import product
 from typing import Any
 
 from contest import machine
-from workloads import METHODS, common_options
+from ours import METHODS
+from workloads import common_options
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.federation.simulation import Simulation, build_simulation

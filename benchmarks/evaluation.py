@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import torch
 from contest import Contestant, claim_output, machine, race, ratio, serve
-from workloads import METHODS, WORKLOADS, common_options
+from ours import METHODS
+from workloads import FEW_METHODS, WORKLOADS, common_options
 
 from fedpeft_dist.config.load import parse_config
 from fedpeft_dist.federation.setup import Setup
@@ -27,7 +28,7 @@ CORES = len(os.sched_getaffinity(0))
 
 def main() -> None:
     parser = common_options(__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=FEW_METHODS, choices=list(METHODS))
     options = parser.parse_args()
     results = {}
     for method in options.methods:

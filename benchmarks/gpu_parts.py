@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import bare
 import ours
 import timm
 import torch
+from bare_methods import attach
 from gemm import step_flops, synchronize
 from gpu_sizes import METHODS, Sizes
 from torch import nn
@@ -151,7 +151,7 @@ class Cell:
 def bare_model(method: dict[str, Any], sizes: Sizes, device: torch.device) -> nn.Module:
     arguments = {"img_size": sizes.image, **sizes.base.get("model_args", {})}
     model = timm.create_model(sizes.base["name"], num_classes=CLASSES, **arguments).eval()
-    bare.attach(model, method)
+    attach(model, method)
     return model.to(device)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from contest import Contestant, claim_output, serve
 from safetensors.torch import save_file
-from workloads import Workload
+from workloads import SETTINGS, Workload
 
 from fedpeft_dist.backbones.timm_backbone import build_backbone
 from fedpeft_dist.config.load import parse_config
@@ -23,9 +23,14 @@ from fedpeft_dist.federation.setup import Setup
 from fedpeft_dist.federation.simulation import build_simulation
 from fedpeft_dist.federation.watch import Watch
 from fedpeft_dist.lanes.random import derive_seed
+from fedpeft_dist.methods import METHODS as REGISTRY
 from fedpeft_dist.runtime import process
 from fedpeft_dist.runtime.interrupts import StopRequest
 from fedpeft_dist.runtime.process import Runtime
+
+NAMES = [get_args(section.model_fields["name"].annotation)[0] for section in REGISTRY]
+METHODS: dict[str, dict[str, Any]] = {name: {"name": name, **SETTINGS.get(name, {})} for name in NAMES}
+"""Every method of the package, with its settings for the models of the workloads."""
 
 
 def main() -> None:
@@ -68,13 +73,6 @@ def contestant(workload: Workload, ranks: int, threads: int, **runtime: Any) -> 
 def known(runtime: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that this version's config has; a benchmark may ask for a lever that is not there yet."""
     return {key: value for key, value in runtime.items() if key in RuntimeConfig.model_fields}
-
-
-def has_method(name: str) -> bool:
-    """Whether this version has a method."""
-    from fedpeft_dist.methods import METHODS
-
-    return any(section.model_fields["name"].annotation.__args__ == (name,) for section in METHODS)
 
 
 def federation_file(workload: Workload, path: str) -> None:

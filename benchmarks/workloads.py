@@ -72,15 +72,19 @@ WORKLOADS = {
     "partial": Workload({"name": "partial", "blocks": 1}, epochs=10),
     "private": Workload({"name": "bias"}, privacy={"name": "sample", "noise_multiplier": 1.0}),
 }
-METHODS = {
-    "head": {"name": "head"},
-    "bias": {"name": "bias"},
-    "norm": {"name": "norm"},
-    "prompt": {"name": "prompt", "dropout": 0.0},
-    "adapter": {"name": "adapter", "bottleneck": 16},
-    "lora": {"name": "lora", "rank": 8, "targets": LINEARS},
-    "full": {"name": "full"},
+SETTINGS: dict[str, dict[str, Any]] = {
+    "prompt": {"dropout": 0.0},
+    "adapter": {"bottleneck": 16},
+    "lora": {"rank": 8, "targets": LINEARS},
+    "adaptformer": {"bottleneck": 16},
+    "houlsby": {"bottleneck": 16},
+    "vera": {"rank": 48},
+    "fact_tt": {"rank": 4},
+    "fact_tk": {"rank": 8},
 }
+"""What these models give a method in place of its defaults, which suit a width of 768."""
+FEW_METHODS = ("head", "bias", "norm", "prompt", "adapter", "lora", "full")
+"""The methods of programs that need a process for each figure, unless others are asked for."""
 
 
 def common_options(description: str, workloads: list[str] | None = None) -> argparse.ArgumentParser:

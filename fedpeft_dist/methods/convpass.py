@@ -55,23 +55,56 @@ class LaneConvpass(LaneModule):
         self.declare("conv_bias", f"{name}.conv.bias", torch.zeros(hidden, device=device))
         self.declare("up_weight", f"{name}.up.weight", torch.zeros(width, hidden, device=device))
         self.declare("up_bias", f"{name}.up.bias", torch.zeros(width, device=device))
-        self.grid, self.prefix, self.scale = grid, prefix, scale
+        self.scale = scale
+        for name, places in zip(("sources", "uses"), neighbourhoods(grid, prefix)):
+            self.register_buffer(name, places.to(device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self._activate(lane_linear(x, self.down_weight, self.down_bias))
-        hidden = self._activate(lane_linear(self._surroundings(hidden), self.conv_weight.flatten(2), self.conv_bias))
+        around = Neighbours.apply(hidden, self.sources, self.uses).flatten(2)
+        weight = self.conv_weight.flatten(3).mT.flatten(2)  # [L, H, 9H], by neighbour
+        hidden = self._activate(lane_linear(around, weight, self.conv_bias))
         return lane_linear(hidden * self.scale, self.up_weight, self.up_bias * self.scale)
 
     def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
         return lane_aligned(nn.functional.gelu, hidden, len(self.down_weight))
 
-    def _surroundings(self, x: torch.Tensor) -> torch.Tensor:
-        """The 3 x 3 values around each token, by channel: [R, T, H] to [R, T, 9H]. Beyond an edge they are 0."""
-        patches = x[:, self.prefix :].mT.unflatten(2, self.grid)
-        around = nn.functional.unfold(patches, KERNEL, padding=KERNEL // 2).mT
-        before = KERNEL**2 // 2
-        alone = nn.functional.pad(x[:, : self.prefix].unsqueeze(-1), (before, before)).flatten(2)
-        return torch.cat([alone, around], dim=1)
+
+class Neighbours(torch.autograd.Function):
+    """The values of each token's neighbours: [R, T, H] to [R, T, 9, H].
+
+    Both passes gather, so that no sum depends on the order of threads. PyTorch's `unfold` would start one kernel for
+    each image on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, sources: torch.Tensor, uses: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(uses)
+        return _gather(x, sources)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _gather(grad.flatten(1, 2), *ctx.saved_tensors).sum(dim=2), None, None
+
+
+def neighbourhoods(grid: tuple[int, int], prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token at each of a token's 9 places, and the places of all tokens at which a token is: int64 [T, 9] both.
+
+    T stands for no token beyond an edge, 9T for no place. A prefix token has no neighbours but itself.
+    """
+    count = prefix + grid[0] * grid[1]
+    sources = torch.full((count, KERNEL**2), count)
+    sources[:prefix, KERNEL**2 // 2] = torch.arange(prefix)
+    patches = nn.functional.pad(torch.arange(prefix, count).view(grid), [KERNEL // 2] * 4, value=count)
+    sources[prefix:] = patches.unfold(0, KERNEL, 1).unfold(1, KERNEL, 1).flatten(2).flatten(0, 1)
+    users = sources.flip(1)  # a token is at place k of the one at its own place 8 - k
+    uses = torch.where(users < count, users * KERNEL**2 + torch.arange(KERNEL**2), count * KERNEL**2)
+    return sources, uses
+
+
+def _gather(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """x [R, N, H] at places [T, 9]: [R, T, 9, H]. At place N it is 0."""
+    return nn.functional.pad(x, (0, 0, 0, 1)).index_select(1, places.flatten()).unflatten(1, places.shape)
 
 
 class Convpass(Method):
