@@ -12,10 +12,8 @@ import runpy
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import bare
 import bare_methods
@@ -25,7 +23,6 @@ import ours
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import WORKLOADS, Workload
 
 from fedpeft_dist.config.load import parse_config
@@ -59,7 +56,7 @@ TRAINS_LONG = {
     *("checkpoint_cost.py", "loader.py", "privacy_audit.py", "privacy_cost.py", "robust_mean.py", "tune_quickstart.py"),
 }
 """They have no tiny sizes. The audit has tests of its own."""
-SEPARATELY = {"on_gpu.py", "launches.py"}
+SEPARATELY = {"on_gpu.py"}
 
 
 def programs() -> set[str]:
@@ -132,44 +129,6 @@ def test_a_program_prints_one_json_object(program, monkeypatch, capsys, in_this_
         assert "first" in printed
     else:
         assert json.loads(printed)
-
-
-class CountedOperations(TorchDispatchMode):
-    """Counts PyTorch's operations on the CPU, in place of the launches on a fake GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    @property
-    def kinds(self) -> Counter:
-        return Counter(launches=self.names.total())
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        self.names["launches", str(operation)] += 1
-        return operation(*arguments, **(keywords or {}))
-
-    def __sub__(self, other: CountedOperations) -> CountedOperations:
-        difference = CountedOperations()
-        difference.names = self.names - other.names
-        return difference
-
-
-def test_no_method_takes_more_operations_with_more_lanes(monkeypatch, capsys):
-    """The host draws each lane's batch by operations of its own, whatever the method; `head` tells how many."""
-    stand_in = SimpleNamespace(Counter=CountedOperations, WORK=("launches",))
-    monkeypatch.setitem(sys.modules, "dry_cuda", stand_in)
-    methods = ["head", "bias", "convpass", "dora", "fact_tk"]
-    found = {}
-    for lanes in ("2", "3"):
-        arguments = ["--tiny", "--batch", "2", "--lanes", lanes, "--methods", *methods]
-        monkeypatch.setattr(sys, "argv", ["launches.py", *arguments])
-        runpy.run_path(str(FOLDER / "launches.py"), run_name="__main__")
-        found[lanes] = json.loads(capsys.readouterr().out)["methods"]
-    more = {name: found["3"][name]["package"]["launches"] - found["2"][name]["package"]["launches"] for name in methods}
-    assert set(more.values()) == {more["head"]}
-    assert all(found["2"][name]["bare"] == found["3"][name]["bare"] for name in methods)
-    assert found["2"]["head"]["package"]["launches"] < found["2"]["bias"]["package"]["launches"]
 
 
 def test_contestants_race_in_processes():
