@@ -27,13 +27,13 @@ from gemm import gemm_peak, step_flops
 from workloads import CLASSES, IMAGE_SIZE, Workload, chosen, common_options
 
 CORES = len(os.sched_getaffinity(0))
-GROUP = 4
+GROUP = 5
 """Methods that race with bias at once. Each is a process with a model of its own."""
 
 
 def main() -> None:
     parser = common_options(__doc__.splitlines()[0])
-    parser.set_defaults(turns=3)
+    parser.set_defaults(turns=3, seconds=0.5)
     parser.add_argument("--methods", nargs="+", default=list(ours.METHODS), choices=list(ours.METHODS))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true", help="not for full")

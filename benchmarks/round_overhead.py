@@ -55,6 +55,9 @@ class TimedTrainer:
                 return
             yield update
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trainer, name)
+
 
 def measure(workload: Workload, turns: int) -> dict[str, float]:
     config = parse_config(workload.tree(), "benchmark")
