@@ -8,7 +8,7 @@ from typing import Any
 METHODS: dict[str, dict[str, Any]] = {
     "head": {"name": "head"},
     "bias": {"name": "bias"},
-    "prompt": {"name": "prompt", "depth": "deep", "tokens": 10, "dropout": 0.1},
+    "prompt": {"name": "prompt", "tokens": 10, "dropout": 0.1},
     "adapter": {"name": "adapter", "bottleneck": 96},
     "lora": {"name": "lora", "rank": 8, "targets": ["qkv", "proj", "fc1", "fc2"]},
 }
