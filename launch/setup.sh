@@ -24,7 +24,9 @@ needed="import fedpeft_dist.cli, fedpeft_dist.federation.run, fedpeft_dist.repor
 [ -n "$extras" ] && needed="$needed; from importlib.metadata import version; version('deepspeed')"
 if ! (cd / && "$PYTHON" -c "$needed") 2>/dev/null; then
     echo "installing fedpeft_dist into $venv (a few minutes the first time: PyTorch is large)"
-    # Python compiles a module when it is first imported. Compiling all of them here would take as long as the rest.
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --editable "$repository${extras:+[$extras]}"
+    # On all cores, where pip would use one. Files that are no Python of this version, such as templates, are left.
+    installed=$("$PYTHON" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    "$PYTHON" -m compileall -q -j 0 "$installed" >/dev/null 2>&1 || true
 fi
 export PYTHON

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -36,23 +36,31 @@ def write_run(folder: Path, method: str, rate: float, seed: int, accuracy: float
     (run / "metrics.jsonl").write_text(last + "\n")
 
 
-def compare(root: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), str(root)], capture_output=True, text=True)
+@pytest.fixture
+def compare(runs, monkeypatch):
+    """The script on these runs, in this process."""
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", str(runs)])
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return lambda: runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def test_the_rate_is_the_best_on_held_out_samples(runs):
-    done = compare(runs)
-    assert done.returncode == 0, done.stderr
-    assert "| bias | 0.01 | 256 | 1.0 | 0.8100 ± 0.0100 |  |  |" in done.stdout
-    assert "| lora | 0.01 | 512 | 2.0 | 0.6100 ± 0.0173 | -20.0 ± 2.5 | below |" in done.stdout
-    assert "| bias | lora |  |" in done.stdout
+def test_the_rate_is_the_best_on_held_out_samples(runs, compare, capsys):
+    compare()
+    printed = capsys.readouterr().out
+    assert "| bias | 0.01 | 256 | 1.0 | 0.8100 ± 0.0100 |  |  |" in printed
+    assert "| lora | 0.01 | 512 | 2.0 | 0.6100 ± 0.0173 | -20.0 ± 2.5 | below |" in printed
+    assert "| bias | lora |  |" in printed
     assert (runs / "digits" / "methods" / "accuracy_of_methods.png").exists()
 
 
-@pytest.mark.parametrize("missing", ["summary.json", "config.yaml"])
-def test_a_missing_run_is_named(runs, missing):
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("summary.json", r"lora-lr0\.01-seed42 is not complete"),
+        ("config.yaml", r"has the seeds \[1, 3407\] at rate 0\.01"),
+    ],
+)
+def test_a_missing_run_is_named(runs, compare, missing, told):
     (runs / "digits" / "methods" / "lora-lr0.01-seed42" / missing).unlink()
-    done = compare(runs)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "lora-lr0.01-seed42" in done.stderr or "has the seeds [1, 3407]" in done.stderr
+    with pytest.raises(SystemExit, match=f"error: .*{told}"):
+        compare()
