@@ -1,7 +1,4 @@
-"""weights_sha256 does not depend on the number of ranks: 1, 2 and 4 gloo processes, every method, fp32 and bf16.
-
-Each number of ranks is a launch of its own, so the same comparison shows that a second run is equal to the first.
-"""
+"""weights_sha256 does not depend on the number of ranks: 1, 2 and 4 gloo processes, every method, fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -19,9 +16,10 @@ from tests.multiprocess.exactness_worker import BATCH, CASES, METHODS, make_conf
 from tests.warm_process import WarmRanks
 
 
-def run_worker(output: Path, num_ranks: int) -> dict:
+def run_worker(output: Path, num_ranks: int, precisions: str) -> dict:
     """All cases on so many ranks; one launch."""
-    with WarmRanks(num_ranks, output, str(output), "fp32,bf16", main=exactness_worker.main) as warm:
+    output.mkdir(parents=True, exist_ok=True)
+    with WarmRanks(num_ranks, output, str(output), precisions, main=exactness_worker.main) as warm:
         assert [done.returncode for done in warm.finish(500)] == [0] * num_ranks, warm.output[-4000:]
     return json.loads((output / f"results-{num_ranks}.json").read_text())
 
@@ -29,7 +27,7 @@ def run_worker(output: Path, num_ranks: int) -> dict:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, dict]:
     output = tmp_path_factory.mktemp("exactness")
-    return {ranks: run_worker(output, ranks) for ranks in (1, 2, 4)}
+    return {ranks: run_worker(output, ranks, "fp32,bf16") for ranks in (1, 2, 4)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -47,6 +45,13 @@ def test_cases_differ_from_each_other(results):
     """Each method and precision trains something of its own; otherwise equality would prove nothing."""
     hashes = [case["weights_sha256"] for case in results[1].values()]
     assert len(set(hashes)) == len(hashes) == 2 * len(CASES)
+
+
+def test_a_second_run_is_equal(results, tmp_path):
+    again = run_worker(tmp_path, 1, "fp32,bf16")
+    assert again.keys() == results[1].keys()
+    for case, result in again.items():
+        assert result["weights_sha256"] == results[1][case]["weights_sha256"]
 
 
 def test_clients_are_as_ragged_as_the_comparison_needs(tmp_path):

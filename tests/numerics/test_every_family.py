@@ -44,7 +44,7 @@ from .cases import (
 from .families import FAMILIES, LONG_FAMILIES, known_families, make_family_model
 from .plain import make_plain, train_plain
 
-PARTS = 24
+PARTS = 16
 SHORT_FAMILIES = sorted(set(FAMILIES) - LONG_FAMILIES)
 LANES, BATCH = 2, 3
 OPTIMIZER = {**OPTIMIZERS["sgd"], "lr": 0.01}
