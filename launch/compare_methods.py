@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,11 @@ class Result(NamedTuple):
     accuracies: list[float]
     held_out: float
 
+    @property
+    def told(self) -> tuple[float, float]:
+        """Mean and standard deviation over the seeds, as shares."""
+        return statistics.fmean(self.accuracies) / 100, statistics.stdev(self.accuracies) / 100
+
 
 def main(root: Path) -> None:
     for data in SIZES:
@@ -52,12 +57,16 @@ def read_results(folder: Path) -> dict[str, Result]:
     Raises:
         SystemExit: a run is missing or not complete.
     """
-    found: dict[str, dict[float, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[float, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
     for path in sorted(folder.glob("*/config.yaml")):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found[config["method"]["name"]][config["client"]["optimizer"]["lr"]].append(path.parent)
+        found[config["method"]["name"]][config["client"]["optimizer"]["lr"]][config["seed"]] = path.parent
     if not found:
         sys.exit(f"error: {folder} has no runs; run `fedpeft sweep run` with its methods.yaml first")
+    tried = set.union(*map(set, found.values()))
+    for method, rates in found.items():
+        if missing := tried - set(rates):
+            sys.exit(f"error: {folder} has no runs of {method} at rate {min(missing)}; run the sweep again")
     chosen = {
         method: max((read_rate(rate, runs) for rate, runs in rates.items()), key=lambda one: one.held_out)
         for method, rates in found.items()
@@ -65,28 +74,21 @@ def read_results(folder: Path) -> dict[str, Result]:
     return dict(sorted(chosen.items(), key=lambda item: item[1].kib))
 
 
-def read_rate(rate: float, runs: Sequence[Path]) -> Result:
-    """What a method's runs with one rate have reached."""
-    by_seed, held_out = {}, []
-    for run in runs:
-        if not (run / "summary.json").exists():
-            sys.exit(f"error: {run} is not complete; run the sweep again")
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        by_seed[yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["seed"]] = summary
-        held_out.append(last["client_accuracy_mean"])
-    if set(by_seed) != set(SEEDS):
-        sys.exit(
-            f"error: {runs[0].parent} has the seeds {sorted(by_seed)} at rate {rate}; {sorted(SEEDS)} are compared"
-        )
-    one = by_seed[SEEDS[0]]
-    return Result(
-        rate,
-        one["trainable_parameters"],
-        4 * one["trainable_parameters"] / KIB,
-        [100 * by_seed[seed]["final_accuracy"] for seed in SEEDS],
-        statistics.fmean(held_out),
-    )
+def read_rate(rate: float, runs: Mapping[int, Path]) -> Result:
+    """What a method's runs with one rate have reached; they are given by their seeds."""
+    if set(runs) != set(SEEDS):
+        folder = next(iter(runs.values())).parent
+        sys.exit(f"error: {folder} has the seeds {sorted(runs)} at rate {rate}; {sorted(SEEDS)} are compared")
+    summaries, held_out = [], []
+    for seed in SEEDS:
+        if not (runs[seed] / "summary.json").exists():
+            sys.exit(f"error: {runs[seed]} is not complete; run the sweep again")
+        summaries.append(json.loads((runs[seed] / "summary.json").read_text(encoding="utf-8")))
+        rows = (runs[seed] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        held_out.append(json.loads(rows[-1])["client_accuracy_mean"])
+    parameters = summaries[0]["trainable_parameters"]
+    accuracies = [100 * summary["final_accuracy"] for summary in summaries]
+    return Result(rate, parameters, 4 * parameters / KIB, accuracies, statistics.fmean(held_out))
 
 
 def difference(first: Result, second: Result) -> list[float]:
@@ -98,12 +100,13 @@ def print_methods(results: Mapping[str, Result]) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     words = {"holds": "above", "fails": "below", "open": "open"}
     for method, one in results.items():
-        mean, std = statistics.fmean(one.accuracies) / 100, statistics.stdev(one.accuracies) / 100
-        told = " | "
+        (mean, std), compared = one.told, " | "
         if method != BASELINE:
             points, half, verdict = judge(difference(one, results[BASELINE]))
-            told = f"{points:+.1f} ± {half:.1f} | {words[verdict]}"
-        print(f"| {method} | {one.rate:g} | {one.parameters:,} | {one.kib:,.1f} | {mean:.4f} ± {std:.4f} | {told} |")
+            compared = f"{points:+.1f} ± {half:.1f} | {words[verdict]}"
+        print(
+            f"| {method} | {one.rate:g} | {one.parameters:,} | {one.kib:,.1f} | {mean:.4f} ± {std:.4f} | {compared} |"
+        )
 
 
 def print_pairs(results: Mapping[str, Result]) -> None:
@@ -119,9 +122,8 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     for number, (method, one) in enumerate(results.items()):
-        mean, std = statistics.fmean(one.accuracies) / 100, statistics.stdev(one.accuracies) / 100
         style = {"color": f"C{number % 10}", "marker": "o" if number < 10 else "s"}
-        axes.errorbar(one.kib, mean, std, capsize=3, linestyle="", label=method, **style)
+        axes.errorbar(one.kib, *one.told, capsize=3, linestyle="", label=method, **style)
     axes.set(
         xscale="log", xlabel="KiB that a client sends in a round", ylabel="accuracy of the global model", title=title
     )

@@ -11,8 +11,11 @@ import pytest
 import yaml
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare_methods.py"
-ACCURACIES = {"bias": {0.01: (0.80, 0.82, 0.81), 0.1: (0.99, 0.99, 0.99)}, "lora": {0.01: (0.60, 0.63, 0.60)}}
-HELD_OUT = {("bias", 0.01): 0.9, ("bias", 0.1): 0.7, ("lora", 0.01): 0.5}
+ACCURACIES = {
+    "bias": {0.01: (0.80, 0.82, 0.81), 0.1: (0.99, 0.99, 0.99)},
+    "lora": {0.01: (0.60, 0.63, 0.60), 0.1: (0.90, 0.90, 0.90)},
+}
+HELD_OUT = {("bias", 0.01): 0.9, ("bias", 0.1): 0.7, ("lora", 0.01): 0.5, ("lora", 0.1): 0.4}
 
 
 @pytest.fixture
@@ -63,4 +66,11 @@ def test_the_rate_is_the_best_on_held_out_samples(runs, compare, capsys):
 def test_a_missing_run_is_named(runs, compare, missing, told):
     (runs / "digits" / "methods" / "lora-lr0.01-seed42" / missing).unlink()
     with pytest.raises(SystemExit, match=f"error: .*{told}"):
+        compare()
+
+
+def test_a_missing_rate_is_named(runs, compare):
+    for run in (runs / "digits" / "methods").glob("lora-lr0.1-*"):
+        (run / "config.yaml").unlink()
+    with pytest.raises(SystemExit, match=r"error: .* has no runs of lora at rate 0\.1"):
         compare()
