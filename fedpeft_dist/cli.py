@@ -270,12 +270,16 @@ def sweep_run(
     sweep: SweepPath,
     overrides: Overrides = None,
     index: Annotated[int | None, typer.Option(help="The one cell to run.", show_default=False)] = None,
-    name: Annotated[str | None, typer.Option(help="Refuse a cell of another name.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option(help="With --index: refuse a cell of another name.", show_default=False)
+    ] = None,
 ) -> None:
     """Run a sweep's cells in turn, or one of them. Cells that are complete, or in work elsewhere, are skipped."""
     from fedpeft_dist.sweeps.expansion import load_cells, pick_cell
     from fedpeft_dist.sweeps.workers import work_through
 
+    if name is not None and index is None:
+        raise ConfigError(f"--name: {name} goes with --index; give both, or neither")
     with stoppable() as stop:
         cells = load_cells(sweep, overrides or ())
         outcome = work_through(cells if index is None else [pick_cell(cells, index, sweep, name)], stop)

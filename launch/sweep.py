@@ -3,9 +3,9 @@
     python launch/sweep.py SWEEP [SWEEP ...] [key=value ...] [--workers N] [--cores-per-worker K] [--retries N]
 
 The cells of all given sweeps form one queue. A run's config counts as a sweep of one cell. Each cell runs in a process
-of its own (`fedpeft sweep run SWEEP --index I`), so a cell that crashes or runs out of memory disturbs no other. The
-processes are forked off one that has imported everything. The output of a cell is appended to `log.txt` in its run's
-directory. A live table shows the progress on a terminal; on a pipe, plain lines do.
+of its own (`fedpeft sweep run SWEEP --index I --name NAME`), so a cell that crashes or runs out of memory disturbs no
+other. The processes are forked off one that has imported everything. The output of a cell is appended to `log.txt` in
+its run's directory. A live table shows the progress on a terminal; on a pipe, plain lines do.
 
 Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal (SIGHUP) stop cleanly: the running cells write a checkpoint, no new cell
 is started, and the same command goes on later. Under nohup, a closed terminal stops nothing. A second Ctrl-C kills the

@@ -88,6 +88,8 @@ def test_one_cell_by_its_index_is_the_same_run_as_train(sweep: Path) -> None:
     assert errors.startswith("error: data.clients: 5000")
     code, _, errors = run_sweep(sweep, "--index", "8")
     assert (code, errors) == (2, f"error: --index: 8 is no cell of {sweep}; give 0 to 7\n")
+    code, _, errors = run_sweep(sweep, "--name", "bias-seed1")
+    assert (code, errors) == (2, "error: --name: bias-seed1 goes with --index; give both, or neither\n")
 
 
 def test_a_cell_in_work_is_left_alone_and_a_killed_worker_leaves_it_free(sweep: Path) -> None:
