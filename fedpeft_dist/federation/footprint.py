@@ -27,7 +27,6 @@ from fedpeft_dist.methods import build_lane_model, make_method
 from fedpeft_dist.methods.compiled import repeated_blocks
 from fedpeft_dist.methods.lane_model import LaneModel, LaneModule, VmapLaneModel
 from fedpeft_dist.methods.merged import MergedModel, can_merge
-from fedpeft_dist.methods.method import Method
 from fedpeft_dist.methods.quantized import quantize_frozen
 from fedpeft_dist.runtime.launch import Launch
 from fedpeft_dist.runtime.process import Runtime
@@ -101,6 +100,8 @@ class Outline:
         self.is_onednn = not is_cuda and choose_products(config.runtime.products, self.runtime) == "onednn"
         self.model = build_lane_model(config, num_classes, device="meta")
         self.model.initial_vector = lambda: torch.empty(self.model.layout.num_parameters, device="meta")
+        self.copies = self._merged_copies()
+        """Bytes of the weights that evaluation merges, if they are whole on each rank and not in 8 bits."""
         self.evaluated = self._prepare()
         self.has_backward: set[nn.Module] = set()
         """The repeated blocks that a backward pass goes through."""
@@ -148,8 +149,11 @@ class Outline:
 
         sizes = {block: sum(map(size, block.modules())) for block in repeated_blocks(model)}
         backward = sum(own for block, own in sizes.items() if block in self.has_backward)
-        merges = quantize == "none" and not is_sharded
-        weights = self.weights + self.copies * (merges - isinstance(self.evaluated, MergedModel))
+        weights = self.weights
+        if isinstance(self.evaluated, MergedModel):
+            weights -= self.copies
+        if quantize == "none" and not is_sharded:
+            weights += self.copies
         for layer in filter(lambda module: isinstance(module, nn.Linear), model.modules()):
             scales = layer.out_features * itemsize if quantize == "int8" else 0
             now = {"weight", "values", "scale"} & layer._parameters.keys()
@@ -160,8 +164,6 @@ class Outline:
         """Readies the model as a run does; returns the one to evaluate with."""
         sharding, backbone, method = self.config.runtime.sharding, self.model.backbone, make_method(self.config.method)
         meta = Runtime(Launch(), torch.device("meta"), self.runtime.precision, threads=1)
-        self.copies = self._merged_copies(method)
-        """Bytes of the weights that evaluation merges, where that takes plain ones."""
         if is_quantized := sharding.quantize != "none":
             quantize_frozen(backbone.model, backbone.plain, meta.compute_dtype)
         freeze(backbone.model, meta.compute_dtype, meta.device)
@@ -174,7 +176,8 @@ class Outline:
             return self.model
         return MergedModel(self.model, method, meta, self._fit_to_cpu)
 
-    def _merged_copies(self, method: Method) -> int:
+    def _merged_copies(self) -> int:
+        method = make_method(self.config.method)
         if method.merges_exactly or not can_merge(method, self.runtime):
             return 0
         own = dict(self.model.backbone.plain.named_parameters())
