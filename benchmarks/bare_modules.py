@@ -146,7 +146,7 @@ class RepAdapted(nn.Module):
 
 
 class Bypass(nn.Module):
-    """scale * up(gelu(conv(gelu(down(x))))), over the patches as an image, and over the class token as another."""
+    """scale * up(gelu(conv(gelu(down(x))))), over the patches as an image, and each token before them as another."""
 
     def __init__(self, width: int, inner: int, scale: float, grid: tuple[int, int]):
         super().__init__()
@@ -155,7 +155,9 @@ class Bypass(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = functional.gelu(self.down(x)).mT
-        images = hidden[..., :1].unsqueeze(-1), hidden[..., 1:].unflatten(2, self.grid)
+        alone = x.shape[1] - self.grid[0] * self.grid[1]
+        images = [hidden[..., token : token + 1].unsqueeze(-1) for token in range(alone)]
+        images.append(hidden[..., alone:].unflatten(2, self.grid))
         hidden = torch.cat([self.conv(image).flatten(2) for image in images], dim=2).mT
         y = self.up(functional.gelu(hidden))
         return y if self.scale == 1.0 else y * self.scale

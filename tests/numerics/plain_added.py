@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from bare_modules import Bottleneck, Bypass
 from timm.layers import apply_rot_embed_cat
 from torch import nn
 
@@ -31,18 +32,6 @@ def parts_of(model: nn.Module, names: tuple[str, ...], last: str, may_lack: bool
 
 def named(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if part in name.split(".")}
-
-
-class Bottleneck(nn.Module):
-    """scale * up(activation(down(x)))."""
-
-    def __init__(self, width: int, bottleneck: int, activation: nn.Module, scale: float = 1.0):
-        super().__init__()
-        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
-        self.activation, self.scale = activation, scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scale * self.up(self.activation(self.down(x)))
 
 
 def adaptformer(model: nn.Module, bottleneck: int, scale: float) -> Trained:
@@ -102,23 +91,6 @@ def diffit(model: nn.Module) -> Trained:
             linear.register_forward_hook(lambda linear, _, y: linear.gamma * y)
             own |= {name for name, p in model.named_parameters() if p is linear.gamma}
     return model, {name: p for name, p in model.named_parameters() if name in own}
-
-
-class Bypass(nn.Module):
-    """scale * up(gelu(conv(gelu(down(x))))), over the patches as an image, and over each prefix token as another."""
-
-    def __init__(self, width: int, bottleneck: int, scale: float, grid: tuple[int, int]):
-        super().__init__()
-        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
-        self.conv, self.scale, self.grid = nn.Conv2d(bottleneck, bottleneck, 3, padding=1), scale, grid
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = F.gelu(self.down(x))
-        prefix = x.shape[1] - self.grid[0] * self.grid[1]
-        images = [hidden[:, token].view(len(x), -1, 1, 1) for token in range(prefix)]
-        images.append(hidden[:, prefix:].mT.reshape(len(x), -1, *self.grid))
-        hidden = torch.cat([self.conv(image).flatten(2).mT for image in images], dim=1)
-        return self.scale * self.up(F.gelu(hidden))
 
 
 def convpass(model: nn.Module, bottleneck: int, scale: float) -> Trained:
