@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SEEDS = (11, 12)
 METHODS = ("head", "bias", "norm", "prompt", "adapter", "lora", "full", "scratch")
-METHODS += ("adaptformer", "houlsby", "repadapter", "diffit", "convpass", "prefix")
+METHODS += ("partial", "adaptformer", "houlsby", "repadapter", "diffit", "convpass", "prefix")
 METHODS += ("ssf", "ia3", "dora", "vera", "fact_tt", "fact_tk")
 
 

@@ -37,6 +37,7 @@ RATES = {
     "lora": (5e-3, 5e-3, 5e-3),
     "norm": (1e-2, 5e-3, 1e-2),
     "scratch": (1e-2, 1e-2, 1e-2),
+    "partial": (1e-3, 1e-3, 1e-3),
     "adaptformer": (5e-3, 5e-3, 5e-3),
     "houlsby": (5e-3, 5e-3, 5e-3),
     "repadapter": (5e-3, 5e-3, 5e-3),
